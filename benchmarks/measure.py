@@ -1,0 +1,131 @@
+"""One timed run of one scenario on one model."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from . import text
+from .scenarios import Scenario
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A scenario made concrete. Every side gets the same tensors."""
+
+    scenario: Scenario
+    input_ids: torch.Tensor
+    """``[rows, longest]``, padded on the left."""
+    attention_mask: torch.Tensor
+
+    @classmethod
+    def of(cls, scenario: Scenario, tokenizer: PreTrainedTokenizerBase) -> Work:
+        """Cut the scenario's prompts from real text."""
+        return cls(scenario, *text.prompts(scenario, tokenizer))
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The rows without their padding."""
+        return [row[mask.bool()].tolist() for row, mask in zip(self.input_ids, self.attention_mask, strict=True)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of ``generate`` took and gave."""
+
+    call_seconds: float
+    decode_seconds: float
+    sequences: torch.Tensor = field(repr=False)
+
+    def seconds(self, scenario: Scenario) -> float:
+        """Return the part of the time that the scenario is about."""
+        return self.decode_seconds if scenario.timed == "decode" else self.call_seconds
+
+
+class StepClock(StoppingCriteria):
+    """Stamps the time at every generated token and never stops anything."""
+
+    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
+        self.stamps: list[float] = []
+        self.on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        """Note the time; ``input_ids`` has a row per sequence, or per candidate in beam search."""
+        self.stamps.append(time.perf_counter())
+        if self.on_token is not None:
+            self.on_token()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class RowsEnd(StoppingCriteria):
+    """Row ``i`` is done after ``ends[i]`` new tokens and padded from then on.
+
+    ``generate`` pads finished rows only where some criterion has an ``eos_token_id``; its value is not looked at.
+    """
+
+    eos_token_id = torch.tensor([-1])
+
+    def __init__(self, ends: Sequence[int], prompt_length: int) -> None:
+        self.ends = torch.tensor(ends)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        """Return ``[rows]``, true where a row has made all its tokens."""
+        return (input_ids.shape[1] - self.prompt_length) >= self.ends.to(input_ids.device)
+
+
+def run(
+    model: PreTrainedModel,
+    work: Work,
+    *,
+    on_token: Callable[[], None] | None = None,
+    probe: LogitsProcessor | None = None,
+) -> Run:
+    """Generate once, from a clean slate: same seed, no prefix kept from an earlier call."""
+    forget_prefixes(model)
+    gc.collect()
+    torch.manual_seed(SEED)
+    clock = StepClock(on_token)
+    begin = time.perf_counter()
+    sequences = generate(model, work, clock, probe)
+    end = time.perf_counter()
+    return Run(end - begin, clock.stamps[-1] - clock.stamps[0], sequences)
+
+
+def generate(
+    model: PreTrainedModel, work: Work, clock: StoppingCriteria, probe: LogitsProcessor | None = None
+) -> torch.Tensor:
+    """Call the model's ``generate`` as a user would, and return the sequences ``[rows, longest + new]``."""
+    scenario = work.scenario
+    criteria = [clock]
+    if scenario.ends:
+        criteria.insert(0, RowsEnd(scenario.ends, work.input_ids.shape[1]))
+    return model.generate(
+        input_ids=work.input_ids,
+        attention_mask=work.attention_mask,
+        max_new_tokens=scenario.new,
+        stopping_criteria=criteria,
+        logits_processor=[probe] if probe is not None else [],
+        **{"do_sample": False, **scenario.arguments},
+    )
+
+
+def forget_prefixes(model: PreTrainedModel) -> None:
+    """Drop what a patched model kept of earlier prompts; nothing to do on a stock one."""
+    runtime = getattr(model, "paged", None)
+    if runtime is not None:
+        runtime.clear()
+
+
+def equal_share(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the share of equal tokens of two ``[rows, tokens]``, 0 where even the shapes differ."""
+    if ours.shape != theirs.shape:
+        return 0.0
+    return (ours == theirs).float().mean().item()

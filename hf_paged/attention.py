@@ -1,0 +1,80 @@
+"""The attention function that patched models name, and how it hands over to the one they had."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_paged import compat
+from hf_paged.backends import AttentionCall, backend_for
+from hf_paged.lazy import PagedKV
+from hf_paged.step import UnsupportedAttentionError
+
+NAME_PREFIX = "hf_paged_"
+
+# Keywords of an attention call that carry no instruction of their own once a plan says what each query sees.
+_WITHOUT_EFFECT = frozenset(
+    "position_ids cache_position position_embeddings use_cache past_key_values past_key_value output_attentions "
+    "output_hidden_states output_router_logits return_dict logits_to_keep head_mask layer_head_mask training".split()
+)
+
+
+def patched_name(original: str) -> str:
+    """Name of the attention function that hands over to `original`; registered when first asked for."""
+    name = NAME_PREFIX + original
+    if not compat.is_registered(name):
+        compat.register_attention(name, partial(paged_attention_forward, original), original)
+    return name
+
+
+def paged_mask(device: torch.device) -> torch.Tensor:
+    """The attention mask of the fast path: `[1, 1, 1, 0]`, so that any other use of it fails loudly.
+
+    transformers hands 4-D masks through unchanged, which also saves building one a step.
+    """
+    return torch.empty(1, 1, 1, 0, dtype=torch.bool, device=device)
+
+
+def paged_attention_forward(
+    original: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over blocks where K and V come from a plan, else the model's `original` attention.
+
+    Args:
+        query: `[batch, heads, tokens, dim]`.
+        key, value: `[batch, kv_heads, kv_tokens, dim]`, dense or `PagedKV`.
+
+    Returns:
+        `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
+    """
+    if not isinstance(key, PagedKV) or attention_mask is None or attention_mask.shape[-1] != 0:
+        function = compat.original_attention(original, module)
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    call = _attention_call(module, query, scaling, dropout, kwargs)
+    step = key.step
+    step.windows_seen[key.layer_index] = call.window
+    return backend_for(step.backend, query.device).attend(query, key.store, step.plan, call), None
+
+
+def _attention_call(
+    module: torch.nn.Module, query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]
+) -> AttentionCall:
+    window, softcap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+    if kwargs.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedAttentionError("attention is not causal")
+    if dropout:
+        raise UnsupportedAttentionError("attention dropout")
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _WITHOUT_EFFECT:
+            raise UnsupportedAttentionError(f"attention argument {name}")
+    return AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, sinks)

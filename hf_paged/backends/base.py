@@ -1,0 +1,61 @@
+"""What an attention backend is given and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from hf_paged.core.plan import StepPlan
+from hf_paged.store import LayerStore
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The arguments of one attention call that change its result.
+
+    Attributes:
+        scale: factor on the scores.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        window: a query sees itself and the `window - 1` tokens before it.
+        sinks: `[heads]` logits that take part in the softmax and carry no value.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+
+
+class AttentionBackend(ABC):
+    """Reads the KV of a plan's queries. Holds no state: what it derives from a plan lives in `plan.prepared`."""
+
+    name: str
+
+    def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
+        """Attention of `query [batch, heads, tokens, dim]`, one row of packed tokens or one token a row.
+
+        Returns `[batch, tokens, heads, value_dim]`, contiguous.
+        """
+        decode = query.shape[2] == 1
+        flat = query.squeeze(2) if decode else query.squeeze(0).transpose(0, 1)
+        if plan.order is not None:
+            flat = flat.index_select(0, _order(plan, query.device)[0])
+        out = self.attend_flat(flat, store, plan, call)
+        if plan.order is not None:
+            out = out.index_select(0, _order(plan, query.device)[1])
+        return out.unsqueeze(1 if decode else 0)
+
+    @abstractmethod
+    def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
+        """`query [queries, heads, dim]`, numbered as in the plan, to `[queries, heads, value_dim]`, contiguous."""
+
+
+def _order(plan: StepPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the queries, and the queries of the rows."""
+    key = ("order", device)
+    if key not in plan.prepared:
+        rows = torch.tensor(plan.order, device=device)
+        plan.prepared[key] = (rows, torch.argsort(rows))
+    return plan.prepared[key]

@@ -1,0 +1,448 @@
+"""`PagedCache`: the transformers cache whose layers keep their K and V in blocks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hf_paged import compat
+from hf_paged.config import PagedConfig
+from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.plan import StepPlan, Write, matched_writes
+from hf_paged.core.table import BlockTable
+from hf_paged.dense import DenseView
+from hf_paged.lazy import PagedKV
+from hf_paged.pool import KVPool
+from hf_paged.step import Step
+from hf_paged.store import LayerStore
+
+# Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
+DEFAULT_ROOM_TOKENS = 256
+
+
+class Sequences:
+    """The tables of a cache and the pool they are in; freed with the cache."""
+
+    def __init__(self, pool: KVPool | None):
+        self.pool = pool
+        self.tables: list[BlockTable] = []
+
+    def free(self) -> None:
+        """Give every block back."""
+        if self.pool is not None:
+            self.pool.free(self.tables)
+        self.tables.clear()
+
+
+class PagedCache(Cache):
+    """A cache of `config`'s attention layers in blocks; takes the place of `DynamicCache`, method for method.
+
+    Rows share blocks where they were forked (beams, samples, copies of the cache), padding that an attention mask
+    covers is not stored, and each row's tokens lie in adjacent blocks where possible.
+
+    Args:
+        config: the model's config.
+        block_size: tokens per block, a power of two from 8 to 256.
+        max_memory: budget as in `PagedConfig`.
+
+    Raises:
+        ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep more than K and V.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        block_size: int = 16,
+        max_memory: Any = None,
+        *,
+        pool: KVPool | None = None,
+        settings: PagedConfig | None = None,
+    ):
+        self.settings = settings or PagedConfig(block_size=block_size, max_memory=max_memory)
+        self.model_config = config.get_text_config(decoder=True)
+        self.windows = compat.attention_windows(self.model_config)
+        super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
+        self.sequences = Sequences(pool)
+        self._finalizer = weakref.finalize(self, self.sequences.free)
+        self.room_tokens = DEFAULT_ROOM_TOKENS
+        self.dense_len = 0
+        self.columns: torch.Tensor | None = None
+        self.finished: set[int] = set()
+        self.step: Step | None = None
+        self.pending: list[tuple[Any, ...]] = []
+        # False only for a cache that `generate` made for itself and has not handed out.
+        self.held_by_user = True
+        # What `generate` is doing with the cache just now.
+        self.prefilling = self.assisted = self.fell_back = False
+
+    # -- what the rows hold --------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """The rows' block tables."""
+        return self.sequences.tables
+
+    @property
+    def pool(self) -> KVPool:
+        """The pool; made when the first tokens come where the cache has one of its own."""
+        if self.sequences.pool is None:
+            raise ValueError("this PagedCache is empty")
+        return self.sequences.pool
+
+    def ensure_rows(self, batch_size: int) -> None:
+        """Make tables for `batch_size` rows; `ValueError` where the cache has another number of them."""
+        if not self.tables:
+            self.tables.extend(self.pool.manager.new_table() for _ in range(batch_size))
+        elif len(self.tables) != batch_size:
+            raise ValueError(
+                f"past_key_values holds {len(self.tables)} rows, the input has {batch_size}: pass as many rows as the "
+                "cache was made with, or match them with batch_select_indices / batch_repeat_interleave"
+            )
+
+    def stored_columns(self) -> torch.Tensor:
+        """`[batch, dense_len]` bool: which dense columns are stored (the others were padding)."""
+        if self.columns is None:
+            return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool)
+        return self.columns
+
+    def add_columns(self, new: torch.Tensor | None, count: int) -> None:
+        """Note `count` more dense columns; `new [batch, count]` says which are stored, `None` all."""
+        if new is not None or self.columns is not None:
+            if new is None:
+                new = torch.ones(len(self.tables), count, dtype=torch.bool)
+            self.columns = torch.cat([self.stored_columns(), new], dim=1)
+        self.dense_len += count
+
+    def finish_rows(self, done: Sequence[bool]) -> None:
+        """Rows that are done give their blocks back and are left out of later passes; the last one stays."""
+        for row, is_done in enumerate(done):
+            if is_done and row not in self.finished and len(self.finished) < len(self.tables) - 1:
+                self.finished.add(row)
+                self.pool.free([self.tables[row]])
+
+    def roll_back(self, lengths: Sequence[int]) -> None:
+        """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: empty the cache."""
+        step, self.step = self.step, None
+        if step is not None and step.plan.copies and self.dense_len:
+            self.release()
+            return
+        for table, num_tokens in zip(self.tables, lengths, strict=False):
+            self.pool.manager.crop(table, min(num_tokens, table.num_tokens))
+        for layer in self.layers:
+            layer.seen = self.dense_len
+
+    def release(self) -> None:
+        """Give every block back at once; the cache is empty then."""
+        self.sequences.free()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.dense_len, self.columns, self.step = 0, None, None
+        self.finished.clear()
+        for layer in self.layers:
+            layer.seen = 0
+
+    # -- a forward pass ------------------------------------------------------------------------------------------
+
+    def finish(self, new_columns: torch.Tensor | None, tokens_per_row: int) -> None:
+        """The pass is done: its tokens count as seen by every layer that took part."""
+        self.add_columns(new_columns, tokens_per_row)
+        self.step = None
+        for layer in self.layers:
+            layer.seen = self.dense_len
+
+    def begin_dense(self, tokens_per_row: int, new_columns: torch.Tensor | None = None) -> Step:
+        """Append `tokens_per_row` columns to every row, as a step whose layers return dense K and V.
+
+        `new_columns [batch, tokens_per_row]` is False at padding, which is not stored. Raises `PagedMemoryError`.
+        """
+        columns = None
+        if new_columns is not None or self.columns is not None:
+            if new_columns is None:
+                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool)
+            columns = torch.cat([self.stored_columns(), new_columns], dim=1)
+            counts = new_columns.sum(dim=1).tolist()
+        else:
+            counts = [tokens_per_row] * len(self.tables)
+        try:
+            copies = self.pool.manager.append(self.tables, counts, self.room_tokens)
+        except OutOfBlocks as error:
+            raise self.pool.memory_error(error, sum(counts)) from None
+        writes: list[Write] = []
+        for row, (table, count) in enumerate(zip(self.tables, counts, strict=True)):
+            sources = range(tokens_per_row) if new_columns is None else new_columns[row].nonzero().flatten().tolist()
+            slots = [
+                run.slot + i for run in table.runs(table.num_tokens - count, table.num_tokens) for i in range(run.tokens)
+            ]
+            writes += matched_writes([row * tokens_per_row + source for source in sources], slots)
+        plan = StepPlan(
+            num_queries=len(self.tables) * tokens_per_row,
+            writes=writes,
+            copies=copies,
+            own=[],
+            shared=[],
+            segments=[],
+            kv_len=max(table.num_tokens for table in self.tables),
+        )
+        self.step = Step(plan, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
+        return self.step
+
+    def begin_unplanned(self, key: torch.Tensor) -> None:
+        """The first layer of a pass that nobody planned: an unpatched model calls `update`."""
+        if self.sequences.pool is None:
+            token_bytes = len(self.layers) * 2 * key.shape[1] * key.shape[3] * key.element_size()
+            self.sequences.pool = KVPool(self.settings, len(self.layers), token_bytes, key.device)
+        self.ensure_rows(key.shape[0])
+        self.begin_dense(key.shape[2]).planned = False
+        self.add_columns(None, key.shape[2])
+
+    # -- transformers.Cache --------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Dense columns that a layer has seen, padding included."""
+        return self.layers[layer_idx].seen if layer_idx < len(self.layers) else 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def reset(self) -> None:
+        """Empty the cache; its blocks go back to the pool."""
+        self.release()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-n` columns (n < 0), or keep the first `n` (n > 0, transformers up to 5.13).
+
+        Raises `ValueError` where more are to be removed than there are.
+        """
+        keep = self.dense_len + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        if keep < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that past_key_values holds"
+            )
+        if keep >= self.dense_len:
+            return
+        counts = [keep] * len(self.tables) if self.columns is None else self.columns[:, :keep].sum(dim=1).tolist()
+        for table, count in zip(self.tables, counts, strict=True):
+            self.pool.manager.crop(table, min(count, table.num_tokens))
+        if self.columns is not None:
+            self.columns = self.columns[:, :keep]
+        self.dense_len = keep
+        for layer in self.layers:
+            layer.seen = min(layer.seen, keep)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` continues what row `beam_idx[i]` holds: a permutation of tables, no data moves."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times in a row."""
+        self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, given as numbers or as a mask."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices.tolist())
+
+    def _select(self, rows: Sequence[int]) -> None:
+        if not self.tables:
+            return
+        if rows == list(range(len(self.tables))):
+            return
+        manager = self.pool.manager
+        with manager.lock:
+            kept: dict[int, BlockTable] = {}
+            tables: list[BlockTable] = []
+            for row in rows:
+                if row in kept:
+                    tables.append(manager.fork(kept[row]))
+                else:
+                    kept[row] = self.tables[row]
+                    tables.append(kept[row])
+            self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
+            self.tables[:] = tables
+        if self.columns is not None:
+            self.columns = self.columns[list(rows)]
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every layer keeps all it has seen, so it can always go back."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A cache that continues on its own and shares the blocks until one of the two changes them."""
+        twin = PagedCache(self.model_config, pool=self.sequences.pool, settings=self.settings)
+        memo[id(self)] = twin
+        if self.tables:
+            twin.tables.extend(self.pool.manager.fork(table) for table in self.tables)
+        twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
+        twin.columns = None if self.columns is None else self.columns.clone()
+        twin.finished = set(self.finished)
+        for mine, theirs in zip(self.layers, twin.layers, strict=True):
+            theirs.seen = mine.seen
+        return twin
+
+    def __repr__(self) -> str:
+        return f"PagedCache(rows={len(self.tables)}, tokens={self.dense_len}, layers={len(self.layers)})"
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a `PagedCache`. Layers move together: their rows and lengths are those of the cache.
+
+    An operation called layer by layer takes effect with the first layer and is ticked off by the others.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: PagedCache, index: int):
+        self._cache = weakref.ref(cache)
+        self.index = index
+        self.seen = 0
+        self.done = 0
+
+    @property
+    def cache(self) -> PagedCache:
+        """The cache that the layer belongs to."""
+        cache = self._cache()
+        if cache is None:
+            raise ReferenceError("the PagedCache of this layer is gone; keep it alive while its layers are used")
+        return cache
+
+    @property
+    def store(self) -> LayerStore | None:
+        """The layer's memory, `None` before the first update."""
+        pool = self.cache.sequences.pool
+        return None if pool is None else pool.stores[self.index]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new K and V `[batch, kv_heads, tokens, dim]`; returns those of all tokens.
+
+        Raises `ValueError` for K and V of another model or batch size, or that need gradients.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
+                "with use_cache=False or a DynamicCache"
+            )
+        cache = self.cache
+        step = cache.step
+        if step is None or (not step.planned and self.seen == cache.dense_len):
+            cache.begin_unplanned(key_states)
+            step = cache.step
+        elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
+            raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
+        store = cache.pool.layer(self.index, key_states, value_states)
+        store.write(step.plan, key_states, value_states)
+        if step.fast:
+            return (
+                PagedKV(key_states, step, store, self.index, store.keys),
+                PagedKV(value_states, step, store, self.index, store.values),
+            )
+        self.seen += step.tokens_per_row
+        return step.dense().of(store.keys), step.dense().of(store.values)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: memory comes with the first update."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has stored anything."""
+        return self.store is not None and self.seen > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dense keys `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
+        return self._dense("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dense values `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
+        return self._dense("values")
+
+    def _dense(self, name: str) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        cache = self.cache
+        return DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of K and V, `None` before the first update."""
+        return None if self.store is None else self.store.keys.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of K and V, `None` before the first update."""
+        return None if self.store is None else self.store.keys.device
+
+    def get_seq_length(self) -> int:
+        """Dense columns seen."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the K and V that an update with `query_length` tokens will return."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        """Nothing to do: blocks move between tiers, not layers."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: blocks move between tiers, not layers."""
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: everything is kept."""
+
+    def reset(self) -> None:
+        """Empty the layer (with the others)."""
+        self._together("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `PagedCache.crop` (with the other layers)."""
+        self._together("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """As `PagedCache.reorder_cache` (with the other layers)."""
+        self._together("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As `PagedCache.batch_repeat_interleave` (with the other layers)."""
+        self._together("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As `PagedCache.batch_select_indices` (with the other layers)."""
+        self._together("batch_select_indices", indices)
+
+    def _together(self, operation: str, *arguments: Any) -> None:
+        """Carry out an operation that every layer is about to be asked for, once."""
+        cache = self.cache
+        key = (operation, *(a.tolist() if isinstance(a, torch.Tensor) else a for a in arguments))
+        if self.done == len(cache.pending):
+            getattr(cache, operation)(*arguments)
+            cache.pending.append(key)
+        elif cache.pending[self.done] != key:
+            raise ValueError(
+                f"layers of a PagedCache move together: layer {self.index} was asked for {key}, others for "
+                f"{cache.pending[self.done]}; call the method on past_key_values instead"
+            )
+        self.done += 1
+        if all(layer.done == len(cache.pending) for layer in cache.layers):
+            cache.pending.clear()
+            for layer in cache.layers:
+                layer.done = 0

@@ -1,0 +1,110 @@
+"""Everything that depends on transformers' private names or on its version."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def can_generate(model: object) -> bool:
+    """Whether `model` is a transformers model with a working `generate`."""
+    return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin) and model.can_generate()
+
+
+def attention_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Per layer the sliding window, or `None` for full attention, as transformers' own cache sees them.
+
+    Raises `ValueError` naming the layer type where a layer keeps anything but K and V of past tokens.
+    """
+    windows: list[int | None] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        elif type(layer) is DynamicLayer:
+            windows.append(None)
+        else:
+            raise ValueError(f"config: layer {index} keeps a {type(layer).__name__}, which is not made of KV blocks")
+    return windows
+
+
+def uses_dynamic_cache(model: PreTrainedModel) -> bool:
+    """Whether stock `generate` would give this model a `DynamicCache`."""
+    return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
+
+
+def kv_token_bytes(config: PreTrainedConfig, element_bytes: int) -> int:
+    """Estimate of the bytes of K and V of one token in all layers, from the usual config fields."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or heads * 64) // heads
+    return 2 * config.num_hidden_layers * kv_heads * dim * element_bytes
+
+
+def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
+    """The distinct configs of the submodels whose attention goes through the attention interface."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module.config) not in seen:
+            seen.add(id(module.config))
+            if module._can_set_attn_implementation():
+                yield module.config
+
+
+def attention_name(config: PreTrainedConfig) -> str | None:
+    """The attention implementation that a config names."""
+    return config._attn_implementation
+
+
+def set_attention_name(config: PreTrainedConfig, name: str) -> None:
+    """Name an attention implementation in one config, leaving its sub-configs alone."""
+    config._attn_implementation_internal = name
+
+
+# What pickle needs to name the attribute that `set_attention_name` sets.
+ATTENTION_NAME_ATTRIBUTE = "_attn_implementation_internal"
+
+
+def register_attention(name: str, function: Callable[..., Any], original: str) -> None:
+    """Register an attention function; its masks are those of the implementation `original`."""
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+
+
+def is_registered(name: str) -> bool:
+    """Whether an attention function of that name exists."""
+    return name in ALL_ATTENTION_FUNCTIONS
+
+
+def original_attention(name: str, module: Any) -> Callable[..., Any]:
+    """The attention function `name`; eager attention is the one of the module's own modeling file."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if function is None:
+        raise RuntimeError(f"{type(module).__name__} has no eager attention function to hand over to")
+    return function
+
+
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether the model's forward computes the logits of chosen positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can be told the positions of its tokens."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int:
+    """Number of token ids."""
+    return config.get_text_config(decoder=True).vocab_size

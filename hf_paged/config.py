@@ -1,0 +1,104 @@
+"""What a user may set, checked on entry."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedConfig:
+    """Settings of a patched model.
+
+    Attributes:
+        block_size: tokens per block, a power of two from 8 to 256.
+        max_memory: budget for KV blocks per device as accelerate writes it, `{0: "8GiB", "cpu": "16GiB"}`, ints in
+            bytes. `None`: most of what is free on the model's devices when blocks are needed.
+        offload_folder: where the disk tier keeps its files.
+        prefix_caching: keep finished blocks for later calls until their memory is needed.
+        kv_cache_dtype: `"auto"` stores KV in the model's dtype.
+        attention_backend: `"auto"`, `"cpu"` or `"reference"` (plain torch operations on any device).
+        cuda_graphs: replay decode steps from CUDA graphs where the device can.
+        verify: compare logits with the stock path on first use and raise `ValueError` on a mismatch.
+
+    Raises:
+        ValueError: naming the field that is unknown, out of range or not available in this version.
+    """
+
+    block_size: int = 16
+    max_memory: Mapping[int | str, int | str] | None = None
+    offload_folder: str | os.PathLike[str] | None = None
+    prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
+    cuda_graphs: bool = True
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 256 or size & (size - 1):
+            raise ValueError(f"block_size must be a power of two from 8 to 256, got {size!r}")
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto",))
+        _check_choice(
+            "attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=("auto", "cpu", "reference")
+        )
+        for name in ("prefix_caching", "cuda_graphs", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.offload_folder is not None:
+            raise ValueError("offload_folder: the disk tier is not available in this version; leave it at None")
+        _check_max_memory(self.max_memory)
+
+    @classmethod
+    def build(cls, config: PagedConfig | None, overrides: Mapping[str, Any]) -> PagedConfig:
+        """`config` (or the defaults) with `overrides`; `ValueError` for a field that does not exist."""
+        if config is not None and not isinstance(config, cls):
+            raise ValueError(f"config must be a PagedConfig, got {type(config).__name__}")
+        known = [field.name for field in fields(cls)]
+        for name in overrides:
+            if name not in known:
+                raise ValueError(f"PagedConfig has no field {name!r}; the fields are {', '.join(known)}")
+        return replace(config or cls(), **overrides)
+
+    def budget_bytes(self, device: str | int) -> int | None:
+        """Bytes allowed on a device (`"cpu"` or a GPU index), `None` where no budget was set for it."""
+        if self.max_memory is None or device not in self.max_memory:
+            return None
+        return parse_bytes(self.max_memory[device])
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from an int or from text such as `"8GiB"`, `"500MB"`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"max_memory: {value!r} is no size; write bytes as an int or text such as '8GiB' or '500MB'")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], available: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if value not in available:
+        raise ValueError(f"{name}={value!r} is not available in this version; use {' or '.join(map(repr, available))}")
+
+
+def _check_max_memory(max_memory: object) -> None:
+    if max_memory is None:
+        return
+    if not isinstance(max_memory, Mapping):
+        raise ValueError(f"max_memory must be a dict such as {{0: '8GiB', 'cpu': '16GiB'}}, got {max_memory!r}")
+    for device, size in max_memory.items():
+        if device == "disk":
+            raise ValueError("max_memory: the disk tier is not available in this version; leave 'disk' out")
+        if device != "cpu" and (not isinstance(device, int) or isinstance(device, bool) or device < 0):
+            raise ValueError(f"max_memory: {device!r} is no device; use a GPU index or 'cpu'")
+        parse_bytes(size)

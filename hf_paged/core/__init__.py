@@ -1,0 +1,1 @@
+"""Blocks, tables, tries and plans in plain Python: knows neither transformers nor triton nor a device."""

@@ -1,0 +1,189 @@
+"""The block pool: which block is free, owned, shared or cached, and where the next one should lie.
+
+Life of a block:
+
+    state    references   indexed   leaves by
+    -------  ----------   -------   ------------------------------------------
+    free     0            no        take()                      -> owned
+    owned    1            maybe     share() -> shared, drop()   -> cached / free
+    shared   2 or more    maybe     drop()                      -> owned
+    cached   0            yes       share() -> owned, evict()   -> free
+
+Block 0 is the null block: never handed out, always zero, the target of padding.
+
+Attention reads adjacent blocks as one strided view, so the pool prefers them: `take(after=b)` continues behind
+`b`, and a *claim* keeps room behind a sequence that is expected to grow. A claim is a hint, not a reservation:
+it costs no memory and is ignored as soon as nothing else is free.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+NULL_BLOCK = 0
+
+
+class OutOfBlocks(Exception):
+    """Raised when fewer blocks can be had than were asked for; carries the number that could."""
+
+    def __init__(self, wanted: int, available: int):
+        super().__init__(f"{wanted} blocks wanted, {available} available")
+        self.wanted, self.available = wanted, available
+
+
+class BlockPool:
+    """Hands out block ids.
+
+    Args:
+        num_blocks: ids run from 1 to `num_blocks - 1`; id 0 is the null block.
+        on_evict: called with a cached block's id when its content is given up.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None] | None = None):
+        self.num_blocks = num_blocks
+        self.limit = num_blocks - 1
+        self._refs = [0] * num_blocks
+        self._used = bytearray(num_blocks)
+        self._claimed = bytearray(num_blocks)
+        self._used[NULL_BLOCK] = self._claimed[NULL_BLOCK] = 1
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._in_use = 0
+        self._on_evict = on_evict
+        self.high_water = 1
+
+    @property
+    def in_use(self) -> int:
+        """Blocks held by at least one table."""
+        return self._in_use
+
+    @property
+    def cached(self) -> int:
+        """Blocks held by no table whose content is kept."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` could hand out, cached ones included."""
+        return self.limit - self._in_use
+
+    def references(self, block: int) -> int:
+        """Number of tables that hold `block`."""
+        return self._refs[block]
+
+    def take(self, count: int, after: int | None = None, room: int = 0) -> tuple[list[int], range]:
+        """Take `count` blocks, adjacent if possible, behind block `after` if possible.
+
+        Returns the ids and the claim, the ids from the first block on with `room` more behind them; give it
+        back with `unclaim`. Evicts cached blocks where nothing is free. Raises `OutOfBlocks` and changes
+        nothing where that is not enough.
+        """
+        if count > self.available:
+            raise OutOfBlocks(count, self.available)
+        while self._in_use + self.cached + count > self.limit:
+            self.evict(1)
+        self._in_use += count
+        claim = range(0)
+        blocks = self._own(self._run_behind(after, count)) if after is not None else []
+        rest = count - len(blocks)
+        if rest:
+            start = self._find_run(rest, room)
+            if start is None:
+                blocks += self._own(self._scattered(rest))
+            else:
+                blocks += self._own(range(start, start + rest))
+                claim = range(start, min(start + rest + room, self.num_blocks))
+                self._claimed[claim.start : claim.stop] = b"\1" * len(claim)
+        self.high_water = max(self.high_water, max(blocks, default=0) + 1)
+        return blocks, claim
+
+    def _own(self, blocks: Iterable[int]) -> list[int]:
+        blocks = list(blocks)
+        for block in blocks:
+            self._used[block] = self._claimed[block] = 1
+            self._refs[block] = 1
+        return blocks
+
+    def _run_behind(self, after: int, count: int) -> range:
+        stop = min(after + 1 + count, self.num_blocks)
+        used = self._used.find(1, after + 1, stop)
+        return range(after + 1, stop if used < 0 else used)
+
+    def _find_run(self, count: int, room: int) -> int | None:
+        """Start of the first run of free blocks: with room and unclaimed, else unclaimed, else just free."""
+        for bitmap, length in ((self._claimed, count + room), (self._claimed, count), (self._used, count)):
+            start = bitmap.find(bytes(length))
+            if start >= 0:
+                return start
+        return None
+
+    def _scattered(self, count: int) -> list[int]:
+        blocks, at = [], 0
+        for _ in range(count):
+            at = self._used.find(0, at + 1)
+            blocks.append(at)
+        return blocks
+
+    def unclaim(self, claim: range) -> None:
+        """Give back the unused part of a claim."""
+        self._claimed[claim.start : claim.stop] = self._used[claim.start : claim.stop]
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add one reference to each block; a cached block is owned again."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._cached[block]
+                self._in_use += 1
+            self._refs[block] += 1
+
+    def drop(self, blocks: Sequence[int], keep: Callable[[int], bool] = lambda block: False) -> None:
+        """Remove one reference from each block, in order; those that `keep` accepts stay cached.
+
+        Callers drop a sequence's tail first, so that chains are evicted from their ends.
+        """
+        for block in blocks:
+            self._refs[block] -= 1
+            if self._refs[block]:
+                continue
+            self._in_use -= 1
+            if keep(block):
+                self._cached[block] = None
+            else:
+                self._free(block)
+
+    def touch(self, blocks: Sequence[int]) -> None:
+        """Mark cached blocks as the most recently used."""
+        for block in blocks:
+            if block in self._cached:
+                self._cached.move_to_end(block)
+
+    def evict(self, count: int) -> int:
+        """Give up the content of the `count` least recently used cached blocks; returns how many there were."""
+        evicted = min(count, len(self._cached))
+        for _ in range(evicted):
+            block, _ = self._cached.popitem(last=False)
+            self._free(block)
+            if self._on_evict is not None:
+                self._on_evict(block)
+        return evicted
+
+    def uncache(self, block: int) -> None:
+        """Free a cached block whose content is no longer valid."""
+        del self._cached[block]
+        self._free(block)
+
+    def _free(self, block: int) -> None:
+        self._used[block] = self._claimed[block] = 0
+
+    def check_integrity(self, expected_references: dict[int, int]) -> None:
+        """Prove that every block is in exactly one state and that references equal `expected_references`."""
+        for block in range(1, self.num_blocks):
+            refs = expected_references.get(block, 0)
+            assert self._refs[block] == refs, f"block {block}: {self._refs[block]} references, tables hold {refs}"
+            cached = block in self._cached
+            assert not (refs and cached), f"block {block} is owned and cached"
+            assert bool(self._used[block]) == bool(refs or cached), f"block {block}: wrong bitmap"
+            assert self._claimed[block] or not self._used[block], f"block {block} is used but not claimed"
+        assert self._refs[NULL_BLOCK] == 0, "the null block was handed out"
+        assert self._in_use == len(expected_references), "wrong count of blocks in use"
+        assert self._in_use + self.cached <= self.limit, "over the limit"

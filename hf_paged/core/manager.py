@@ -1,0 +1,151 @@
+"""The manager: sequences' tables on top of the pool, with fork, copy-on-write and crop."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from hf_paged.core.blocks import BlockPool, OutOfBlocks
+from hf_paged.core.plan import Copy
+from hf_paged.core.table import BlockTable
+
+
+class BlockManager:
+    """Owns the pool and every live table. Operations are short and hold `lock`; none touches tensors.
+
+    A block that several tables hold is never written: `append` gives the table a block of its own and says which
+    slots are to be copied. An operation that raises `OutOfBlocks` has changed nothing.
+
+    Args:
+        num_blocks: pool size including the null block.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.lock = threading.RLock()
+        self.copied_blocks = 0
+        self._tables: dict[int, BlockTable] = {}
+
+    def new_table(self) -> BlockTable:
+        """An empty table, live until `free`."""
+        table = BlockTable(self.block_size)
+        with self.lock:
+            self._tables[id(table)] = table
+        return table
+
+    def fork(self, source: BlockTable, num_tokens: int | None = None) -> BlockTable:
+        """A new table that shares the first `num_tokens` tokens of `source` (default: all)."""
+        table = self.new_table()
+        self.assign(table, source, source.num_tokens if num_tokens is None else num_tokens)
+        return table
+
+    def assign(self, target: BlockTable, source: BlockTable, num_tokens: int) -> list[int]:
+        """Make `target` share the first `num_tokens` tokens of `source`.
+
+        Returns the blocks that it held before, for the caller to `drop`: at once, or after a plan whose copies may
+        still read them.
+        """
+        with self.lock:
+            self.pool.share(source.blocks[: self.blocks_for(num_tokens)])
+            self._unclaim(target)
+            before = target.truncate(0)
+            target.copy_from(source, num_tokens)
+            return before
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each block, in order."""
+        with self.lock:
+            self.pool.drop(blocks)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks that appending `num_tokens` tokens to `table` takes from the pool."""
+        if num_tokens == 0:
+            return 0
+        grown = self.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
+        return grown + self.must_copy_tail(table)
+
+    def must_copy_tail(self, table: BlockTable) -> bool:
+        """Whether the next token of `table` would fall into a block that others hold too."""
+        return table.num_tokens % self.block_size != 0 and self.pool.references(table.blocks[-1]) > 1
+
+    def append(
+        self, tables: Sequence[BlockTable], num_tokens: int | Sequence[int], room_tokens: int = 0
+    ) -> list[Copy]:
+        """Make room for `num_tokens` more tokens in each table; returns the copies that come before reading.
+
+        `room_tokens` more are expected later. Raises `OutOfBlocks`.
+        """
+        counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
+        with self.lock:
+            needed = sum(map(self.blocks_needed, tables, counts))
+            if needed > self.pool.available:
+                raise OutOfBlocks(needed, self.pool.available)
+            copies: list[Copy] = []
+            for table, count in zip(tables, counts, strict=True):
+                copies += self._append(table, count, room_tokens)
+            return copies
+
+    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int) -> list[Copy]:
+        copies: list[Copy] = []
+        size = self.block_size
+        total_blocks = self.blocks_for(table.num_tokens + num_tokens)
+        room = self.blocks_for(table.num_tokens + num_tokens + room_tokens) - total_blocks
+        if num_tokens and self.must_copy_tail(table):
+            (shared,) = table.truncate(len(table.blocks) - 1)
+            # The copy and what follows it are taken together, so that they lie side by side.
+            self._extend(table, total_blocks - len(table.blocks), None, room)
+            own = table.blocks[table.num_tokens // size]
+            copies.append(Copy(shared * size, own * size, table.num_tokens % size))
+            self.pool.drop([shared])
+            self.copied_blocks += 1
+        missing = total_blocks - len(table.blocks)
+        if missing > 0:
+            self._extend(table, missing, table.blocks[-1] if table.blocks else None, room)
+        table.num_tokens += num_tokens
+        return copies
+
+    def _extend(self, table: BlockTable, count: int, after: int | None, room: int) -> None:
+        blocks, claim = self.pool.take(count, after, room)
+        table.extend(blocks)
+        if claim:
+            table.claims.append(claim)
+
+    def crop(self, table: BlockTable, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens."""
+        with self.lock:
+            self.pool.drop(table.truncate(self.blocks_for(num_tokens)))
+            table.num_tokens = num_tokens
+
+    def free(self, table: BlockTable) -> None:
+        """Give up the table; freeing twice is harmless."""
+        with self.lock:
+            if self._tables.pop(id(table), None) is not None:
+                self._empty(table)
+
+    def _empty(self, table: BlockTable) -> None:
+        self._unclaim(table)
+        self.pool.drop(table.truncate(0))
+        table.num_tokens = 0
+
+    def _unclaim(self, table: BlockTable) -> None:
+        for claim in table.claims:
+            self.pool.unclaim(claim)
+        table.claims.clear()
+
+    def check_integrity(self) -> None:
+        """Prove that the pool agrees with the live tables; for tests."""
+        with self.lock:
+            held: Counter[int] = Counter()
+            for table in self._tables.values():
+                assert len(table.blocks) == self.blocks_for(table.num_tokens), "a table holds too many or too few blocks"
+                slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]
+                assert slots == [table.slot(i) for i in range(table.num_tokens)], "spans disagree with the blocks"
+                held.update(table.blocks)
+            self.pool.check_integrity(dict(held))

@@ -1,0 +1,102 @@
+"""What one forward pass does to the blocks: plain records that glue builds and backends read.
+
+Queries are numbered `0 .. num_queries - 1` in the order in which the forward pass sees them (decode: one per row).
+The KV that a query may see is the union of *pieces*: every query is in exactly one `own` piece and in any number of
+`shared` ones, and the partial results are merged by log-sum-exp. Shared pieces are read once for all their queries
+(Hydragen, https://arxiv.org/abs/2402.05099; cascade attention). `segments` say the same without sharing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hf_paged.core.table import BlockTable, Run
+
+
+class Write(NamedTuple):
+    """New tokens `[source, source + tokens)` go to slots `slot, slot + step, ...`."""
+
+    source: int
+    tokens: int
+    slot: int
+    step: int
+
+
+class Copy(NamedTuple):
+    """`tokens` slots from `source` on are copied to `target` on (copy-on-write)."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+class Piece(NamedTuple):
+    """Queries `[start, stop)` see the tokens of `runs`: all of them, or (`causal`) each up to its own.
+
+    A causal piece has one run with one token per query.
+    """
+
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+    causal: bool
+
+
+class Segment(NamedTuple):
+    """Queries `[start, start + length)` are tokens `[kv_len - length, kv_len)` of `table` and see all before them."""
+
+    table: BlockTable
+    start: int
+    length: int
+    kv_len: int
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One forward pass: what is written where, and what each query sees.
+
+    Attributes:
+        num_queries: tokens that go through the model.
+        writes, copies: what `update` does in every layer; copies come after the writes, in order.
+        own, shared: the pieces above.
+        segments: the same visibility as ragged queries over tables.
+        order: `order[i]` is the row of query `i` where decode rows were permuted, else `None`.
+        kv_len: the longest sequence after this pass, in tokens.
+        prepared: what backends derive from the plan once and use in every layer.
+    """
+
+    num_queries: int
+    writes: list[Write]
+    copies: list[Copy]
+    own: list[Piece]
+    shared: list[Piece]
+    segments: list[Segment]
+    kv_len: int
+    order: list[int] | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+
+def strided_writes(slots: list[int], source: int = 0) -> list[Write]:
+    """Token `source + i` goes to `slots[i]`: as few writes of equal step as a greedy walk finds."""
+    writes: list[Write] = []
+    at = 0
+    while at < len(slots):
+        step = slots[at + 1] - slots[at] if at + 1 < len(slots) else 1
+        end = at + 1
+        while step > 0 and end < len(slots) and slots[end] - slots[end - 1] == step:
+            end += 1
+        writes.append(Write(source + at, end - at, slots[at], max(step, 1)))
+        at = end
+    return writes
+
+
+def matched_writes(sources: list[int], slots: list[int]) -> list[Write]:
+    """Token `sources[i]` goes to `slots[i]`, both rising: one write per stretch in which both rise by one."""
+    writes: list[Write] = []
+    for source, slot in zip(sources, slots, strict=True):
+        if writes and source == writes[-1].source + writes[-1].tokens and slot == writes[-1].slot + writes[-1].tokens:
+            writes[-1] = writes[-1]._replace(tokens=writes[-1].tokens + 1)
+        else:
+            writes.append(Write(source, 1, slot, 1))
+    return writes

@@ -1,0 +1,246 @@
+"""Builds step plans: a packed pass over the trie of new tokens, a decode step of one token a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, strided_writes
+from hf_paged.core.table import BlockTable, Run
+from hf_paged.core.trie import TrieNode, build_trie
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedPlan:
+    """A pass over the distinct new tokens of several rows, in depth-first order of their trie.
+
+    Attributes:
+        chunks: plans of successive forward passes, each over at most the chunk size of tokens.
+        sources: `(row, start, stop)` stretches of the rows' new tokens whose concatenation is the packed input.
+        ends: packed index behind each node's tokens.
+        deepest: index of the last node of each row.
+        nodes: the trie; positions count from 1, element 0 stands for the row's past.
+    """
+
+    chunks: list[StepPlan]
+    sources: list[tuple[int, int, int]]
+    ends: list[int]
+    deepest: list[int]
+    nodes: list[TrieNode]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.ends[-1]
+
+    def packed_index(self, row: int, token: int) -> int:
+        """Where new token `token` of `row` is computed."""
+        index: int | None = self.deepest[row]
+        while index is not None:
+            node = self.nodes[index]
+            if node.start - 1 <= token:
+                return self.ends[index] - (node.stop - 1 - token)
+            index = node.parent
+        raise IndexError(f"row {row} has no new token {token}")
+
+
+class _Stretch(NamedTuple):
+    """New tokens whose slots are adjacent and which belong to one node and one chunk."""
+
+    start: int
+    run: Run
+    kv_len: int
+    table: BlockTable
+    node: int
+    copies: Sequence[Copy]
+
+
+class _View(NamedTuple):
+    """Packed queries `[start, stop)` see all of `runs`."""
+
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+
+
+def plan_packed(
+    manager: BlockManager,
+    tables: Sequence[BlockTable],
+    tokens: Sequence[Sequence[int]],
+    chunk_tokens: int,
+    room_tokens: int = 0,
+) -> PackedPlan:
+    """Append each row's new `tokens` (at least one) to its table, computing what rows have in common once.
+
+    Rows whose pasts are equal and whose tokens begin alike end up sharing blocks; `room_tokens` more are expected
+    behind each row. Raises `OutOfBlocks` and changes nothing where the pool cannot hold the new tokens.
+    """
+    with manager.lock:
+        pasts: dict[tuple[tuple[int, ...], int], int] = {}
+        keys = [pasts.setdefault((tuple(t.blocks), t.num_tokens), -1 - len(pasts)) for t in tables]
+        nodes = build_trie([[key, *row] for key, row in zip(keys, tokens, strict=True)])
+        bases = [table.num_tokens for table in tables]
+        _check_room(manager, tables, nodes, bases)
+
+        stretches: list[_Stretch] = []
+        sources: list[tuple[int, int, int]] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        deepest = [0] * len(tables)
+        left: list[int] = []  # not free before the end: pending copies read them
+        at = 0
+        for index, node in enumerate(nodes):
+            owner = node.rows[0]
+            table, base = tables[owner], bases[owner]
+            start, stop = max(node.start - 1, 0), node.stop - 1
+            if node.parent is not None and nodes[node.parent].rows[0] != owner:
+                left += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
+            copies = manager.append([table], stop - start, len(tokens[owner]) - stop + room_tokens)
+            starts.append(at)
+            if stop > start:
+                sources.append((owner, start, stop))
+            for run in _cut(table.runs(base + start, base + stop), at, chunk_tokens):
+                start += run.tokens
+                stretches.append(_Stretch(at, run, base + start, table, index, copies))
+                at, copies = at + run.tokens, []
+            ends.append(at)
+            for row in node.rows:
+                deepest[row] = index
+        for row, index in enumerate(deepest):
+            owner = nodes[index].rows[0]
+            if owner != row:
+                left += manager.assign(tables[row], tables[owner], tables[owner].num_tokens)
+        manager.drop(left)
+        tails = _subtree_ends(nodes, ends)
+        views = [
+            _View(starts[i], tails[i], tuple(tables[node.rows[0]].runs(0, bases[node.rows[0]])))
+            for i, node in enumerate(nodes)
+            if node.parent is None and bases[node.rows[0]]
+        ]
+        views += [_View(s.start + s.run.tokens, tails[s.node], (s.run,)) for s in stretches]
+    chunks = [_chunk_plan(stretches, views, lo, min(lo + chunk_tokens, at)) for lo in range(0, at, chunk_tokens)]
+    return PackedPlan(chunks, sources, ends, deepest, nodes)
+
+
+def _check_room(
+    manager: BlockManager, tables: Sequence[BlockTable], nodes: Sequence[TrieNode], bases: Sequence[int]
+) -> None:
+    """Raise `OutOfBlocks` where the blocks that the nodes will take are more than the pool has."""
+    size, needed = manager.block_size, 0
+    for node in nodes:
+        owner = node.rows[0]
+        start, stop = bases[owner] + max(node.start - 1, 0), bases[owner] + node.stop - 1
+        if stop == start:
+            continue
+        in_place = node.parent is None or nodes[node.parent].rows[0] == owner
+        first = manager.blocks_for(start) if in_place else start // size
+        copied = in_place and start == bases[owner] and manager.must_copy_tail(tables[owner])
+        needed += manager.blocks_for(stop) - first + copied
+    if needed > manager.pool.available:
+        raise OutOfBlocks(needed, manager.pool.available)
+
+
+def _cut(runs: Iterable[Run], at: int, chunk_tokens: int) -> Iterator[Run]:
+    """Cut runs where a chunk ends."""
+    for slot, tokens in runs:
+        while tokens:
+            part = min(tokens, chunk_tokens - at % chunk_tokens)
+            yield Run(slot, part)
+            slot, tokens, at = slot + part, tokens - part, at + part
+
+
+def _subtree_ends(nodes: Sequence[TrieNode], ends: Sequence[int]) -> list[int]:
+    """Packed index behind the last descendant of each node; descendants follow their node without a gap."""
+    tails = list(ends)
+    for index in range(len(nodes) - 1, -1, -1):
+        parent = nodes[index].parent
+        if parent is not None:
+            tails[parent] = max(tails[parent], tails[index])
+    return tails
+
+
+def _chunk_plan(stretches: Sequence[_Stretch], views: Sequence[_View], lo: int, hi: int) -> StepPlan:
+    """The plan of packed queries `[lo, hi)`."""
+    inside = [s for s in stretches if lo <= s.start < hi]
+    own = [Piece(s.start - lo, s.start - lo + s.run.tokens, (s.run,), True) for s in inside]
+    shared = [
+        Piece(max(view.start, lo) - lo, min(view.stop, hi) - lo, view.runs, False)
+        for view in views
+        if max(view.start, lo) < min(view.stop, hi)
+    ]
+    return StepPlan(
+        num_queries=hi - lo,
+        writes=[Write(s.start - lo, s.run.tokens, s.run.slot, 1) for s in inside],
+        copies=[copy for s in inside for copy in s.copies],
+        own=own,
+        shared=shared,
+        segments=[Segment(s.table, s.start - lo, s.run.tokens, s.kv_len) for s in inside],
+        kv_len=max(s.kv_len for s in inside),
+    )
+
+
+def plan_decode(manager: BlockManager, tables: Sequence[BlockTable], room_tokens: int = 0) -> StepPlan:
+    """Append one token to every table: one query a row. Raises `OutOfBlocks` and changes nothing."""
+    copies = manager.append(tables, 1, room_tokens)
+    order, own, shared = _decode_pieces(tables)
+    rows = range(len(tables)) if order is None else order
+    return StepPlan(
+        num_queries=len(tables),
+        writes=strided_writes([table.slot(table.num_tokens - 1) for table in tables]),
+        copies=copies,
+        own=own,
+        shared=shared,
+        segments=[Segment(tables[row], query, 1, tables[row].num_tokens) for query, row in enumerate(rows)],
+        kv_len=max(table.num_tokens for table in tables),
+        order=order,
+    )
+
+
+def _decode_pieces(tables: Sequence[BlockTable]) -> tuple[list[int] | None, list[Piece], list[Piece]]:
+    """Pieces of one query a row, and the order of the rows that makes the sharing rows neighbours."""
+    order, prefixes = None, [0] * len(tables)
+    shared: list[Piece] = []
+    if len({table.blocks[0] for table in tables}) < len(tables):
+        size = tables[0].block_size
+        nodes = build_trie([table.blocks for table in tables])
+        order = _leaf_order(nodes, len(tables))
+        query = {row: i for i, row in enumerate(order)}
+        for node in nodes:
+            if len(node.rows) > 1:
+                first = min(query[row] for row in node.rows)
+                runs = tuple(tables[node.rows[0]].runs(node.start * size, node.stop * size))
+                shared.append(Piece(first, first + len(node.rows), runs, False))
+                for row in node.rows:
+                    prefixes[row] = node.stop * size
+        if order == list(range(len(tables))):
+            order = None
+    own: list[Piece] = []
+    for query_index, row in enumerate(order or range(len(tables))):
+        *earlier, last = tables[row].runs(prefixes[row], tables[row].num_tokens)
+        own.append(Piece(query_index, query_index + 1, (last,), False))
+        if earlier:
+            shared.append(Piece(query_index, query_index + 1, tuple(earlier), False))
+    return order, own, shared
+
+
+def _leaf_order(nodes: Sequence[TrieNode], num_rows: int) -> list[int]:
+    """Rows in an order in which those of every node are neighbours, close to the order they came in."""
+    children: dict[int | None, list[int]] = {}
+    for index, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(index)
+    order: list[int] = []
+
+    def visit(index: int) -> None:
+        inner = sorted(children.get(index, ()), key=lambda child: min(nodes[child].rows))
+        below = {row for child in inner for row in nodes[child].rows}
+        order.extend(row for row in sorted(nodes[index].rows) if row not in below)
+        for child in inner:
+            visit(child)
+
+    for root in sorted(children.get(None, ()), key=lambda child: min(nodes[child].rows)):
+        visit(root)
+    assert len(order) == num_rows
+    return order

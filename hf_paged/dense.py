@@ -1,0 +1,66 @@
+"""Dense K and V of some rows: as a view where their blocks allow it, else gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.core.blocks import NULL_BLOCK
+from hf_paged.core.table import BlockTable
+from hf_paged.store import run_slots
+
+
+class DenseView:
+    """Reads rows as `[batch, kv_heads, columns, dim]`, zeros at columns that are not stored.
+
+    Args:
+        tables: one per row, as long as they are when the view is made.
+        num_columns: dense columns.
+        columns: `[batch, num_columns]` bool, which columns are stored; `None`: all of them.
+    """
+
+    def __init__(self, tables: Sequence[BlockTable], num_columns: int, columns: torch.Tensor | None):
+        self._rows = [(table, table.num_tokens) for table in tables]
+        self._num_columns = num_columns
+        self._columns = columns
+        self._slots: torch.Tensor | None = None
+        self._stride = self._find_stride()
+
+    def _find_stride(self) -> tuple[int, int] | None:
+        """First slot and distance of the rows, where each is one run of all columns and the distances are equal."""
+        starts: list[int] = []
+        for table, num_tokens in self._rows:
+            runs = list(table.runs(0, num_tokens))
+            if num_tokens != self._num_columns or len(runs) != 1:
+                return None
+            starts.append(runs[0].slot)
+        if not starts:
+            return None
+        step = starts[1] - starts[0] if len(starts) > 1 else 0
+        if step < 0 or any(start != starts[0] + i * step for i, start in enumerate(starts)):
+            return None
+        return starts[0], step
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        """The rows' part of `memory [kv_heads, slots, dim]`."""
+        heads, slots, dim = memory.shape
+        if self._stride is not None:
+            first, step = self._stride
+            shape = (len(self._rows), heads, self._num_columns, dim)
+            return memory.as_strided(shape, (step * dim, slots * dim, dim, 1), first * dim)
+        gathered = memory.index_select(1, self._dense_slots(memory.device))
+        return gathered.view(heads, len(self._rows), self._num_columns, dim).transpose(0, 1)
+
+    def _dense_slots(self, device: torch.device) -> torch.Tensor:
+        if self._slots is None:
+            # Slot 0 belongs to the null block, which is always zero.
+            slots = torch.full((len(self._rows), self._num_columns), NULL_BLOCK, dtype=torch.long)
+            for row, (table, num_tokens) in enumerate(self._rows):
+                stored = run_slots(list(table.runs(0, num_tokens)), slots.device)
+                if self._columns is None:
+                    slots[row] = stored
+                else:
+                    slots[row, self._columns[row]] = stored
+            self._slots = slots.flatten().to(device)
+        return self._slots

@@ -1,0 +1,274 @@
+"""What happens when a patched model is called with a `PagedCache`: one decode step, a packed pass, or a padded one.
+
+The caller's view stays that of stock transformers: `[batch, tokens]` in, logits of the asked-for columns out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_paged.attention import paged_mask
+from hf_paged.cache import PagedCache
+from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.planner import PackedPlan, plan_decode, plan_packed
+from hf_paged.step import Step
+
+# Packed tokens per forward pass: bounds activation memory.
+PACKED_CHUNK_TOKENS = 8192
+
+# Arguments that the fast paths carry over or replace; any other one that is set means the padded path.
+_KNOWN_ARGUMENTS = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache return_dict logits_to_keep "
+    "cache_position".split()
+)
+_MEANINGLESS_IF_FALSE = (None, False)
+
+
+@dataclass(slots=True)
+class ModelCall:
+    """A call of a patched model, taken apart.
+
+    Attributes:
+        call: the stock `__call__`.
+        kwargs: its keyword arguments.
+        inputs: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, hidden]`.
+        new_columns: `[batch, tokens]` bool on the CPU, False at padding; `None` where there is none.
+        last_only: whether the last column's logits suffice although the call does not say so.
+    """
+
+    call: Callable[..., Any]
+    kwargs: dict[str, Any]
+    inputs: torch.Tensor
+    new_columns: torch.Tensor | None
+    last_only: bool
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.inputs.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """New columns."""
+        return self.inputs.shape[1]
+
+    @property
+    def real_tokens(self) -> int:
+        """New tokens, padding left out."""
+        return self.rows * self.tokens if self.new_columns is None else int(self.new_columns.sum())
+
+    @property
+    def input_name(self) -> str:
+        """`"input_ids"` or `"inputs_embeds"`."""
+        return "input_ids" if self.inputs.dim() == 2 else "inputs_embeds"
+
+
+def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None) -> str | None:
+    """Why this call must take the padded path, or `None`.
+
+    Args:
+        request: the call.
+        cache: its cache.
+        window_limit: longest sequence for which the model's attention is known to be what the backends compute.
+    """
+    kwargs = request.kwargs
+    for name, value in kwargs.items():
+        if name not in _KNOWN_ARGUMENTS and not any(value is empty for empty in _MEANINGLESS_IF_FALSE):
+            return f"argument {name}"
+    if kwargs.get("return_dict") is False:
+        return "argument return_dict=False"
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape[1] != cache.dense_len + request.tokens:
+            return "custom attention mask"
+        stored = mask[:, : cache.dense_len].bool().cpu()
+        if not (stored.all() if cache.columns is None else torch.equal(stored, cache.columns)):
+            return "attention mask differs from what is cached"
+    elif cache.columns is not None:
+        return "attention mask differs from what is cached"
+    if positions is not None and positions.dim() != 2:
+        return "position ids of several dimensions"
+    new, tokens = request.new_columns, request.tokens
+    if new is not None and bool((new.any(dim=1) & ~new[:, -1]).any()):
+        return "padding on the right"
+    if window_limit is not None and cache.dense_len + tokens > window_limit:
+        return "sliding window that attention is not told of"
+    if any(cache.windows) and _has_holes(cache, new):
+        return "holes in the attention mask of a sliding-window model"
+    keep = kwargs.get("logits_to_keep") or 0
+    if isinstance(keep, torch.Tensor):
+        return "argument logits_to_keep as a tensor"
+    keep = keep or (1 if request.last_only else 0)
+    if tokens > 1 and not keep and (new is not None or request.rows > 1):
+        return "logits of all tokens"
+    if new is not None and bool((new.any(dim=1) & ~new[:, -keep:].all(dim=1)).any()):
+        return "logits of padding"
+    return None
+
+
+def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
+    """Whether padding follows a stored column."""
+    parts = [part for part in (cache.columns, new) if part is not None]
+    if not parts:
+        return False
+    columns = torch.cat(parts, dim=1) if len(parts) == 2 or new is None else new
+    if new is not None and cache.columns is None and cache.dense_len:
+        return True
+    return bool((columns[:, :-1] & ~columns[:, 1:]).any())
+
+
+def run_decode(request: ModelCall, cache: PagedCache, backend: str) -> Any:
+    """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero."""
+    active = [row for row in range(request.rows) if row not in cache.finished]
+    some = len(active) < request.rows
+    tables = [cache.tables[row] for row in active] if some else cache.tables
+    try:
+        plan = plan_decode(cache.pool.manager, tables, cache.room_tokens)
+    except OutOfBlocks as error:
+        raise cache.pool.memory_error(error, len(tables)) from None
+    columns = None
+    if cache.columns is not None:
+        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
+    cache.step = Step(plan, cache.dense_len + 1, 1, tables, columns, backend)
+    kwargs = dict(request.kwargs, attention_mask=paged_mask(request.inputs.device))
+    if some:
+        index = torch.tensor(active, device=request.inputs.device)
+        kwargs[request.input_name] = request.inputs[index]
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[0] == request.rows:
+            kwargs["position_ids"] = positions[index]
+    outputs = request.call(**kwargs)
+    cache.finish(None, 1)
+    if some:
+        outputs.logits = spread_rows(outputs.logits, index, request.rows)
+    return outputs
+
+
+def run_packed(
+    request: ModelCall,
+    cache: PagedCache,
+    backend: str,
+    keeps_logits: bool,
+    windows_seen: dict[int, int | None] | None = None,
+    chunk_tokens: int = PACKED_CHUNK_TOKENS,
+) -> tuple[Any, int]:
+    """All new tokens of all rows, each distinct one once and no padding.
+
+    Args:
+        request: the call.
+        cache: its cache; rows end up sharing what they have in common.
+        backend: name of the attention backend.
+        keeps_logits: whether the model can be told whose logits are wanted.
+        windows_seen: filled with the sliding window of each layer's attention call.
+        chunk_tokens: packed tokens per forward pass.
+
+    Returns:
+        The model's outputs with logits as stock would shape them, and the number of tokens computed.
+    """
+    columns = _real_columns(request)
+    # A chunk of a left-padded prompt may hold nothing of a row.
+    rows = [row for row, real in enumerate(columns) if real]
+    columns = [columns[row] for row in rows]
+    sequences = _token_keys(request, cache, rows, columns)
+    pool = cache.pool
+    try:
+        plan = plan_packed(
+            pool.manager, [cache.tables[row] for row in rows], sequences, chunk_tokens, cache.room_tokens
+        )
+    except OutOfBlocks as error:
+        raise pool.memory_error(error, sum(map(len, sequences))) from None
+    keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
+    wanted = [
+        [plan.packed_index(row, token) for token in range(len(sequence))[-keep:]]
+        for row, sequence in enumerate(sequences)
+    ]
+    source = _packed_source(plan, rows, columns, request.tokens).to(request.inputs.device)
+    outputs, logits = None, []
+    done = 0
+    for chunk in plan.chunks:
+        here = source[done : done + chunk.num_queries]
+        cache.step = Step(chunk, cache.dense_len + request.tokens, 0, backend=backend)
+        kwargs = _packed_arguments(request, here)
+        indices = sorted({i - done for row in wanted for i in row if done <= i < done + chunk.num_queries})
+        picked = torch.tensor(indices or [0], device=here.device)
+        if keeps_logits:
+            kwargs["logits_to_keep"] = picked
+        outputs = request.call(**kwargs)
+        if windows_seen is not None:
+            windows_seen.update(cache.step.windows_seen)
+        if indices:
+            logits.append(outputs.logits[0] if keeps_logits else outputs.logits[0].index_select(0, picked))
+        done += chunk.num_queries
+    cache.finish(request.new_columns, request.tokens)
+    order = {index: at for at, index in enumerate(sorted({i for row in wanted for i in row}))}
+    picked = torch.tensor([[order[i] for i in row] for row in wanted], device=source.device)
+    outputs.logits = torch.cat(logits)[picked]
+    if len(rows) < request.rows:
+        outputs.logits = spread_rows(outputs.logits, torch.tensor(rows, device=source.device), request.rows)
+    return outputs, plan.num_tokens
+
+
+def spread_rows(logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Logits of some rows among those of all; zeros for the others."""
+    return logits.new_zeros(batch_size, *logits.shape[1:]).index_copy_(0, rows, logits)
+
+
+def _real_columns(request: ModelCall) -> list[list[int]]:
+    if request.new_columns is None:
+        return [list(range(request.tokens))] * request.rows
+    return [row.nonzero().flatten().tolist() for row in request.new_columns]
+
+
+def _token_keys(
+    request: ModelCall, cache: PagedCache, rows: list[int], columns: list[list[int]]
+) -> list[list[int]]:
+    """Per row one int per new token; equal ints (after equal pasts) mean equal KV."""
+    if request.input_name == "input_ids":
+        keys = request.inputs
+    else:
+        # Equal embeddings get equal numbers.
+        flat = request.inputs.flatten(0, 1)
+        keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2])
+    positions = request.kwargs.get("position_ids")
+    if positions is not None:
+        usual = torch.zeros_like(keys)
+        for row, real in zip(rows, columns, strict=True):
+            usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
+        positions = positions.expand_as(keys)
+        # Custom positions are part of what a token is.
+        keys = torch.where(positions != usual, keys + (positions.abs() + 1) * 2**32, keys)
+    listed = keys.tolist()
+    return [[listed[row][column] for column in real] for row, real in zip(rows, columns, strict=True)]
+
+
+def _packed_source(plan: PackedPlan, rows: list[int], columns: list[list[int]], tokens: int) -> torch.Tensor:
+    """Index `[packed tokens]` into the flattened `[batch * tokens]` inputs."""
+    return torch.tensor(
+        [rows[row] * tokens + column for row, start, stop in plan.sources for column in columns[row][start:stop]]
+    )
+
+
+def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any]:
+    kwargs = dict(request.kwargs)
+    kwargs[request.input_name] = request.inputs.flatten(0, 1).index_select(0, source).unsqueeze(0)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        positions = positions.expand(request.inputs.shape[:2])
+        kwargs["position_ids"] = positions.reshape(-1).index_select(0, source).unsqueeze(0)
+    kwargs["attention_mask"] = paged_mask(source.device)
+    kwargs.pop("logits_to_keep", None)
+    kwargs.pop("cache_position", None)
+    return kwargs
+
+
+def run_padded(request: ModelCall, cache: PagedCache) -> Any:
+    """The stock-shaped pass: real tokens go to blocks, attention is the model's own over dense K and V."""
+    cache.begin_dense(request.tokens, request.new_columns)
+    outputs = request.call(**request.kwargs)
+    cache.finish(request.new_columns, request.tokens)
+    return outputs
+

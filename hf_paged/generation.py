@@ -1,0 +1,187 @@
+"""The methods of `generate` that a patched model overrides."""
+
+from __future__ import annotations
+
+import copyreg
+import operator
+from collections.abc import Callable
+from copy import deepcopy
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
+
+from hf_paged import compat
+from hf_paged.attention import NAME_PREFIX
+from hf_paged.cache import PagedCache
+
+if TYPE_CHECKING:
+    from hf_paged.runtime import PagedRuntime
+
+RUNTIME_ATTRIBUTE = "_hf_paged_runtime"
+# Room behind a sequence of which nobody says how long it will get; more than this is not kept free for one row.
+MAX_ROOM_TOKENS = 4096
+
+
+class FinishedRows(StoppingCriteriaList):
+    """The call's own criteria; tells the cache each step which rows have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: PagedCache):
+        super().__init__(criteria)
+        self._cache = cache
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._cache.finish_rows(done.tolist())
+        return done
+
+
+class PagedGenerationMixin:
+    """Comes before the model's own class; `patch_model` makes the subclass."""
+
+    _hf_paged_original: type
+
+    @property
+    def paged(self) -> PagedRuntime:
+        """The runtime: settings, statistics, memory."""
+        return self.__dict__[RUNTIME_ATTRIBUTE]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PagedCache):
+            return self.paged.run(super().__call__, cache, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    # -- generate ------------------------------------------------------------------------------------------------
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        salt = model_kwargs.pop("cache_salt", None)
+        if salt is not None and not isinstance(salt, str):
+            raise ValueError(f"cache_salt must be a string, got {type(salt).__name__}")
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        model_kwargs.pop("cache_salt", None)
+        chosen = (
+            model_kwargs.get("past_key_values") is not None
+            or generation_config.cache_implementation is not None
+            or generation_config.use_cache is False
+        )
+        if not chosen:
+            obstacle = self._paged_obstacle()
+            if obstacle is None:
+                room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
+                model_kwargs["past_key_values"] = self.paged.new_cache(room_tokens)
+            else:
+                self.paged.counters.fall_back(f"stock generate: {obstacle}")
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _paged_obstacle(self) -> str | None:
+        """Why `generate` is left to stock, or `None`."""
+        if self.config.is_encoder_decoder:
+            return "encoder-decoder model"
+        if not compat.uses_dynamic_cache(self):
+            return "model keeps a cache of its own"
+        if "prepare_inputs_for_generation" in self.__dict__:
+            return "prepare_inputs_for_generation was replaced on the instance"
+        try:
+            compat.attention_windows(self.config.get_text_config(decoder=True))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _prefill(
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, PagedCache):
+            cache.prefilling = False
+        return outputs
+
+    @wraps(GenerationMixin._sample)
+    def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
+        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        criteria = kwargs["stopping_criteria"]
+        ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        if isinstance(cache, PagedCache) and ends_rows and not config.return_dict_in_generate and not cache.held_by_user:
+            kwargs["stopping_criteria"] = FinishedRows(criteria, cache)
+        return self._paged_decoding(super()._sample, input_ids, kwargs)
+
+    @wraps(GenerationMixin._beam_search)
+    def _beam_search(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
+        return self._paged_decoding(super()._beam_search, input_ids, kwargs)
+
+    @wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
+        return self._paged_decoding(super()._assisted_decoding, input_ids, kwargs, assisted=True)
+
+    def _paged_decoding(
+        self, decode: Callable[..., Any], input_ids: torch.LongTensor, kwargs: dict[str, Any], assisted: bool = False
+    ) -> Any:
+        """Run a decoding loop; whatever happens in it, no block stays behind unless the caller holds the cache."""
+        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        if not isinstance(cache, PagedCache):
+            return decode(input_ids, **kwargs)
+        cache.prefilling, cache.assisted, cache.fell_back = True, assisted, False
+        try:
+            result = decode(input_ids, **kwargs)
+            cache.held_by_user |= bool(config.return_dict_in_generate)
+        finally:
+            cache.prefilling = cache.assisted = False
+            if not cache.held_by_user:
+                cache.release()
+        self.paged.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
+        return result
+
+    # -- copies and files see the original class ------------------------------------------------------------------
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the original class, with the attention it had, loadable without hf_paged."""
+        state = {name: value for name, value in self.__dict__.items() if name != RUNTIME_ATTRIBUTE}
+        parts = (_Call(copyreg.__newobj__, self._hf_paged_original), *self._restored_names())
+        return operator.getitem, (parts, 0), state
+
+    def _restored_names(self) -> list[_Call]:
+        return [
+            _Call(setattr, config, compat.ATTENTION_NAME_ATTRIBUTE, name.removeprefix(NAME_PREFIX))
+            for config in compat.attention_configs(self)
+            if (name := compat.attention_name(config)) and name.startswith(NAME_PREFIX)
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A patched copy with a runtime of its own."""
+        from hf_paged.patch import patch_model
+
+        twin = self._hf_paged_original.__new__(self._hf_paged_original)
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            if name != RUNTIME_ATTRIBUTE:
+                twin.__dict__[name] = deepcopy(value, memo)
+        return patch_model(twin, self.paged.config)
+
+
+class _Call:
+    """Pickles as a call of `function` and unpickles as its result."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any):
+        self._call = function, args
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+
+
+def _count_generated(result: Any, prompt_tokens: int, config: GenerationConfig) -> int:
+    """New tokens in the result of a decoding loop, each row up to and including its end-of-sequence token."""
+    sequences = result if isinstance(result, torch.Tensor) else result.sequences
+    new = sequences[:, prompt_tokens:]
+    end_ids = getattr(config, "_eos_token_tensor", None)
+    if end_ids is None or new.numel() == 0:
+        return new.numel()
+    ends = torch.isin(new, end_ids.to(new.device))
+    return int(((ends.cumsum(dim=1) - ends.long()) == 0).sum())

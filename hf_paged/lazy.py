@@ -1,0 +1,46 @@
+"""K and V that look dense and are not: what `update` returns on the fast path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from hf_paged.step import Step
+    from hf_paged.store import LayerStore
+
+
+class PagedKV(torch.Tensor):
+    """K or V of one layer, logically `[batch, kv_heads, tokens, dim]`, in truth a step's view of the blocks.
+
+    Our attention function reads the blocks. Any other operation gets the dense tensor, gathered when it asks.
+    """
+
+    step: Step
+    store: LayerStore
+    layer_index: int
+    memory: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(
+        cls, like: torch.Tensor, step: Step, store: LayerStore, layer_index: int, memory: torch.Tensor
+    ) -> PagedKV:
+        shape = (like.shape[0], like.shape[1], step.dense_len, like.shape[3])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self.step, self.store, self.layer_index, self.memory = step, store, layer_index, memory
+        return self
+
+    def __repr__(self) -> str:  # the default one would gather
+        return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_to_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _to_dense(value: Any) -> Any:
+    return value.step.dense().of(value.memory) if isinstance(value, PagedKV) else value

@@ -1,0 +1,116 @@
+"""`patch_model`, `unpatch_model` and `paged`: in place, and undone to the last attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from transformers import Pipeline, PreTrainedModel
+
+from hf_paged import compat
+from hf_paged.attention import NAME_PREFIX, patched_name
+from hf_paged.config import PagedConfig
+from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
+from hf_paged.runtime import PagedRuntime
+
+T = TypeVar("T")
+
+
+def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -> T:
+    """Make `model.generate` run on paged KV. Patches in place and returns the same object.
+
+    Args:
+        model: a `PreTrainedModel` that can generate, a `PeftModel` around one, a model that accelerate dispatched or
+            wrapped, or a transformers `Pipeline`.
+        config: settings; the defaults where `None`.
+        **overrides: fields of `PagedConfig`.
+
+    A second call with other settings reconfigures.
+
+    Raises:
+        TypeError: where nothing in `model` can generate.
+        ValueError: naming the field, for a bad config.
+    """
+    target = find_generating_model(model)
+    settings = PagedConfig.build(config, overrides)
+    if is_patched(target):
+        if target.paged.config != settings:
+            _take_names_back(target)
+            target.__dict__[RUNTIME_ATTRIBUTE] = PagedRuntime(target, settings)
+            _name_attention(target)
+        return model
+    original = type(target)
+    target.__class__ = type(
+        original.__name__,
+        (PagedGenerationMixin, original),
+        {"__module__": original.__module__, "__qualname__": original.__qualname__, "_hf_paged_original": original},
+    )
+    target.__dict__[RUNTIME_ATTRIBUTE] = PagedRuntime(target, settings)
+    _name_attention(target)
+    return model
+
+
+def unpatch_model(model: T) -> T:
+    """Undo `patch_model` and free every block; a no-op on a model that is not patched. Returns the same object."""
+    target = find_generating_model(model)
+    if is_patched(target):
+        target.paged.release()
+        _take_names_back(target)
+        del target.__dict__[RUNTIME_ATTRIBUTE]
+        target.__class__ = target._hf_paged_original
+    return model
+
+
+@contextmanager
+def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iterator[T]:
+    """`patch_model` for the length of a `with` block; a model that was patched before gets its old settings back."""
+    target = find_generating_model(model)
+    before = target.paged.config if is_patched(target) else None
+    try:
+        yield patch_model(model, config, **overrides)
+    finally:
+        if before is None:
+            unpatch_model(model)
+        else:
+            patch_model(model, before)
+
+
+def is_patched(model: object) -> bool:
+    """Whether this very object is patched."""
+    return isinstance(model, PagedGenerationMixin)
+
+
+def find_generating_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside pipelines and wrappers whose `generate` will run. Raises `TypeError`."""
+    inner, seen = model, []
+    while not compat.can_generate(inner):
+        seen.append(type(inner).__name__)
+        if isinstance(inner, Pipeline):
+            inner = inner.model
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "module"):  # DataParallel, DistributedDataParallel
+            inner = inner.module
+        else:
+            raise TypeError(
+                f"model: {' > '.join(seen)} cannot generate; pass a transformers model with a language-model head "
+                "(AutoModelForCausalLM), a PeftModel around one, or a text-generation pipeline"
+            )
+    return inner
+
+
+def _name_attention(model: PreTrainedModel) -> None:
+    for config in compat.attention_configs(model):
+        name = compat.attention_name(config)
+        if name is not None and not name.startswith(NAME_PREFIX):
+            compat.set_attention_name(config, patched_name(name))
+
+
+def _take_names_back(model: PreTrainedModel) -> None:
+    for config in compat.attention_configs(model):
+        name = compat.attention_name(config)
+        if name is not None and name.startswith(NAME_PREFIX):
+            compat.set_attention_name(config, name.removeprefix(NAME_PREFIX))

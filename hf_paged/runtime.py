@@ -1,0 +1,185 @@
+"""`model.paged`: one patched model's settings, pool, statistics and knowledge of what it can do."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_paged import compat
+from hf_paged.backends import backend_for
+from hf_paged.cache import PagedCache
+from hf_paged.config import PagedConfig
+from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_packed, run_padded
+from hf_paged.pool import KVPool
+from hf_paged.probe import PROBE_SLOTS, Capability, probe
+from hf_paged.stats import Counters, PagedStats, format_table
+from hf_paged.step import UnsupportedAttentionError
+
+
+class PagedRuntime:
+    """What `model.paged` is.
+
+    Attributes:
+        config: the `PagedConfig` in force.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PagedConfig):
+        self.config = config
+        self._model = weakref.ref(model)
+        self._lock = threading.RLock()
+        self._pool: KVPool | None = None
+        self._pool_key: tuple[Any, ...] | None = None
+        self._capabilities: dict[tuple[Any, ...], Capability] = {}
+        self._copied_before = self._evicted_before = 0
+        self.counters = Counters()
+
+    # -- public --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> PagedStats:
+        """Counters since patching or the last `reset_stats()`, and gauges that are true now."""
+        pool = self._pool
+        if pool is None:
+            return self.counters.snapshot()
+        return self.counters.snapshot(
+            copied_blocks=pool.manager.copied_blocks - self._copied_before,
+            blocks_in_use=pool.manager.pool.in_use,
+            blocks_cached=pool.manager.pool.cached,
+            bytes_in_use=pool.bytes_in_use,
+            bytes_reserved=pool.bytes_reserved,
+        )
+
+    def reset_stats(self) -> None:
+        """Zero the counters; gauges stay true."""
+        self.counters.reset()
+        if self._pool is not None:
+            self._copied_before = self._pool.manager.copied_blocks
+
+    def clear(self) -> None:
+        """Forget every cached prefix, on every tier."""
+        if self._pool is not None:
+            with self._pool.manager.lock:
+                self._pool.manager.pool.evict(self._pool.manager.pool.cached)
+
+    def release(self) -> None:
+        """Give the pool's memory back to the system; the next `generate` takes what it needs again.
+
+        Blocks of caches that are still held stay theirs until they are gone.
+        """
+        with self._lock:
+            self._pool = self._pool_key = None
+            self._copied_before = 0
+
+    def __repr__(self) -> str:
+        model = self._model()
+        name = "?" if model is None else type(model).__name__
+        backend = self.config.attention_backend
+        if model is not None:
+            backend = backend_for(backend, model.device).name
+        return format_table(self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)")
+
+    # -- for the glue --------------------------------------------------------------------------------------------
+
+    def new_cache(self, room_tokens: int) -> PagedCache:
+        """An empty cache on the model's pool for sequences that grow by about `room_tokens`."""
+        model = self._model()
+        cache = PagedCache(model.config, pool=self._current_pool(model), settings=self.config)
+        cache.room_tokens, cache.held_by_user = room_tokens, False
+        return cache
+
+    def _current_pool(self, model: PreTrainedModel) -> KVPool:
+        """The pool; a new one where the model has changed its dtype or device."""
+        with self._lock:
+            key = (model.dtype, model.device)
+            if self._pool is None or self._pool_key != key:
+                self._pool = self._make_pool(model)
+                self._pool_key = key
+                self._copied_before = 0
+            return self._pool
+
+    def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
+        config = model.config.get_text_config(decoder=True)
+        token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
+        return KVPool(self.config, len(compat.attention_windows(config)), token_bytes, model.device, max_slots)
+
+    def capability(self, call: Callable[..., Any]) -> Capability:
+        """What the fast path does for the model as it is now; found out by trying, once."""
+        model = self._model()
+        key = (model.training, model.dtype, compat.attention_name(model.config), self.config.attention_backend)
+        found = self._capabilities.get(key)
+        if found is None:
+            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+        if self.config.verify and found.obstacle is not None:
+            raise ValueError(f"verify: the paged path does not reproduce this model's logits: {found.obstacle}")
+        return found
+
+    def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model with a paged cache: fast where that is exact, padded otherwise.
+
+        Raises `PagedMemoryError` where the new tokens do not fit and `ValueError` for a cache of another model or
+        batch size.
+        """
+        model = self._model()
+        if args and "input_ids" not in kwargs:
+            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
+        inputs = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if args or inputs is None or inputs.dim() not in (2, 3):
+            return call(*args, **kwargs)
+        if cache.sequences.pool is None:
+            cache.sequences.pool = self._make_pool(model)
+        cache.ensure_rows(inputs.shape[0])
+        request = ModelCall(call, kwargs, inputs, _padding(kwargs, inputs), cache.prefilling and not cache.assisted)
+        lengths = [table.num_tokens for table in cache.tables]
+        try:
+            outputs, computed_tokens = self._run_best(request, cache, lengths)
+        except BaseException:
+            cache.roll_back(lengths)
+            raise
+        if cache.prefilling:
+            self._count_prompt(request, cache, computed_tokens)
+        return outputs
+
+    def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int]:
+        """The model's outputs and the number of tokens that were computed."""
+        capability = self.capability(request.call)
+        obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
+        name = self.config.attention_backend
+        if obstacle is None:
+            try:
+                if request.tokens == 1:
+                    return run_decode(request, cache, name), request.rows
+                return run_packed(request, cache, name, capability.keeps_logits)
+            except UnsupportedAttentionError as error:
+                obstacle = str(error)
+                cache.roll_back(lengths)
+        if not cache.fell_back:
+            cache.fell_back = True
+            self.counters.fall_back(obstacle)
+        return run_padded(request, cache), request.real_tokens
+
+    def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int) -> None:
+        drafted = 0
+        if cache.assisted:
+            # The first pass of assisted decoding checks a draft too; it is always that of one row.
+            drafted = max(0, int(request.kwargs.get("logits_to_keep") or 1) - 1)
+            cache.prefilling = False
+        self.counters.add(
+            prompt_tokens=request.real_tokens - drafted,
+            computed_tokens=computed_tokens - drafted,
+            shared_tokens=request.real_tokens - computed_tokens,
+        )
+
+
+def _padding(kwargs: dict[str, Any], inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are real, `[batch, tokens]` bool on the CPU; `None`: all."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
+        return None
+    columns = mask[:, -inputs.shape[1] :].bool().cpu()
+    return None if columns.shape[1] != inputs.shape[1] or columns.all() else columns

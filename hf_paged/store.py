@@ -1,0 +1,107 @@
+"""The store: the memory behind the blocks, and the only code that knows its layout.
+
+Per layer, K and V are head-major: `[kv_heads, slots, dim]`, where slot `b * block_size + i` is token `i` of block
+`b`:
+
+            slot 0 ........ block 1 ........ block 2 ....
+    head 0  [null block   ][t0 t1 ... t15 ][t16 ...      ]
+    head 1  [null block   ][t0 t1 ... t15 ][t16 ...      ]
+
+so the tokens of adjacent blocks are one strided view `[kv_heads, tokens, dim]` that SDPA reads without a copy. The
+tensors are as long as the budget allows; pages that were never written cost nothing (the system maps them on first
+touch), so memory grows with the highest block in use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.core.plan import StepPlan
+from hf_paged.core.table import Run
+
+# Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
+MAX_STRIDED_WRITES = 8
+
+# Tests set this: memory that nobody owns then holds NaN, so that reading it shows.
+POISON = os.environ.get("HF_PAGED_POISON") == "1"
+
+
+class LayerStore:
+    """K and V of one layer: `[kv_heads, slots, dim]` each, K and V of the dims they have."""
+
+    def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor):
+        self.keys = self._allocate(num_slots, block_size, key)
+        self.values = self._allocate(num_slots, block_size, value)
+
+    @staticmethod
+    def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
+        shape = (like.shape[1], num_slots, like.shape[3])
+        memory = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if POISON:
+            memory.fill_(torch.nan)
+        memory[:, :block_size].zero_()
+        return memory
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in this layer."""
+        return sum(t.shape[0] * t.shape[2] * t.element_size() for t in (self.keys, self.values))
+
+    def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether new K and V `[batch, kv_heads, tokens, dim]` fit this layer's shape, dtype and device."""
+        return all(
+            new.shape[1] == held.shape[0]
+            and new.shape[3] == held.shape[2]
+            and new.dtype == held.dtype
+            and new.device == held.device
+            for new, held in ((key, self.keys), (value, self.values))
+        )
+
+    def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
+        for memory, new in ((self.keys, key), (self.values, value)):
+            heads, slots, dim = memory.shape
+            flat = new.transpose(0, 1).reshape(heads, -1, dim)
+            if len(plan.writes) > MAX_STRIDED_WRITES:
+                source, target = _write_indices(plan, memory.device)
+                memory.index_copy_(1, target, flat.index_select(1, source))
+            else:
+                for first, count, slot, step in plan.writes:
+                    view = memory.as_strided((heads, count, dim), (slots * dim, step * dim, 1), slot * dim)
+                    view.copy_(flat[:, first : first + count])
+            for copy in plan.copies:
+                memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
+
+    def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
+        return self.keys.index_select(1, slots), self.values.index_select(1, slots)
+
+    def poison(self, blocks: Sequence[int], block_size: int) -> None:
+        """Fill blocks with NaN."""
+        for block in blocks:
+            for memory in (self.keys, self.values):
+                memory[:, block * block_size : (block + 1) * block_size] = torch.nan
+
+
+def _write_indices(plan: StepPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    key = ("write", device)
+    if key not in plan.prepared:
+        source = [w.source + i for w in plan.writes for i in range(w.tokens)]
+        target = [w.slot + i * w.step for w in plan.writes for i in range(w.tokens)]
+        plan.prepared[key] = torch.tensor([source, target], device=device).unbind(0)
+    return plan.prepared[key]
+
+
+def strided_view(memory: torch.Tensor, run: Run) -> torch.Tensor:
+    """The tokens of a run as a view `[kv_heads, tokens, dim]`."""
+    return memory[:, run.slot : run.slot + run.tokens]
+
+
+def run_slots(runs: Sequence[Run], device: torch.device) -> torch.Tensor:
+    """The slots of `runs`, `[tokens]`."""
+    if not runs:
+        return torch.zeros(0, dtype=torch.long, device=device)
+    return torch.cat([torch.arange(run.slot, run.slot + run.tokens, device=device) for run in runs])

@@ -1,0 +1,46 @@
+"""Shared set-up of every test: seeds, threads, poisoned memory, and the import path of the test helpers."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_PAGED_POISON", "1")  # memory that no block owns reads as NaN, so that a stray read shows
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the Hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real: runs SmolLM2-135M with its real weights")
+
+
+try:
+    from hypothesis import settings
+
+    settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("default")
+except ImportError:  # the property tests say so themselves
+    pass
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    """Two threads: results do not depend on the machine, and a small runner is not oversubscribed."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers():
+    import transformers
+
+    transformers.logging.set_verbosity_error()
