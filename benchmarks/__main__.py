@@ -17,6 +17,8 @@ from .scenarios import SCENARIOS, Scenario, named
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_DIVISOR = 8
+BUSY = 0.7
+"""Load average above which another program is likely at work; two threads that wait for a third take far longer."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,10 @@ def measure(scenarios: Sequence[Scenario], options: argparse.Namespace) -> int:
     """Measure, show and write."""
     console = report.console()
     described = environment.describe()
+    if described["load_before"] > BUSY:
+        console.print(
+            f"Load is {described['load_before']:.1f} before the first run: times will be off.", style="yellow"
+        )
     outcomes = []
     with RunProgress(console, "scenarios", len(scenarios)) as progress:
         for outcome in run_all(scenarios, runs=options.runs, with_peer=options.peer, progress=progress):

@@ -54,7 +54,7 @@ def memory_table(outcomes: Sequence[Outcome]) -> Table:
         table.add_row(
             outcome.scenario.title,
             *(f"{size / MEGABYTE:.1f}" for size in (kv.stock_bytes, kv.patched_bytes, kv.real_bytes)),
-            coloured(f"{kv.worst_factor:.3f}", kv.within_margin),
+            coloured(f"{kv.worst_factor:.3f}", outcome.lean),
             f"{outcome.prompt_tokens:,}",
             f"{outcome.computed_tokens:,}",
         )
@@ -70,7 +70,7 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
             lines.append(f"{name}: TOKENS DIFFER from stock ({outcome.equal_share:.1%} equal)")
         if outcome.reached is False:
             lines.append(f"{name}: ratio {outcome.ratio:.2f} is below its floor {scenario.floor}")
-        if not outcome.kv.within_margin:
+        if outcome.lean is False:
             lines.append(f"{name}: KV memory reached {outcome.kv.worst_factor:.3f} × the real tokens")
     return lines
 
@@ -97,7 +97,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
         "tokens_equal_share": outcome.equal_share,
         "prompt_tokens": outcome.prompt_tokens,
         "computed_tokens": outcome.computed_tokens,
-        "kv": asdict(outcome.kv) | {"within_margin": outcome.kv.within_margin},
+        "kv": asdict(outcome.kv) | {"within_margin": outcome.lean},
         "generate_batch": asdict(outcome.peer),
     }
 

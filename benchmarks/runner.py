@@ -68,6 +68,11 @@ class Outcome:
         return None if self.scenario.floor is None else self.ratio >= self.scenario.floor
 
     @property
+    def lean(self) -> bool | None:
+        """Whether KV memory kept to its margin; ``None`` where prompts are too short for the margin to mean much."""
+        return self.kv.within_margin if self.scenario.whole else None
+
+    @property
     def exact(self) -> bool:
         """Whether the tokens are as promised: all equal in float32, nothing promised in other dtypes."""
         return self.equal_share == 1.0 or self.scenario.dtype != "float32"

@@ -28,14 +28,17 @@ class Scenario:
     dtype: Literal["float32", "bfloat16"] = "float32"
     floor: float | None = None
     """The ratio stock/patched to reach."""
+    whole: bool = True
+    """False for a shrunk version, to which no limits of speed or memory apply."""
     limit: float | None = None
     """About the ratio that would be reached if only the model's own matrix products took time."""
 
     def shrunk(self, divisor: int) -> Scenario:
-        """Return a smaller version of the same shape, for a quick look: no floor applies to it."""
+        """Return a smaller version of the same shape, for a quick look."""
         own = tuple(max(1, tokens // divisor) for tokens in self.own)
         title = f"{self.title} (÷ {divisor})"
-        return replace(self, title=title, own=own, shared=self.shared // divisor, floor=None, limit=None)
+        shared = self.shared // divisor
+        return replace(self, title=title, own=own, shared=shared, whole=False, floor=None, limit=None)
 
     def in_dtype(self, dtype: Literal["float32", "bfloat16"]) -> Scenario:
         """Return the same scenario in another dtype, without a floor where the dtype changes."""

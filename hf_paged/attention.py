@@ -75,6 +75,6 @@ def _attention_call(
     if dropout:
         raise UnsupportedAttentionError("attention dropout")
     for name, given in kwargs.items():
-        if given is not None and given is not False and name not in _WITHOUT_EFFECT:
+        if name not in _WITHOUT_EFFECT and given is not None and given is not False:
             raise UnsupportedAttentionError(f"attention argument {name}")
     return AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, sinks)

@@ -31,9 +31,17 @@ class Sequences:
     def __init__(self, pool: KVPool | None):
         self.pool = pool
         self.tables: list[BlockTable] = []
+        self.pins: list[int] = []
+
+    def unpin(self) -> None:
+        """Let go of the blocks that the last pass has copied from."""
+        if self.pins:
+            self.pool.manager.unpin(self.pins)
+            self.pins.clear()
 
     def free(self) -> None:
         """Give every block back."""
+        self.unpin()
         if self.pool is not None:
             self.pool.free(self.tables)
         self.tables.clear()
@@ -128,6 +136,7 @@ class PagedCache(Cache):
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: empty the cache."""
         step, self.step = self.step, None
+        self.sequences.unpin()
         if step is not None and step.plan.copies and self.dense_len:
             self.release()
             return
@@ -153,6 +162,7 @@ class PagedCache(Cache):
         """The pass is done: its tokens count as seen by every layer that took part."""
         self.add_columns(new_columns, tokens_per_row)
         self.step = None
+        self.sequences.unpin()
         for layer in self.layers:
             layer.seen = self.dense_len
 
@@ -170,7 +180,7 @@ class PagedCache(Cache):
         else:
             counts = [tokens_per_row] * len(self.tables)
         try:
-            copies = self.pool.manager.append(self.tables, counts, self.room_tokens)
+            copies, pins = self.pool.manager.append(self.tables, counts, self.room_tokens)
         except OutOfBlocks as error:
             raise self.pool.memory_error(error, sum(counts)) from None
         writes: list[Write] = []
@@ -189,6 +199,7 @@ class PagedCache(Cache):
             segments=[],
             kv_len=max(table.num_tokens for table in self.tables),
         )
+        self.sequences.pins += pins
         self.step = Step(plan, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
         return self.step
 
@@ -198,6 +209,7 @@ class PagedCache(Cache):
             token_bytes = len(self.layers) * 2 * key.shape[1] * key.shape[3] * key.element_size()
             self.sequences.pool = KVPool(self.settings, len(self.layers), token_bytes, key.device)
         self.ensure_rows(key.shape[0])
+        self.sequences.unpin()
         self.begin_dense(key.shape[2]).planned = False
         self.add_columns(None, key.shape[2])
 

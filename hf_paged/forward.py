@@ -130,6 +130,7 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: str) -> Any:
         plan = plan_decode(cache.pool.manager, tables, cache.room_tokens)
     except OutOfBlocks as error:
         raise cache.pool.memory_error(error, len(tables)) from None
+    cache.sequences.pins += plan.pins
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
@@ -181,6 +182,7 @@ def run_packed(
         )
     except OutOfBlocks as error:
         raise pool.memory_error(error, sum(map(len, sequences))) from None
+    cache.sequences.pins += plan.pins
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     wanted = [
         [plan.packed_index(row, token) for token in range(len(sequence))[-keep:]]

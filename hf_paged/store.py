@@ -35,6 +35,7 @@ class LayerStore:
     def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor):
         self.keys = self._allocate(num_slots, block_size, key)
         self.values = self._allocate(num_slots, block_size, value)
+        self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
@@ -52,27 +53,32 @@ class LayerStore:
 
     def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether new K and V `[batch, kv_heads, tokens, dim]` fit this layer's shape, dtype and device."""
-        return all(
-            new.shape[1] == held.shape[0]
-            and new.shape[3] == held.shape[2]
-            and new.dtype == held.dtype
-            and new.device == held.device
-            for new, held in ((key, self.keys), (value, self.values))
+        return (
+            key.shape[1::2] == self._key_shape
+            and value.shape[1::2] == self._value_shape
+            and key.dtype == value.dtype == self.keys.dtype
+            and key.device == self.keys.device
         )
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
         for memory, new in ((self.keys, key), (self.values, value)):
             heads, slots, dim = memory.shape
+            if len(plan.writes) == 1 and new.shape[0] == 1:  # one row, or packed tokens, in adjacent slots
+                _, count, slot, step = plan.writes[0]
+                if step == 1:
+                    memory[:, slot : slot + count] = new[0]
+                    continue
             flat = new.transpose(0, 1).reshape(heads, -1, dim)
             if len(plan.writes) > MAX_STRIDED_WRITES:
                 source, target = _write_indices(plan, memory.device)
                 memory.index_copy_(1, target, flat.index_select(1, source))
-            else:
-                for first, count, slot, step in plan.writes:
-                    view = memory.as_strided((heads, count, dim), (slots * dim, step * dim, 1), slot * dim)
-                    view.copy_(flat[:, first : first + count])
-            for copy in plan.copies:
+                continue
+            for first, count, slot, step in plan.writes:
+                view = memory.as_strided((heads, count, dim), (slots * dim, step * dim, 1), slot * dim)
+                view.copy_(flat[:, first : first + count])
+        for copy in plan.copies:
+            for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...
+sys.path.append(str(HERE.parent))  # benchmarks, for the loader of the real model
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -30,8 +31,8 @@ except ImportError:  # the property tests say so themselves
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    """Two threads: results do not depend on the machine, and a small runner is not oversubscribed."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """One thread: results do not depend on the machine, and tiny models gain nothing from more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from hf_paged.core.blocks import BlockPool, OutOfBlocks
 from hf_paged.core.plan import Copy
 from hf_paged.core.table import BlockTable
+
+
+class Growth(NamedTuple):
+    """What appending asks for: `copies` to make after the new tokens are written, and the blocks they read.
+
+    The blocks are pinned: nobody else gets them before `unpin`, which comes when the pass is done.
+    """
+
+    copies: list[Copy]
+    pins: list[int]
 
 
 class BlockManager:
@@ -28,6 +39,7 @@ class BlockManager:
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
+        self._pinned: Counter[int] = Counter()
 
     def new_table(self) -> BlockTable:
         """An empty table, live until `free`."""
@@ -45,20 +57,21 @@ class BlockManager:
     def assign(self, target: BlockTable, source: BlockTable, num_tokens: int) -> list[int]:
         """Make `target` share the first `num_tokens` tokens of `source`.
 
-        Returns the blocks that it held before, for the caller to `drop`: at once, or after a plan whose copies may
-        still read them.
+        Returns the blocks that it held before, pinned: pending copies may still read them.
         """
         with self.lock:
             self.pool.share(source.blocks[: self.blocks_for(num_tokens)])
             self._unclaim(target)
             before = target.truncate(0)
             target.copy_from(source, num_tokens)
+            self._pinned.update(before)
             return before
 
-    def drop(self, blocks: Sequence[int]) -> None:
-        """Give up one reference to each block, in order."""
+    def unpin(self, pins: Sequence[int]) -> None:
+        """Let go of blocks that `append` and `assign` have pinned."""
         with self.lock:
-            self.pool.drop(blocks)
+            self._pinned.subtract(pins)
+            self.pool.drop(pins)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -77,23 +90,24 @@ class BlockManager:
 
     def append(
         self, tables: Sequence[BlockTable], num_tokens: int | Sequence[int], room_tokens: int = 0
-    ) -> list[Copy]:
-        """Make room for `num_tokens` more tokens in each table; returns the copies that come before reading.
+    ) -> Growth:
+        """Make room for `num_tokens` more tokens in each table; `room_tokens` more are expected later.
 
-        `room_tokens` more are expected later. Raises `OutOfBlocks`.
+        Every table whose tail block is shared gets a tail of its own, all of them, so that none writes into what
+        another is yet to copy. Raises `OutOfBlocks`.
         """
         counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
         with self.lock:
             needed = sum(map(self.blocks_needed, tables, counts))
             if needed > self.pool.available:
                 raise OutOfBlocks(needed, self.pool.available)
-            copies: list[Copy] = []
+            growth = Growth([], [])
             for table, count in zip(tables, counts, strict=True):
-                copies += self._append(table, count, room_tokens)
-            return copies
+                self._append(table, count, room_tokens, growth)
+            self._pinned.update(growth.pins)
+            return growth
 
-    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int) -> list[Copy]:
-        copies: list[Copy] = []
+    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         size = self.block_size
         total_blocks = self.blocks_for(table.num_tokens + num_tokens)
         room = self.blocks_for(table.num_tokens + num_tokens + room_tokens) - total_blocks
@@ -102,14 +116,13 @@ class BlockManager:
             # The copy and what follows it are taken together, so that they lie side by side.
             self._extend(table, total_blocks - len(table.blocks), None, room)
             own = table.blocks[table.num_tokens // size]
-            copies.append(Copy(shared * size, own * size, table.num_tokens % size))
-            self.pool.drop([shared])
+            growth.copies.append(Copy(shared * size, own * size, table.num_tokens % size))
+            growth.pins.append(shared)
             self.copied_blocks += 1
         missing = total_blocks - len(table.blocks)
         if missing > 0:
             self._extend(table, missing, table.blocks[-1] if table.blocks else None, room)
         table.num_tokens += num_tokens
-        return copies
 
     def _extend(self, table: BlockTable, count: int, after: int | None, room: int) -> None:
         blocks, claim = self.pool.take(count, after, room)
@@ -142,7 +155,7 @@ class BlockManager:
     def check_integrity(self) -> None:
         """Prove that the pool agrees with the live tables; for tests."""
         with self.lock:
-            held: Counter[int] = Counter()
+            held = +self._pinned
             for table in self._tables.values():
                 assert len(table.blocks) == self.blocks_for(table.num_tokens), "a table holds too many or too few blocks"
                 slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]

@@ -63,6 +63,7 @@ class StepPlan:
         segments: the same visibility as ragged queries over tables.
         order: `order[i]` is the row of query `i` where decode rows were permuted, else `None`.
         kv_len: the longest sequence after this pass, in tokens.
+        pins: blocks to unpin when the pass is done.
         prepared: what backends derive from the plan once and use in every layer.
     """
 
@@ -74,6 +75,7 @@ class StepPlan:
     segments: list[Segment]
     kv_len: int
     order: list[int] | None = None
+    pins: list[int] = field(default_factory=list)
     prepared: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ class PackedPlan:
         ends: packed index behind each node's tokens.
         deepest: index of the last node of each row.
         nodes: the trie; positions count from 1, element 0 stands for the row's past.
+        pins: blocks to unpin when the passes are done.
     """
 
     chunks: list[StepPlan]
@@ -30,6 +31,7 @@ class PackedPlan:
     ends: list[int]
     deepest: list[int]
     nodes: list[TrieNode]
+    pins: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -90,15 +92,16 @@ def plan_packed(
         starts: list[int] = []
         ends: list[int] = []
         deepest = [0] * len(tables)
-        left: list[int] = []  # not free before the end: pending copies read them
+        pins: list[int] = []
         at = 0
         for index, node in enumerate(nodes):
             owner = node.rows[0]
             table, base = tables[owner], bases[owner]
             start, stop = max(node.start - 1, 0), node.stop - 1
             if node.parent is not None and nodes[node.parent].rows[0] != owner:
-                left += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
-            copies = manager.append([table], stop - start, len(tokens[owner]) - stop + room_tokens)
+                pins += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
+            copies, pinned = manager.append([table], stop - start, len(tokens[owner]) - stop + room_tokens)
+            pins += pinned
             starts.append(at)
             if stop > start:
                 sources.append((owner, start, stop))
@@ -112,8 +115,7 @@ def plan_packed(
         for row, index in enumerate(deepest):
             owner = nodes[index].rows[0]
             if owner != row:
-                left += manager.assign(tables[row], tables[owner], tables[owner].num_tokens)
-        manager.drop(left)
+                pins += manager.assign(tables[row], tables[owner], bases[row] + len(tokens[row]))
         tails = _subtree_ends(nodes, ends)
         views = [
             _View(starts[i], tails[i], tuple(tables[node.rows[0]].runs(0, bases[node.rows[0]])))
@@ -122,7 +124,7 @@ def plan_packed(
         ]
         views += [_View(s.start + s.run.tokens, tails[s.node], (s.run,)) for s in stretches]
     chunks = [_chunk_plan(stretches, views, lo, min(lo + chunk_tokens, at)) for lo in range(0, at, chunk_tokens)]
-    return PackedPlan(chunks, sources, ends, deepest, nodes)
+    return PackedPlan(chunks, sources, ends, deepest, nodes, pins)
 
 
 def _check_room(
@@ -184,7 +186,7 @@ def _chunk_plan(stretches: Sequence[_Stretch], views: Sequence[_View], lo: int, 
 
 def plan_decode(manager: BlockManager, tables: Sequence[BlockTable], room_tokens: int = 0) -> StepPlan:
     """Append one token to every table: one query a row. Raises `OutOfBlocks` and changes nothing."""
-    copies = manager.append(tables, 1, room_tokens)
+    copies, pins = manager.append(tables, 1, room_tokens)
     order, own, shared = _decode_pieces(tables)
     rows = range(len(tables)) if order is None else order
     return StepPlan(
@@ -196,6 +198,7 @@ def plan_decode(manager: BlockManager, tables: Sequence[BlockTable], room_tokens
         segments=[Segment(tables[row], query, 1, tables[row].num_tokens) for query, row in enumerate(rows)],
         kv_len=max(table.num_tokens for table in tables),
         order=order,
+        pins=pins,
     )
 
 

@@ -12,7 +12,7 @@ class TrieNode:
 
     Attributes:
         start, stop: positions `[start, stop)` in the rows' sequences.
-        rows: the rows that pass through the node; all but the first share the first one's tokens.
+        rows: the rows that pass through the node, ascending.
         parent: index of the parent in the list of nodes, `None` for a root.
     """
 
@@ -49,20 +49,23 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> list[TrieNode]:
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     nodes: list[TrieNode] = []
     # A stack instead of recursion: a deep trie (each row a prefix of the next) must not hit Python's limit.
-    stack = [(lo, hi, 0, None) for lo, hi in reversed(_groups(sequences, order, 0, len(order), 0))]
+    stack = [(lo, hi, 0, None) for lo, hi in _groups(sequences, order, 0, len(order), 0)]
     while stack:
         lo, hi, start, parent = stack.pop()
         stop = common_prefix(sequences[order[lo]], sequences[order[hi - 1]], start)
-        nodes.append(TrieNode(start, stop, tuple(order[lo:hi]), parent))
+        nodes.append(TrieNode(start, stop, tuple(sorted(order[lo:hi])), parent))
         parent = len(nodes) - 1
-        stack.extend((a, b, stop, parent) for a, b in reversed(_groups(sequences, order, lo, hi, stop)))
+        stack.extend((a, b, stop, parent) for a, b in _groups(sequences, order, lo, hi, stop))
     return nodes
 
 
 def _groups(
     sequences: Sequence[Sequence[int]], order: list[int], lo: int, hi: int, at: int
 ) -> list[tuple[int, int]]:
-    """Split sorted rows `[lo, hi)` where their element at position `at` changes; rows that end before are left out."""
+    """Split sorted rows `[lo, hi)` where their element at position `at` changes; rows that end before are left out.
+
+    The group with the first row comes last: a stack then yields rows about in the order they came in.
+    """
     groups: list[tuple[int, int]] = []
     start = lo
     while start < hi and len(sequences[order[start]]) <= at:
@@ -73,4 +76,5 @@ def _groups(
             end += 1
         groups.append((start, end))
         start = end
+    groups.sort(key=lambda group: -min(order[group[0] : group[1]]))
     return groups

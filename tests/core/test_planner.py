@@ -51,6 +51,8 @@ class Walk:
                     expected = sorted(self.memory[segment.table.slot(t)] for t in range(visible))
                     assert sorted(self.memory[slot] for slot in seen[segment.start + i]) == expected
             done += chunk.num_queries
+        self.manager.check_integrity()
+        self.manager.unpin(plan.pins)
         for row, new in enumerate(tokens):
             assert [flat[plan.packed_index(row, i)] for i in range(len(new))] == new
             self.content[row] += new
@@ -61,6 +63,7 @@ class Walk:
         plan = plan_decode(self.manager, self.tables, self.rng.choice([0, 4]))
         inputs = [self.rng.randint(0, 9) for _ in self.tables]
         seen = self.run(plan, inputs)
+        self.manager.unpin(plan.pins)
         for row, token in enumerate(inputs):
             self.content[row].append(token)
         for query, row in enumerate(plan.order or range(len(self.tables))):

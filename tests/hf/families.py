@@ -91,7 +91,9 @@ def _randomize(model: torch.nn.Module, seed: int, scale: dict[str, float]) -> No
             parameter.mul_(math.prod(factor for part, factor in scale.items() if part in name))
 
 
-def _family(name: str, class_prefix: str, packed: bool | None, tags: str = "", *, head=None, scale=None, **config) -> Family:
+def _family(
+    name: str, class_prefix: str, packed: bool | None, tags: str = "", *, head=None, scale=None, **config
+) -> Family:
     class_name = head or f"{class_prefix}ForCausalLM"
     config_name = config.pop("config_name", f"{class_prefix}Config")
     return Family(name, class_name, config_name, config, packed, frozenset(tags.split()), scale or {})
@@ -190,7 +192,7 @@ BART = dict(
 )
 
 OTHER = [
-    _family("opt", "OPT", False, word_embed_proj_dim=64, ffn_dim=96, **SIZES),
+    _family("opt", "OPT", None, word_embed_proj_dim=64, ffn_dim=96, **SIZES),
     _family("bloom", "Bloom", False, vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, tie_word_embeddings=False),
     _family(
         "falcon_alibi",
@@ -319,7 +321,7 @@ SEEDS = dict(
     falcon_alibi=32,
     falcon_rotary=0,
     mpt=29,
-    t5=33,
+    t5=24,
     bart=46,
     mamba=5,
     lfm2=6,

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import prompts
-from families import BOS, FIRST_TOKEN, VOCAB, Family, stock_model
+from families import BOS, FIRST_TOKEN, Family, stock_model
 
 NEW = 12  # new tokens of a usual call
 
@@ -90,7 +90,9 @@ def mode(inputs: Callable[[], dict], **options):
     return register
 
 
-def simple(name: str, inputs: Callable[[], dict], *, copies: int = 1, plain: bool = True, greedy: bool = True, **kwargs):
+def simple(
+    name: str, inputs: Callable[[], dict], *, copies: int = 1, plain: bool = True, greedy: bool = True, **kwargs
+):
     """Registers a mode that is one `generate` call with these arguments; callables in them are called for each run."""
 
     def call(run: Run) -> Outcome:
@@ -151,10 +153,15 @@ def prompt_length(run: Run) -> int:
 
 def ends_of_rows(run: Run) -> list[int]:
     """End-of-sequence ids that occur at different steps: token 2 of row 0, token 5 of row 1, token 8 of row 2."""
-    stock = stock_model(run.family.name)
-    sequences = stock.generate(**run.inputs, do_sample=False, max_new_tokens=NEW)
-    new = sequences[:, prompt_length(run) :]
-    return [int(new[row, 2 + 3 * row]) for row in range(min(3, len(new)))]
+    rows, width = run.inputs["input_ids"].shape
+    if (run.family.name, rows, width) not in _ENDS:
+        sequences = stock_model(run.family.name).generate(**run.inputs, do_sample=False, max_new_tokens=NEW)
+        new = sequences[:, prompt_length(run) :]
+        _ENDS[run.family.name, rows, width] = [int(new[row, 2 + 3 * row]) for row in range(min(3, len(new)))]
+    return _ENDS[run.family.name, rows, width]
+
+
+_ENDS: dict[tuple[str, int, int], list[int]] = {}
 
 
 def draft(run: Run, *, near: bool, patched: bool = False) -> torch.nn.Module:
@@ -180,7 +187,7 @@ simple("identical_rows", prompts.identical)
 simple("shared_prefix", prompts.shared_prefix)
 simple("one_new_token", prompts.shared_prefix, max_new_tokens=1)
 simple("long", prompts.ragged, max_new_tokens=40)  # several blocks of new tokens, and past every small window
-simple("from_bos", lambda: {}, bos_token_id=BOS)
+simple("from_bos", dict, bos_token_id=BOS)
 
 # Sampling
 
@@ -199,7 +206,15 @@ simple("beam_return_two", prompts.ragged, num_beams=3, num_return_sequences=2, c
 simple("beam_eos", prompts.ragged, num_beams=3, eos_token_id=ends_of_rows, copies=3, greedy=False)
 simple("beam_eos_early", prompts.ragged, num_beams=3, eos_token_id=ends_of_rows, early_stopping=True, length_penalty=0.5,
        copies=3, greedy=False)  # fmt: skip
-simple("beam_processors", prompts.ragged, num_beams=3, repetition_penalty=1.4, no_repeat_ngram_size=2, copies=3, greedy=False)
+simple(
+    "beam_processors",
+    prompts.ragged,
+    num_beams=3,
+    repetition_penalty=1.4,
+    no_repeat_ngram_size=2,
+    copies=3,
+    greedy=False,
+)
 simple("beam_scores", prompts.ragged, num_beams=3, num_return_sequences=3, copies=3, greedy=False,
        return_dict_in_generate=True, output_scores=True, output_logits=True)  # fmt: skip
 
@@ -216,7 +231,14 @@ simple("max_length", prompts.single, max_new_tokens=None, max_length=30)
 # Logits
 
 simple("prefix_allowed", prompts.ragged, prefix_allowed_tokens_fn=lambda run: allowed_tokens, greedy=False)
-simple("beam_prefix_allowed", prompts.ragged, num_beams=3, copies=3, prefix_allowed_tokens_fn=lambda run: allowed_tokens, greedy=False)
+simple(
+    "beam_prefix_allowed",
+    prompts.ragged,
+    num_beams=3,
+    copies=3,
+    prefix_allowed_tokens_fn=lambda run: allowed_tokens,
+    greedy=False,
+)
 simple("repetition_penalty", prompts.ragged, repetition_penalty=1.5, greedy=False)
 simple("no_repeat_ngram", prompts.single, no_repeat_ngram_size=2, greedy=False)
 simple("own_processor", prompts.ragged, logits_processor=lambda run: LogitsProcessorList([ShiftLogits()]), greedy=False)
@@ -235,10 +257,34 @@ simple("prefill_chunks_larger_than_prompt", prompts.single, prefill_chunk_size=6
 
 simple("assisted_near", prompts.single, assistant_model=lambda run: draft(run, near=True), plain=False)
 simple("assisted_stranger", prompts.single, assistant_model=lambda run: draft(run, near=False), plain=False)
-simple("assisted_patched_draft", prompts.single, assistant_model=lambda run: draft(run, near=True, patched=True), plain=False)
-simple("assisted_sampling", prompts.single, assistant_model=lambda run: draft(run, near=True), do_sample=True, plain=False, greedy=False)
-simple("assisted_eos", prompts.single, assistant_model=lambda run: draft(run, near=True), eos_token_id=ends_of_rows, plain=False)
-simple("prompt_lookup", lambda: prompts.batch([prompts.tokens(6) * 4]), prompt_lookup_num_tokens=4, eos_token_id=2, plain=False)
+simple(
+    "assisted_patched_draft",
+    prompts.single,
+    assistant_model=lambda run: draft(run, near=True, patched=True),
+    plain=False,
+)
+simple(
+    "assisted_sampling",
+    prompts.single,
+    assistant_model=lambda run: draft(run, near=True),
+    do_sample=True,
+    plain=False,
+    greedy=False,
+)
+simple(
+    "assisted_eos",
+    prompts.single,
+    assistant_model=lambda run: draft(run, near=True),
+    eos_token_id=ends_of_rows,
+    plain=False,
+)
+simple(
+    "prompt_lookup",
+    lambda: prompts.batch([prompts.tokens(6) * 4]),
+    prompt_lookup_num_tokens=4,
+    eos_token_id=2,
+    plain=False,
+)
 simple("early_exit", prompts.single, assistant_early_exit=1, plain=False)
 
 # The user's choice of cache
@@ -451,7 +497,9 @@ simple("custom_generate", prompts.ragged, custom_generate=lambda run: _greedy_lo
 
 # What does not apply. Rows: a family's name, tag or "*"; the modes; why.
 
-ASSISTED = "assisted_near assisted_stranger assisted_patched_draft assisted_sampling assisted_eos prompt_lookup early_exit"
+ASSISTED = (
+    "assisted_near assisted_stranger assisted_patched_draft assisted_sampling assisted_eos prompt_lookup early_exit"
+)
 CHUNKS = "prefill_chunks prefill_chunks_shared prefill_chunks_larger_than_prompt"
 CONTINUE = (
     "continue_whole_sequence continue_whole_ragged continue_new_tokens continue_new_tokens_ragged "

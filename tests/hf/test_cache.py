@@ -8,29 +8,51 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tolerances import KV, assert_close
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import modes
 import prompts
 from compare import BLOCK_SIZE, copy_of, every_family
 from families import FAMILIES, stock_model
 from hf_paged import PagedCache, patch_model
-from tolerances import KV, assert_close
 
 CONFIGS = ["llama", "mistral_sliding", "gemma3"]  # full layers only, sliding layers only, both
 
 
 def both_caches(name: str, batch_size: int = 2, tokens: int = 13, record_past: bool = False) -> tuple[Cache, Cache]:
     """A DynamicCache and a PagedCache that have seen the same random K and V."""
-    config = stock_model(name).config
-    caches = DynamicCache(config=config), PagedCache(config, block_size=BLOCK_SIZE)
+    actual = PagedCache(stock_model(name).config, block_size=BLOCK_SIZE)
+    caches = dynamic_twin(name, actual), actual
     if record_past:
         for cache in caches:
             cache.activate_past_recording()
     if tokens:
         append(caches, batch_size, tokens)
     return caches
+
+
+def dynamic_twin(name: str, actual: Cache) -> Cache:
+    """The DynamicCache that a PagedCache has to behave as, layer by layer as it calls itself.
+
+    A layer that says it slides must do all that a DynamicSlidingWindowLayer does; one that keeps everything although
+    the model looks through a window, all that a DynamicLayer does, as in a `DynamicCache()` without a config.
+    """
+    twin = DynamicCache(config=stock_model(name).config)
+    assert len(actual.layers) == len(twin.layers)
+    for index, slides in enumerate(actual.is_sliding):
+        if not slides:
+            twin.layers[index] = DynamicLayer()
+    return twin
 
 
 def append(caches: tuple[Cache, Cache], batch_size: int, tokens: int, seed: int = 0) -> None:
@@ -53,7 +75,9 @@ def assert_caches_equal(dynamic: Cache, actual: Cache, what: str = "") -> None:
         name = f"{what}, layer {index}"
         assert got.get_seq_length() == wanted.get_seq_length(), name
         for queries in (1, 3, 20):
-            assert actual.get_mask_sizes(queries, index) == dynamic.get_mask_sizes(queries, index), f"{name}, {queries} queries"
+            assert actual.get_mask_sizes(queries, index) == dynamic.get_mask_sizes(queries, index), (
+                f"{name}, {queries} queries"
+            )
         if wanted.get_seq_length() == 0:
             continue
         assert_close(torch.clone(got.keys), wanted.keys, f"{name} keys", KV)
@@ -69,12 +93,22 @@ def test_append_uses_the_shape_of_the_configs():
 # On unpatched models
 
 
+def with_attention(family, attention: str):
+    model = copy_of(family)
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:
+        pytest.skip(f"this transformers refuses {attention} for {family.name}: {str(error)[:80]}")
+    return model
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", every_family(lambda family: family.packed is True or family.name in ("opt", "falcon_rotary")))
+@pytest.mark.parametrize(
+    "family", every_family(lambda family: family.packed is True or family.name in ("opt", "falcon_rotary"))
+)
 @torch.no_grad()
 def test_forward_on_an_unpatched_model_step_by_step(family, attention):
-    model = copy_of(family)
-    model.set_attn_implementation(attention)
+    model = with_attention(family, attention)
     ids = torch.tensor([prompts.tokens(24, seed) for seed in range(2)])
     caches = DynamicCache(config=model.config), PagedCache(model.config, block_size=BLOCK_SIZE)
     for index, piece in enumerate(ids.split([9, 1, 1, 6, 1, 1, 5], dim=1)):
@@ -85,18 +119,18 @@ def test_forward_on_an_unpatched_model_step_by_step(family, attention):
 
 
 def assert_caches_equal_within(dynamic: Cache, actual: Cache, what: str) -> None:
-    """As `assert_caches_equal`, where later layers carry rounding of earlier ones."""
+    """What stock keeps is there, where later layers carry rounding of earlier ones; ours may keep more."""
     for index, (wanted, got) in enumerate(zip(dynamic.layers, actual.layers, strict=True)):
-        assert_close(torch.clone(got.keys), wanted.keys, f"{what}, keys of layer {index}")
-        assert_close(torch.clone(got.values), wanted.values, f"{what}, values of layer {index}")
+        kept = wanted.keys.shape[-2]
+        assert_close(torch.clone(got.keys)[:, :, -kept:], wanted.keys, f"{what}, keys of layer {index}")
+        assert_close(torch.clone(got.values)[:, :, -kept:], wanted.values, f"{what}, values of layer {index}")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", every_family(lambda family: family.packed is True))
 @torch.no_grad()
 def test_padded_forward_on_an_unpatched_model(family, attention):
-    model = copy_of(family)
-    model.set_attn_implementation(attention)
+    model = with_attention(family, attention)
     inputs = prompts.ragged()
     mask = inputs["attention_mask"]
     caches = DynamicCache(config=model.config), PagedCache(model.config, block_size=BLOCK_SIZE)
@@ -112,7 +146,9 @@ def test_padded_forward_on_an_unpatched_model(family, attention):
         assert_close(actual[real], expected[real], f"{family.name} {attention}, piece {index}")
 
 
-@pytest.mark.parametrize("name", ["greedy_ragged", "shared_prefix", "beam_ragged", "num_return_sequences", "eos", "long"])
+@pytest.mark.parametrize(
+    "name", ["greedy_ragged", "shared_prefix", "beam_ragged", "num_return_sequences", "eos", "long"]
+)
 @pytest.mark.parametrize("family", every_family(lambda family: family.packed is True))
 def test_generate_on_an_unpatched_model(family, name):
     """A user's PagedCache in stock `generate`: no patch in sight."""
@@ -142,7 +178,11 @@ def test_users_paged_cache_on_a_patched_model(family):
         for seed in (1, 2):
             ids = torch.cat([prefix, torch.tensor([prompts.tokens(5, seed)])], dim=1)
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=copy.deepcopy(cache), do_sample=False, max_new_tokens=8
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=copy.deepcopy(cache),
+                do_sample=False,
+                max_new_tokens=8,
             )
             sequences.append(output)
     assert torch.equal(sequences[0], sequences[2]) and torch.equal(sequences[1], sequences[3]), family.name
@@ -288,7 +328,11 @@ needs_past_recording = pytest.mark.skipif(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_crop_beyond_the_window_while_the_past_is_recorded(name):
     caches = both_caches(name, tokens=0, record_past=True)
-    assert caches[1].is_recording_past(0) == caches[0].is_recording_past(0) if hasattr(Cache, "is_recording_past") else True
+    assert (
+        caches[1].is_recording_past(0) == caches[0].is_recording_past(0)
+        if hasattr(Cache, "is_recording_past")
+        else True
+    )
     append(caches, 2, 13)
     for seed, (count, remove) in enumerate([(5, 4), (3, 3), (6, 0), (1, 1), (4, 2)], start=1):
         append(caches, 2, count, seed)
@@ -321,7 +365,7 @@ def test_reset_and_reuse_with_another_batch_size(name):
     actual = caches[1]
     actual.reset()
     assert actual.get_seq_length() == 0
-    fresh = both_caches(name, tokens=0)[0]
+    fresh = dynamic_twin(name, actual)
     append((fresh, actual), 3, 11, seed=4)
     assert_caches_equal(fresh, actual)
 
@@ -390,7 +434,7 @@ def test_layer_reset_one_by_one(name):
     for layer in caches[1].layers:
         layer.reset()
     assert caches[1].get_seq_length() == 0
-    fresh = both_caches(name, tokens=0)[0]
+    fresh = dynamic_twin(name, caches[1])
     append((fresh, caches[1]), 2, 7, seed=3)
     assert_caches_equal(fresh, caches[1])
 
@@ -567,12 +611,18 @@ def test_random_operations_leave_the_same_keys_and_values(name):
         machine = type(f"On_{name}", (AgainstDynamicCache,), {"config_name": name})
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=40, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=40, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
     )
 
 
 @settings(max_examples=40, deadline=None)
-@given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5), rows=st.integers(1, 3), block_size=st.sampled_from([8, 16, 32]))
+@given(
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    rows=st.integers(1, 3),
+    block_size=st.sampled_from([8, 16, 32]),
+)
 @torch.no_grad()
 def test_any_split_of_a_text_gives_the_same_logits(pieces, rows, block_size):
     """Feeding a text in any pieces through a PagedCache gives the logits of feeding it at once without a cache."""

@@ -6,9 +6,15 @@ their log-sum-exps (FlashAttention, https://arxiv.org/abs/2205.14135; Flash-Deco
 
 import torch
 
-# torch's own CPU flash attention; unlike `scaled_dot_product_attention` it returns the log-sum-exp.
+# torch's own CPU flash attention; unlike `scaled_dot_product_attention` it returns the log-sum-exp. It takes fewer KV
+# heads than query heads as they are.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The query heads of a KV head go into one matrix, so that K and V are read once for all of them, unless the matrix gets
+# this large. One query in float32 over few tokens is quicker unpacked (2 cores of Zen 4: 100 tokens 14 us against 20 us,
+# 8 rows of 2,000 tokens 2.4 ms against 2.1 ms); in bfloat16 packing is worth a factor of 4.
+_MAX_PACKED_ROWS = 256
+_FLOAT32_PACKED_TOKENS = 512
 # Queries per step of the plain path, which holds `[..., queries, kv]` scores in float32.
 _PLAIN_QUERIES = 256
 
@@ -22,7 +28,7 @@ def attend_partial(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `query [batch, heads, q, key_dim]` over `key`, `value [batch, heads, kv, dim]`, any strides.
+    """Attention of `query [batch, heads, q, key_dim]` over `key`, `value [batch, kv_heads, kv, dim]`, any strides.
 
     Args:
         scale: factor on the scores.
@@ -34,27 +40,21 @@ def attend_partial(
         The result `[batch, heads, q, value_dim]` in the query's dtype and its log-sum-exp `[batch, heads, q]` in
         float32.
     """
-    if (
-        softcap is None
-        and query.device.type == "cpu"
-        and query.dtype in _FLASH_DTYPES
-        and key.shape[-1] == value.shape[-1]
-    ):
+    batch, heads, queries, dim = query.shape
+    packed_rows = queries * heads // key.shape[1]
+    if not causal and mask is None and queries < packed_rows <= _MAX_PACKED_ROWS:
+        if queries > 1 or query.dtype != torch.float32 or key.shape[2] >= _FLOAT32_PACKED_TOKENS:
+            query = query.reshape(batch, key.shape[1], packed_rows, dim)
+    if softcap is None and query.device.type == "cpu" and query.dtype in _FLASH_DTYPES and dim == value.shape[-1]:
         bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        return _FLASH_CPU(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-    if causal:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    parts = [
-        _attend_plain(part, key, value, scale, softcap, None if mask is None else mask[i : i + part.shape[2]])
-        for i, part in zip(
-            range(0, query.shape[2], _PLAIN_QUERIES), query.split(_PLAIN_QUERIES, dim=2), strict=True
-        )
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+        out, lse = _FLASH_CPU(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    else:
+        out, lse = _attend_plain(query, key, value, scale, causal, softcap, mask)
+    if query.shape[1] != heads:
+        return out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
+    return out, lse
 
 
 def _attend_plain(
@@ -62,17 +62,28 @@ def _attend_plain(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
+    causal: bool,
     softcap: float | None,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = query.float() @ key.float().transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ value.float()
-    return out.to(query.dtype), lse
+    """The same for what the flash kernel does not do: softcaps, V of another dim than K, other devices."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    outs, lses = [], []
+    for start in range(0, query.shape[2], _PLAIN_QUERIES):
+        rows = slice(start, start + _PLAIN_QUERIES)
+        scores = query[:, :, rows].float() @ key.float().transpose(-1, -2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[rows], -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        outs.append((torch.exp(scores - lse.unsqueeze(-1)) @ value.float()).to(query.dtype))
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def merge_partial(

