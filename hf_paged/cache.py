@@ -87,6 +87,8 @@ class PagedCache(Cache):
         self.held_by_user = True
         # What `generate` is doing with the cache just now.
         self.prefilling = self.assisted = self.fell_back = False
+        # Packed tokens per forward pass where the caller limits them.
+        self.chunk_tokens: int | None = None
 
     # -- what the rows hold --------------------------------------------------------------------------------------
 
@@ -127,11 +129,23 @@ class PagedCache(Cache):
         self.dense_len += count
 
     def finish_rows(self, done: Sequence[bool]) -> None:
-        """Rows that are done give their blocks back and are left out of later passes; the last one stays."""
+        """Rows that are done give their blocks back and are left out of later passes; the last one stays.
+
+        Passes that are stock-shaped compute every row, so nothing changes there.
+        """
+        if self.fell_back:
+            return
         for row, is_done in enumerate(done):
             if is_done and row not in self.finished and len(self.finished) < len(self.tables) - 1:
                 self.finished.add(row)
                 self.pool.free([self.tables[row]])
+
+    def readmit_rows(self) -> None:
+        """Finished rows take part again, without what they held: for a pass that must compute every row."""
+        if self.finished:
+            self.columns = self.stored_columns().clone()
+            self.columns[list(self.finished)] = False
+            self.finished.clear()
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: empty the cache."""
@@ -221,7 +235,7 @@ class PagedCache(Cache):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         for layer in self.layers:
-            yield layer.keys, layer.values, None
+            yield layer.keys, layer.values, None if layer.window is None else torch.tensor(layer.window)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -312,12 +326,12 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
-    is_sliding = False
     is_compileable = False
 
     def __init__(self, cache: PagedCache, index: int):
         self._cache = weakref.ref(cache)
         self.index = index
+        self.window = cache.windows[index]
         self.seen = 0
         self.done = 0
 
@@ -361,8 +375,10 @@ class PagedLayer(CacheLayerMixin):
                 PagedKV(key_states, step, store, self.index, store.keys),
                 PagedKV(value_states, step, store, self.index, store.values),
             )
+        visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.seen += step.tokens_per_row
-        return step.dense().of(store.keys), step.dense().of(store.values)
+        dense = step.dense()
+        return dense.of(store.keys)[:, :, -visible:], dense.of(store.values)[:, :, -visible:]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: memory comes with the first update."""
@@ -386,7 +402,8 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return None
         cache = self.cache
-        return DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
+        dense = DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
+        return dense if self.window is None else dense[:, :, -self.window + 1 :]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -398,17 +415,25 @@ class PagedLayer(CacheLayerMixin):
         """Of K and V, `None` before the first update."""
         return None if self.store is None else self.store.keys.device
 
+    @property
+    def is_sliding(self) -> bool:
+        """Whether the layer attends to a window."""
+        return self.window is not None
+
     def get_seq_length(self) -> int:
         """Dense columns seen."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the K and V that an update with `query_length` tokens will return."""
-        return self.seen + query_length, 0
+        if self.window is None:
+            return self.seen + query_length, 0
+        kept = min(self.seen, self.window - 1)
+        return kept + query_length, self.seen - kept
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        """The sliding window in tokens, -1 where there is none."""
+        return -1 if self.window is None else self.window
 
     get_max_cache_shape = get_max_length
 

@@ -93,7 +93,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     if positions is not None and positions.dim() != 2:
         return "position ids of several dimensions"
     new, tokens = request.new_columns, request.tokens
-    if new is not None and bool((new.any(dim=1) & ~new[:, -1]).any()):
+    if new is not None and not bool(new[:, -1].all()):
         return "padding on the right"
     if window_limit is not None and cache.dense_len + tokens > window_limit:
         return "sliding window that attention is not told of"
@@ -105,19 +105,16 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     keep = keep or (1 if request.last_only else 0)
     if tokens > 1 and not keep and (new is not None or request.rows > 1):
         return "logits of all tokens"
-    if new is not None and bool((new.any(dim=1) & ~new[:, -keep:].all(dim=1)).any()):
+    if new is not None and not bool(new[:, -keep:].all()):
         return "logits of padding"
     return None
 
 
 def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
     """Whether padding follows a stored column."""
-    parts = [part for part in (cache.columns, new) if part is not None]
-    if not parts:
+    if new is None and cache.columns is None:
         return False
-    columns = torch.cat(parts, dim=1) if len(parts) == 2 or new is None else new
-    if new is not None and cache.columns is None and cache.dense_len:
-        return True
+    columns = cache.stored_columns() if new is None else torch.cat([cache.stored_columns(), new], dim=1)
     return bool((columns[:, :-1] & ~columns[:, 1:]).any())
 
 
@@ -155,7 +152,6 @@ def run_packed(
     backend: str,
     keeps_logits: bool,
     windows_seen: dict[int, int | None] | None = None,
-    chunk_tokens: int = PACKED_CHUNK_TOKENS,
 ) -> tuple[Any, int]:
     """All new tokens of all rows, each distinct one once and no padding.
 
@@ -165,21 +161,15 @@ def run_packed(
         backend: name of the attention backend.
         keeps_logits: whether the model can be told whose logits are wanted.
         windows_seen: filled with the sliding window of each layer's attention call.
-        chunk_tokens: packed tokens per forward pass.
 
     Returns:
         The model's outputs with logits as stock would shape them, and the number of tokens computed.
     """
     columns = _real_columns(request)
-    # A chunk of a left-padded prompt may hold nothing of a row.
-    rows = [row for row, real in enumerate(columns) if real]
-    columns = [columns[row] for row in rows]
-    sequences = _token_keys(request, cache, rows, columns)
+    sequences = _token_keys(request, cache, columns)
     pool = cache.pool
     try:
-        plan = plan_packed(
-            pool.manager, [cache.tables[row] for row in rows], sequences, chunk_tokens, cache.room_tokens
-        )
+        plan = plan_packed(pool.manager, cache.tables, sequences, cache.chunk_tokens or PACKED_CHUNK_TOKENS, cache.room_tokens)
     except OutOfBlocks as error:
         raise pool.memory_error(error, sum(map(len, sequences))) from None
     cache.sequences.pins += plan.pins
@@ -188,7 +178,7 @@ def run_packed(
         [plan.packed_index(row, token) for token in range(len(sequence))[-keep:]]
         for row, sequence in enumerate(sequences)
     ]
-    source = _packed_source(plan, rows, columns, request.tokens).to(request.inputs.device)
+    source = _packed_source(plan, columns, request.tokens).to(request.inputs.device)
     outputs, logits = None, []
     done = 0
     for chunk in plan.chunks:
@@ -209,8 +199,6 @@ def run_packed(
     order = {index: at for at, index in enumerate(sorted({i for row in wanted for i in row}))}
     picked = torch.tensor([[order[i] for i in row] for row in wanted], device=source.device)
     outputs.logits = torch.cat(logits)[picked]
-    if len(rows) < request.rows:
-        outputs.logits = spread_rows(outputs.logits, torch.tensor(rows, device=source.device), request.rows)
     return outputs, plan.num_tokens
 
 
@@ -225,9 +213,7 @@ def _real_columns(request: ModelCall) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in request.new_columns]
 
 
-def _token_keys(
-    request: ModelCall, cache: PagedCache, rows: list[int], columns: list[list[int]]
-) -> list[list[int]]:
+def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]]) -> list[list[int]]:
     """Per row one int per new token; equal ints (after equal pasts) mean equal KV."""
     if request.input_name == "input_ids":
         keys = request.inputs
@@ -238,19 +224,19 @@ def _token_keys(
     positions = request.kwargs.get("position_ids")
     if positions is not None:
         usual = torch.zeros_like(keys)
-        for row, real in zip(rows, columns, strict=True):
+        for row, real in enumerate(columns):
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
         positions = positions.expand_as(keys)
         # Custom positions are part of what a token is.
         keys = torch.where(positions != usual, keys + (positions.abs() + 1) * 2**32, keys)
     listed = keys.tolist()
-    return [[listed[row][column] for column in real] for row, real in zip(rows, columns, strict=True)]
+    return [[row[column] for column in real] for row, real in zip(listed, columns, strict=True)]
 
 
-def _packed_source(plan: PackedPlan, rows: list[int], columns: list[list[int]], tokens: int) -> torch.Tensor:
+def _packed_source(plan: PackedPlan, columns: list[list[int]], tokens: int) -> torch.Tensor:
     """Index `[packed tokens]` into the flattened `[batch * tokens]` inputs."""
     return torch.tensor(
-        [rows[row] * tokens + column for row, start, stop in plan.sources for column in columns[row][start:stop]]
+        [row * tokens + column for row, start, stop in plan.sources for column in columns[row][start:stop]]
     )
 
 
@@ -269,8 +255,13 @@ def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any
 
 def run_padded(request: ModelCall, cache: PagedCache) -> Any:
     """The stock-shaped pass: real tokens go to blocks, attention is the model's own over dense K and V."""
-    cache.begin_dense(request.tokens, request.new_columns)
+    cache.readmit_rows()
+    stored = request.new_columns
+    # Stock attends to padding where a window holds nothing else, and in falcon where attentions are asked for.
+    if request.kwargs.get("output_attentions") or (any(cache.windows) and _has_holes(cache, stored)):
+        stored = None
+    cache.begin_dense(request.tokens, stored)
     outputs = request.call(**request.kwargs)
-    cache.finish(request.new_columns, request.tokens)
+    cache.finish(stored, request.tokens)
     return outputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import operator
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, StoppingC
 from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
 from hf_paged.cache import PagedCache
+from hf_paged.step import UnsupportedAttentionError
 
 if TYPE_CHECKING:
     from hf_paged.runtime import PagedRuntime
@@ -94,13 +95,40 @@ class PagedGenerationMixin:
         return None
 
     def _prefill(
-        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        outputs = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, PagedCache):
+        if not isinstance(cache, PagedCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        try:
+            return self._packed_prefill(cache, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        except UnsupportedAttentionError:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
             cache.prefilling = False
-        return outputs
+
+    def _packed_prefill(
+        self, cache: PagedCache, input_ids: torch.LongTensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The prompt in one call; `prefill_chunk_size` then cuts the packed tokens instead of the columns.
+
+        Stock's chunks of columns would tear apart what rows of unequal length share. As many tokens go through the
+        model at a time. Raises `UnsupportedAttentionError` where the prompt must be cut as stock does.
+        """
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is not None:
+            cache.chunk_tokens = chunk_size * input_ids.shape[0]
+            generation_config = copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        try:
+            return super()._prefill(input_ids, generation_config, *args, **kwargs)
+        finally:
+            cache.chunk_tokens = None
 
     @wraps(GenerationMixin._sample)
     def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:

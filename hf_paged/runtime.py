@@ -158,6 +158,8 @@ class PagedRuntime:
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
+        if cache.chunk_tokens is not None:
+            raise UnsupportedAttentionError(obstacle)
         if not cache.fell_back:
             cache.fell_back = True
             self.counters.fall_back(obstacle)

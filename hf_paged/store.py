@@ -66,7 +66,7 @@ class LayerStore:
             heads, slots, dim = memory.shape
             if len(plan.writes) == 1 and new.shape[0] == 1:  # one row, or packed tokens, in adjacent slots
                 _, count, slot, step = plan.writes[0]
-                if step == 1:
+                if step == 1 and count == new.shape[2]:
                     memory[:, slot : slot + count] = new[0]
                     continue
             flat = new.transpose(0, 1).reshape(heads, -1, dim)
