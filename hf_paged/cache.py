@@ -356,13 +356,20 @@ class PagedLayer(CacheLayerMixin):
 
         Raises `ValueError` for K and V of another model or batch size, or that need gradients.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        if (key_states.requires_grad or value_states.requires_grad) and torch.is_grad_enabled():
             raise ValueError(
                 "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
                 "with use_cache=False or a DynamicCache"
             )
         cache = self.cache
         step = cache.step
+        if step is not None and step.fast:
+            store = cache.sequences.pool.layer(self.index, key_states, value_states)
+            store.write(step.plan, key_states, value_states)
+            return (
+                PagedKV(key_states, step, store, self.index, False),
+                PagedKV(value_states, step, store, self.index, True),
+            )
         if step is None or (not step.planned and self.seen == cache.dense_len):
             cache.begin_unplanned(key_states)
             step = cache.step
@@ -370,11 +377,6 @@ class PagedLayer(CacheLayerMixin):
             raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
         store = cache.pool.layer(self.index, key_states, value_states)
         store.write(step.plan, key_states, value_states)
-        if step.fast:
-            return (
-                PagedKV(key_states, step, store, self.index, store.keys),
-                PagedKV(value_states, step, store, self.index, store.values),
-            )
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.seen += step.tokens_per_row
         dense = step.dense()

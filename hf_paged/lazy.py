@@ -21,17 +21,23 @@ class PagedKV(torch.Tensor):
     step: Step
     store: LayerStore
     layer_index: int
-    memory: torch.Tensor
+    is_value: bool
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(
-        cls, like: torch.Tensor, step: Step, store: LayerStore, layer_index: int, memory: torch.Tensor
+        cls, like: torch.Tensor, step: Step, store: LayerStore, layer_index: int, is_value: bool
     ) -> PagedKV:
-        shape = (like.shape[0], like.shape[1], step.dense_len, like.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        self.step, self.store, self.layer_index, self.memory = step, store, layer_index, memory
+        batch, heads, _, dim = like.shape
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (batch, heads, step.dense_len, dim), dtype=like.dtype, device=like.device
+        )
+        self.__dict__ = {"step": step, "store": store, "layer_index": layer_index, "is_value": is_value}
         return self
+
+    def to_dense(self) -> torch.Tensor:
+        """The tensor that this one stands for."""
+        return self.step.dense().of(self.store.values if self.is_value else self.store.keys)
 
     def __repr__(self) -> str:  # the default one would gather
         return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -43,4 +49,4 @@ class PagedKV(torch.Tensor):
 
 
 def _to_dense(value: Any) -> Any:
-    return value.step.dense().of(value.memory) if isinstance(value, PagedKV) else value
+    return value.to_dense() if isinstance(value, PagedKV) else value

@@ -21,6 +21,14 @@ class CPUBackend(AttentionBackend):
 
     name = "cpu"
 
+    def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
+        schedule = schedule_for(plan, call.window)
+        if schedule.is_one_batch and plan.order is None and call.sinks is None:
+            # The common decode step, without the detour over flat queries.
+            key, value = _batch_views(store, schedule.batches[0])
+            return attend_partial(query, key, value, call.scale, softcap=call.softcap)[0].transpose(1, 2)
+        return super().attend(query, store, plan, call)
+
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         schedule = schedule_for(plan, call.window)
         out, lse = _attend_own(query, store, schedule, call)
@@ -51,21 +59,19 @@ def _attend_batch(query: torch.Tensor, store: LayerStore, batch: Batch, call: At
     rows = batch.stop - batch.start
     if rows != query.shape[0]:
         query = query[batch.start : batch.stop]
-    out, lse = attend_partial(
-        query.unsqueeze(2),
-        _rows_view(store.keys, rows, batch),
-        _rows_view(store.values, rows, batch),
-        call.scale,
-        softcap=call.softcap,
-    )
+    key, value = _batch_views(store, batch)
+    out, lse = attend_partial(query.unsqueeze(2), key, value, call.scale, softcap=call.softcap)
     return out.squeeze(2), lse.squeeze(2)
 
 
-def _rows_view(memory: torch.Tensor, rows: int, batch: Batch) -> torch.Tensor:
-    heads, slots, dim = memory.shape
-    return memory.as_strided(
-        (rows, heads, batch.tokens, dim), (batch.step * dim, slots * dim, dim, 1), batch.slot * dim
-    )
+def _batch_views(store: LayerStore, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a batch, `[rows, kv_heads, tokens, dim]`."""
+    rows, views = batch.stop - batch.start, []
+    for memory in (store.keys, store.values):
+        heads, slots, dim = memory.shape
+        strides = (batch.step * dim, slots * dim, dim, 1)
+        views.append(memory.as_strided((rows, heads, batch.tokens, dim), strides, batch.slot * dim))
+    return views[0], views[1]
 
 
 def _attend_part(query: torch.Tensor, store: LayerStore, part: Part, call: AttentionCall) -> Result:

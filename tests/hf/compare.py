@@ -102,8 +102,9 @@ def _tokens_tie(family: Family, mode: Mode, what: str, expected: torch.Tensor, a
         pytest.fail(f"{what}: shape {tuple(actual.shape)}, stock {tuple(expected.shape)}")
     row, position = min(different.tolist(), key=lambda place: place[1])
     margin = _margin(family, mode, expected[row], position)
+    wanted, got = int(expected[row, position]), int(actual[row, position])
     message = (
-        f"{what}: row {row}, position {position}: token {int(actual[row, position])}, stock {int(expected[row, position])} "
+        f"{what}: row {row}, position {position}: token {got}, stock {wanted} "
         f"(top-2 margin of stock {'unknown' if margin is None else format(margin, '.2g')})\n"
         f"  stock   {expected[row].tolist()}\n  patched {actual[row].tolist()}"
     )

@@ -16,17 +16,17 @@ VOCAB = 120
 PAD, BOS = 0, 1
 FIRST_TOKEN = 3  # ids below are special; prompts draw from [FIRST_TOKEN, VOCAB)
 
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-)
-SPECIAL_TOKENS = dict(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+SPECIAL_TOKENS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": None}
 
 
 @dataclass(frozen=True)
@@ -163,33 +163,33 @@ PACKED = [
     _family("llama_tied", "Llama", True, **{**SIZES, "tie_word_embeddings": True}),
 ]
 
-T5 = dict(
-    vocab_size=VOCAB,
-    d_model=64,
-    d_kv=16,
-    d_ff=96,
-    num_layers=2,
-    num_decoder_layers=2,
-    num_heads=4,
-    tie_word_embeddings=False,
-    feed_forward_proj="gated-gelu",
-    decoder_start_token_id=PAD,
-    eos_token_id=2,
-)
-BART = dict(
-    vocab_size=VOCAB,
-    d_model=64,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=96,
-    decoder_ffn_dim=96,
-    max_position_embeddings=128,
-    decoder_start_token_id=2,
-    eos_token_id=2,
-    forced_eos_token_id=None,
-)
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "tie_word_embeddings": False,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": PAD,
+    "eos_token_id": 2,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 128,
+    "decoder_start_token_id": 2,
+    "eos_token_id": 2,
+    "forced_eos_token_id": None,
+}
 
 OTHER = [
     _family("opt", "OPT", None, word_embed_proj_dim=64, ffn_dim=96, **SIZES),
@@ -299,36 +299,36 @@ FAMILIES = {family.name: family for family in PACKED + OTHER}
 
 
 # Seeds for which greedy output does not fall into a cycle, found by trying 0 to 59.
-SEEDS = dict(
-    llama=6,
-    llama_mqa=7,
-    qwen2=6,
-    qwen3=14,
-    mistral=3,
-    mistral_sliding=5,
-    phi3=3,
-    gemma2=0,
-    gemma3=4,
-    gpt2=1,
-    gpt_neox=8,
-    olmo2=8,
-    mixtral=6,
-    granite=4,
-    smollm3=1,
-    llama_tied=1,
-    opt=5,
-    bloom=41,
-    falcon_alibi=32,
-    falcon_rotary=0,
-    mpt=29,
-    t5=24,
-    bart=46,
-    mamba=5,
-    lfm2=6,
-    qwen3_next=6,
-    deepseek_v3=5,
-    gpt_oss=1,
-)
+SEEDS = {
+    "llama": 6,
+    "llama_mqa": 7,
+    "qwen2": 6,
+    "qwen3": 14,
+    "mistral": 3,
+    "mistral_sliding": 5,
+    "phi3": 3,
+    "gemma2": 0,
+    "gemma3": 4,
+    "gpt2": 1,
+    "gpt_neox": 8,
+    "olmo2": 8,
+    "mixtral": 6,
+    "granite": 4,
+    "smollm3": 1,
+    "llama_tied": 1,
+    "opt": 5,
+    "bloom": 41,
+    "falcon_alibi": 32,
+    "falcon_rotary": 0,
+    "mpt": 29,
+    "t5": 24,
+    "bart": 46,
+    "mamba": 5,
+    "lfm2": 6,
+    "qwen3_next": 6,
+    "deepseek_v3": 5,
+    "gpt_oss": 1,
+}
 
 
 @functools.cache

@@ -204,8 +204,16 @@ simple("beam_shared_prefix", prompts.shared_prefix, num_beams=2, copies=2, greed
 simple("beam_sampling", prompts.ragged, num_beams=3, do_sample=True, copies=3, greedy=False)
 simple("beam_return_two", prompts.ragged, num_beams=3, num_return_sequences=2, copies=3, greedy=False)
 simple("beam_eos", prompts.ragged, num_beams=3, eos_token_id=ends_of_rows, copies=3, greedy=False)
-simple("beam_eos_early", prompts.ragged, num_beams=3, eos_token_id=ends_of_rows, early_stopping=True, length_penalty=0.5,
-       copies=3, greedy=False)  # fmt: skip
+simple(
+    "beam_eos_early",
+    prompts.ragged,
+    num_beams=3,
+    eos_token_id=ends_of_rows,
+    early_stopping=True,
+    length_penalty=0.5,
+    copies=3,
+    greedy=False,
+)
 simple(
     "beam_processors",
     prompts.ragged,
@@ -510,13 +518,16 @@ EXCLUDED: list[tuple[str, str, str]] = [
     ("encoder_decoder", f"{CONTINUE} {CHUNKS} from_bos own_dynamic_cache position_ids inputs_embeds holes beam_holes "
      "inputs_embeds_ragged guidance guidance_negative_prompt early_exit right_padded prompt_lookup",
      "is about the decoder's prompt, and the prompt of an encoder-decoder goes to the encoder"),
+    ("falcon_rotary", "attentions", "Falcon keeps sdpa whatever one sets, and adds its boolean mask to the scores"),
+    ("falcon_alibi", "attentions", "Falcon keeps sdpa whatever one sets, and adds its boolean mask to the scores"),
 ]  # fmt: skip
 
 # Pairs that stock transformers itself refuses, in some version: skipped where stock raises, run where it does not.
 STOCK_MAY_REFUSE: list[tuple[str, str, str]] = [
     ("mpt", f"{ASSISTED} {CHUNKS}", "MPT does not say that it supports Cache objects, so generate makes none"),
     ("mpt", f"{CONTINUE} custom_generate", "MPT's mask forgets the cache when only new tokens are passed"),
-    ("mamba", f"{ASSISTED} {CHUNKS} {CONTINUE} own_dynamic_cache attentions", "Mamba has no attention and no past_key_values"),
+    ("mamba", f"{ASSISTED} {CHUNKS} {CONTINUE} own_dynamic_cache attentions",
+     "Mamba has neither attention nor past_key_values"),
     ("recurrent", ASSISTED, "a recurrent state cannot be cropped"),
     ("lfm2", f"{CHUNKS} {CONTINUE} static_cache", "a conv layer cannot continue with several tokens in old versions"),
     ("qwen3_next", "static_cache", "no static cache for linear attention in old versions"),

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-HOOKS = [name for name in vars(torch.nn.Module()) if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")]
+HOOKS = [name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs"))]
 
 
 def snapshot(model: torch.nn.Module) -> dict:

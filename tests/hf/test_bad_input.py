@@ -1,5 +1,6 @@
 """Mistakes get an error that says what would be right; whatever goes wrong in a call, no block leaks."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -16,14 +17,14 @@ from families import FAMILIES, VOCAB, stock_model
 from hf_paged import PagedCache, PagedConfig, PagedMemoryError, paged, patch_model, unpatch_model
 
 LLAMA = FAMILIES["llama"]
-GREEDY = dict(do_sample=False, max_new_tokens=8)
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 
 def patched(**overrides):
     return patch_model(copy_of(LLAMA), **{"block_size": BLOCK_SIZE, **overrides})
 
 
-BEAMS = dict(num_beams=3, do_sample=False, max_new_tokens=4)
+BEAMS = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
 
 
 @functools.cache
@@ -117,7 +118,7 @@ BAD_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("field, value", BAD_SETTINGS, ids=[f"{field}={value!r}" for field, value in BAD_SETTINGS])
+@pytest.mark.parametrize(("field", "value"), BAD_SETTINGS, ids=[f"{field}={value!r}" for field, value in BAD_SETTINGS])
 def test_bad_setting_is_a_value_error_that_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         PagedConfig(**{field: value})
@@ -176,7 +177,7 @@ def test_cache_of_another_model(patch):
     cache = PagedCache(other.config, block_size=BLOCK_SIZE)
     with torch.no_grad():
         other(prompts.single()["input_ids"], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values|cache|model"):
+    with pytest.raises(ValueError, match=r"past_key_values|cache|model"):
         model.generate(**prompts.single(), past_key_values=cache, **GREEDY)
     if patch:
         assert_usable(model)
@@ -185,7 +186,7 @@ def test_cache_of_another_model(patch):
 def test_empty_cache_of_another_model():
     model = patched()
     cache = PagedCache(LLAMA.build(num_hidden_layers=3, num_key_value_heads=4).config, block_size=BLOCK_SIZE)
-    with pytest.raises(ValueError, match="past_key_values|cache|model"):
+    with pytest.raises(ValueError, match=r"past_key_values|cache|model"):
         model.generate(**prompts.single(), past_key_values=cache, **GREEDY)
     assert_usable(model)
 
@@ -196,7 +197,7 @@ def test_returned_cache_given_to_another_patched_model(changes):
     one, two = patched(), patch_model(LLAMA.build(seed=5, **changes), block_size=BLOCK_SIZE)
     output = returned_cache(one, prompts.single())
     whole = {"input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
-    with pytest.raises(ValueError, match="past_key_values|cache|model"):
+    with pytest.raises(ValueError, match=r"past_key_values|cache|model"):
         two.generate(**whole, past_key_values=output.past_key_values, **GREEDY)
     del output
     assert_usable(one)
@@ -206,7 +207,7 @@ def test_cache_of_another_batch_size():
     model = patched()
     output = returned_cache(model, prompts.diverse())  # three rows
     whole = torch.cat([output.sequences, output.sequences[:1]])  # four
-    with pytest.raises(ValueError, match="batch|rows"):
+    with pytest.raises(ValueError, match=r"batch|rows"):
         model.generate(whole, attention_mask=torch.ones_like(whole), past_key_values=output.past_key_values, **GREEDY)
     del output
     assert_usable(model)
@@ -217,7 +218,7 @@ def test_cache_of_another_batch_size_on_an_unpatched_model():
     cache = PagedCache(model.config, block_size=BLOCK_SIZE)
     with torch.no_grad():
         model(prompts.diverse()["input_ids"], past_key_values=cache)
-        with pytest.raises(ValueError, match="batch|rows"):
+        with pytest.raises(ValueError, match=r"batch|rows"):
             model(torch.tensor([[5], [6]]), past_key_values=cache)
 
 
@@ -227,7 +228,7 @@ def test_crop_beyond_the_length(remove):
     cache = PagedCache(model.config, block_size=BLOCK_SIZE)
     with torch.no_grad():
         model(prompts.single()["input_ids"], past_key_values=cache)
-    with pytest.raises(ValueError, match="crop|21"):
+    with pytest.raises(ValueError, match=r"crop|21"):
         cache.crop(-remove)
     assert cache.get_seq_length() == 21, "a refused crop changes nothing"
 
@@ -292,12 +293,12 @@ def test_exception_leaves_no_block_in_use(how, at, error):
     model = patched()
     bad = StoppingCriteriaList([BadCriterion(error, at)])
     calls = {
-        "streamer": dict(streamer=BadStreamer(error, at)),
-        "criterion": dict(stopping_criteria=bad),
-        "criterion in beams": dict(stopping_criteria=bad, num_beams=3),
-        "processor": dict(logits_processor=[bad_processor(error, at)]),
-        "criterion in assisted": dict(stopping_criteria=bad, assistant_model=LLAMA.build(seed=99)),
-        "returned dict": dict(stopping_criteria=bad, return_dict_in_generate=True, output_scores=True),
+        "streamer": {"streamer": BadStreamer(error, at)},
+        "criterion": {"stopping_criteria": bad},
+        "criterion in beams": {"stopping_criteria": bad, "num_beams": 3},
+        "processor": {"logits_processor": [bad_processor(error, at)]},
+        "criterion in assisted": {"stopping_criteria": bad, "assistant_model": LLAMA.build(seed=99)},
+        "returned dict": {"stopping_criteria": bad, "return_dict_in_generate": True, "output_scores": True},
     }
     inputs = prompts.single() if "assisted" in how else prompts.shared_prefix()
     with pytest.raises(error):
@@ -339,10 +340,10 @@ def test_exception_with_a_cache_that_the_user_holds():
 def test_invalid_arguments_of_generate_leave_nothing_behind():
     model = patched()
     for arguments in (
-        dict(num_beams=0),
-        dict(max_new_tokens=-3),
-        dict(no_such_argument=1),
-        dict(num_return_sequences=3),
+        {"num_beams": 0},
+        {"max_new_tokens": -3},
+        {"no_such_argument": 1},
+        {"num_return_sequences": 3},
     ):
         with pytest.raises((ValueError, RuntimeError, ArithmeticError)):
             model.generate(**prompts.single(), **{"do_sample": False, "max_new_tokens": 4, **arguments})
@@ -388,7 +389,7 @@ def test_budget_is_kept():
     model = patched(max_memory=BUDGET)
     for seed in range(6):  # 36 tokens each: cached blocks of earlier calls must be evicted for later ones
         ids = torch.tensor([prompts.tokens(28, seed)])
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         assert torch.equal(model.generate(**inputs, **GREEDY), stock_model("llama").generate(**inputs, **GREEDY))
         assert model.paged.stats().bytes_reserved <= 64 * 1024
 
@@ -396,9 +397,13 @@ def test_budget_is_kept():
 def test_held_caches_count_against_the_budget_and_come_back():
     model = patched(max_memory=BUDGET)
     held = []
-    with pytest.raises(PagedMemoryError):
-        for seed in range(10):
+
+    def hold(count):
+        for seed in range(count):
             held.append(returned_cache(model, {"input_ids": torch.tensor([prompts.tokens(28, seed)])}))
+
+    with pytest.raises(PagedMemoryError):
+        hold(10)
     assert held, "the first ones fit"
     held.clear()
     gc.collect()
@@ -460,8 +465,8 @@ def test_a_thread_that_fails_does_not_disturb_the_others():
 
     def fail():
         for at in range(4):
+            bad = StoppingCriteriaList([BadCriterion(Boom, at)])
             with pytest.raises(Boom):
-                bad = StoppingCriteriaList([BadCriterion(Boom, at)])
                 model.generate(**prompts.shared_prefix(), stopping_criteria=bad, **GREEDY)
 
     def succeed():
@@ -498,10 +503,8 @@ def test_unpatching_inside_a_generate_is_refused_or_harmless():
             unpatch_model(model)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    try:
+    with contextlib.suppress(RuntimeError):
         model.generate(**prompts.single(), stopping_criteria=StoppingCriteriaList([Unpatch()]), **GREEDY)
-    except RuntimeError:
-        pass
     unpatch_model(model)
     assert torch.equal(model.generate(**prompts.single(), **GREEDY), expected(prompts.single))
     assert not hasattr(copy.copy(model), "paged")

@@ -185,7 +185,8 @@ def test_users_paged_cache_on_a_patched_model(family):
                 max_new_tokens=8,
             )
             sequences.append(output)
-    assert torch.equal(sequences[0], sequences[2]) and torch.equal(sequences[1], sequences[3]), family.name
+    assert torch.equal(sequences[0], sequences[2]), family.name
+    assert torch.equal(sequences[1], sequences[3]), family.name
 
 
 # Method for method
@@ -490,11 +491,7 @@ def test_other_shapes_come_from_the_tensors(shape):
     keys, values = torch.randn(2, heads, tokens, dim), torch.randn(2, heads, tokens, dim // 2)
     for layer in range(2):
         for cache in (dynamic, actual):
-            try:
-                cache.update(keys, values, layer)
-            except ValueError as error:
-                assert "head" in str(error) or "shape" in str(error)
-                return
+            cache.update(keys, values, layer)
     assert_caches_equal(dynamic, actual)
 
 
@@ -508,7 +505,8 @@ def test_dtypes_come_back_bit_for_bit(dtype):
             cache.update(keys, values, layer)
     for wanted, got in zip(dynamic.layers, actual.layers, strict=True):
         assert got.keys.dtype == dtype
-        assert torch.equal(torch.clone(got.keys), wanted.keys) and torch.equal(torch.clone(got.values), wanted.values)
+        assert torch.equal(torch.clone(got.keys), wanted.keys)
+        assert torch.equal(torch.clone(got.values), wanted.values)
 
 
 # Random sequences of operations

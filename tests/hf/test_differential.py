@@ -43,7 +43,7 @@ def assert_counts(stats, family, mode) -> None:
         assert stats.fallbacks, f"{what}: took the padded path without saying why"
 
 
-@pytest.mark.parametrize("family, mode", compare.all_pairs())
+@pytest.mark.parametrize(("family", "mode"), compare.all_pairs())
 def test_same_as_stock(family, mode):
     what = f"{family.name} × {mode.name}"
     stock = stock_outcome(family, mode)

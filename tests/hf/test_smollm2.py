@@ -35,9 +35,9 @@ def _two_threads():
 
 
 MODES = {
-    "greedy": dict(do_sample=False),
-    "beam": dict(num_beams=3, do_sample=False),
-    "samples": dict(do_sample=True, num_return_sequences=3, temperature=0.8),
+    "greedy": {"do_sample": False},
+    "beam": {"num_beams": 3, "do_sample": False},
+    "samples": {"do_sample": True, "num_return_sequences": 3, "temperature": 0.8},
 }
 
 

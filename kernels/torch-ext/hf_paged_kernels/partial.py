@@ -8,7 +8,7 @@ import torch
 
 # torch's own CPU flash attention; unlike `scaled_dot_product_attention` it returns the log-sum-exp. It takes fewer KV
 # heads than query heads as they are.
-_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The query heads of a KV head go into one matrix, so that K and V are read once for all of them, unless the matrix gets
 # this large. One query in float32 over few tokens is quicker unpacked (2 cores of Zen 4: 100 tokens 14 us against 20 us,
