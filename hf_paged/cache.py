@@ -71,6 +71,8 @@ class PagedCache(Cache):
         pool: KVPool | None = None,
         settings: PagedConfig | None = None,
     ):
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a transformers config (model.config), got {type(config).__name__}")
         self.settings = settings or PagedConfig(block_size=block_size, max_memory=max_memory)
         self.model_config = config.get_text_config(decoder=True)
         self.windows = compat.attention_windows(self.model_config)
@@ -83,6 +85,8 @@ class PagedCache(Cache):
         self.finished: set[int] = set()
         self.step: Step | None = None
         self.pending: list[tuple[Any, ...]] = []
+        # The model whose weights made the K and V, where a patched model did.
+        self.owner: weakref.ref[Any] | None = None
         # False only for a cache that `generate` made for itself and has not handed out.
         self.held_by_user = True
         # What `generate` is doing with the cache just now.
@@ -157,7 +161,7 @@ class PagedCache(Cache):
         for table, num_tokens in zip(self.tables, lengths, strict=False):
             self.pool.manager.crop(table, min(num_tokens, table.num_tokens))
         for layer in self.layers:
-            layer.seen = self.dense_len
+            layer.move_to(self.dense_len)
 
     def release(self) -> None:
         """Give every block back at once; the cache is empty then."""
@@ -168,7 +172,7 @@ class PagedCache(Cache):
         self.dense_len, self.columns, self.step = 0, None, None
         self.finished.clear()
         for layer in self.layers:
-            layer.seen = 0
+            layer.seen = layer.kept = 0
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -178,7 +182,7 @@ class PagedCache(Cache):
         self.step = None
         self.sequences.unpin()
         for layer in self.layers:
-            layer.seen = self.dense_len
+            layer.move_to(self.dense_len)
 
     def begin_dense(self, tokens_per_row: int, new_columns: torch.Tensor | None = None) -> Step:
         """Append `tokens_per_row` columns to every row, as a step whose layers return dense K and V.
@@ -255,6 +259,8 @@ class PagedCache(Cache):
                 f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that past_key_values holds"
             )
         if keep >= self.dense_len:
+            for layer in self.layers:
+                layer.move_to(layer.seen)
             return
         counts = [keep] * len(self.tables) if self.columns is None else self.columns[:, :keep].sum(dim=1).tolist()
         for table, count in zip(self.tables, counts, strict=True):
@@ -263,7 +269,7 @@ class PagedCache(Cache):
             self.columns = self.columns[:, :keep]
         self.dense_len = keep
         for layer in self.layers:
-            layer.seen = min(layer.seen, keep)
+            layer.move_to(min(layer.seen, keep))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` holds: a permutation of tables, no data moves."""
@@ -274,7 +280,7 @@ class PagedCache(Cache):
         self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, given as numbers or as a mask."""
+        """Keep the rows `indices`, given as numbers (negative ones count from the end) or as a mask."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         self._select(indices.tolist())
@@ -282,6 +288,10 @@ class PagedCache(Cache):
     def _select(self, rows: Sequence[int]) -> None:
         if not self.tables:
             return
+        count = len(self.tables)
+        if not all(-count <= row < count for row in rows):
+            raise ValueError(f"indices {list(rows)} reach beyond the {count} rows that past_key_values holds")
+        rows = [row % count for row in rows]
         if rows == list(range(len(self.tables))):
             return
         manager = self.pool.manager
@@ -297,10 +307,12 @@ class PagedCache(Cache):
             self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
             self.tables[:] = tables
         if self.columns is not None:
-            self.columns = self.columns[list(rows)]
+            self.columns = self.columns[rows]
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: every layer keeps all it has seen, so it can always go back."""
+        """Layers keep all they have seen anyway; from now on window layers show it too."""
+        for layer in self.layers:
+            layer.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A cache that continues on its own and shares the blocks until one of the two changes them."""
@@ -311,8 +323,9 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
+        twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
-            theirs.seen = mine.seen
+            theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past
         return twin
 
     def __repr__(self) -> str:
@@ -332,8 +345,12 @@ class PagedLayer(CacheLayerMixin):
         self._cache = weakref.ref(cache)
         self.index = index
         self.window = cache.windows[index]
-        self.seen = 0
-        self.done = 0
+        if self.window is not None:
+            self.sliding_window = self.window
+        self.record_past = False
+        self.seen = 0  # dense columns
+        self.kept = 0  # of these, what stock's window layer would still hold
+        self.done = 0  # operations of the cache's pending ones
 
     @property
     def cache(self) -> PagedCache:
@@ -378,7 +395,7 @@ class PagedLayer(CacheLayerMixin):
         store = cache.pool.layer(self.index, key_states, value_states)
         store.write(step.plan, key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
-        self.seen += step.tokens_per_row
+        self.move_to(self.seen + step.tokens_per_row)
         dense = step.dense()
         return dense.of(store.keys)[:, :, -visible:], dense.of(store.values)[:, :, -visible:]
 
@@ -405,7 +422,21 @@ class PagedLayer(CacheLayerMixin):
             return None
         cache = self.cache
         dense = DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
-        return dense if self.window is None else dense[:, :, -self.window + 1 :]
+        return dense[:, :, dense.shape[2] - self.kept :]
+
+    def move_to(self, seen: int) -> None:
+        """The layer has seen `seen` dense columns now."""
+        added = seen - self.seen
+        self.seen = seen
+        self.kept += added
+        if self.window is not None and not (added > 0 and self.record_past):
+            self.kept = min(self.kept, self.window - 1)
+        self.kept = max(0, min(self.kept, seen))
+
+    @property
+    def cumulative_length(self) -> int:
+        """Dense columns seen; the name that stock's window layers use."""
+        return self.seen
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -446,7 +477,8 @@ class PagedLayer(CacheLayerMixin):
         """Nothing to do: blocks move between tiers, not layers."""
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: everything is kept."""
+        """Show all columns of a window layer until the next `crop`, as stock's layers then hold them."""
+        self.record_past = self.window is not None
 
     def reset(self) -> None:
         """Empty the layer (with the others)."""

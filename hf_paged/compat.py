@@ -48,6 +48,12 @@ def kv_token_bytes(config: PreTrainedConfig, element_bytes: int) -> int:
     return 2 * config.num_hidden_layers * kv_heads * dim * element_bytes
 
 
+def kv_shape(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Layers, KV heads and dim, as far as the config names them."""
+    names = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
+    return tuple(getattr(config, name, None) for name in names)
+
+
 def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
     """The distinct configs of the submodels whose attention goes through the attention interface."""
     seen: set[int] = set()

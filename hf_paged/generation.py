@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import operator
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -43,6 +42,11 @@ class PagedGenerationMixin:
 
     _hf_paged_original: type
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """A new model made from the class of a patched one (`type(model).from_pretrained`) is a stock model."""
+        object.__setattr__(self, "__class__", self._hf_paged_original)
+        self.__init__(*args, **kwargs)
+
     @property
     def paged(self) -> PagedRuntime:
         """The runtime: settings, statistics, memory."""
@@ -50,8 +54,11 @@ class PagedGenerationMixin:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
+        runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
+        if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
+            return type(self).__call__(self, *args, **kwargs)
         if isinstance(cache, PagedCache):
-            return self.paged.run(super().__call__, cache, args, kwargs)
+            return runtime.run(super().__call__, cache, args, kwargs)
         return super().__call__(*args, **kwargs)
 
     # -- generate ------------------------------------------------------------------------------------------------
@@ -154,6 +161,7 @@ class PagedGenerationMixin:
         cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
         if not isinstance(cache, PagedCache):
             return decode(input_ids, **kwargs)
+        runtime = self.paged  # the loop may unpatch the model
         cache.prefilling, cache.assisted, cache.fell_back = True, assisted, False
         try:
             result = decode(input_ids, **kwargs)
@@ -162,7 +170,7 @@ class PagedGenerationMixin:
             cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
                 cache.release()
-        self.paged.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
+        runtime.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
         return result
 
     # -- copies and files see the original class ------------------------------------------------------------------
@@ -170,7 +178,7 @@ class PagedGenerationMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the original class, with the attention it had, loadable without hf_paged."""
         state = {name: value for name, value in self.__dict__.items() if name != RUNTIME_ATTRIBUTE}
-        parts = (_Call(copyreg.__newobj__, self._hf_paged_original), *self._restored_names())
+        parts = (_Call(object.__new__, self._hf_paged_original), *self._restored_names())
         return operator.getitem, (parts, 0), state
 
     def _restored_names(self) -> list[_Call]:

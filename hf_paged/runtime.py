@@ -131,6 +131,7 @@ class PagedRuntime:
             inputs = kwargs.get("inputs_embeds")
         if args or inputs is None or inputs.dim() not in (2, 3):
             return call(*args, **kwargs)
+        self._check_owner(cache, model)
         if cache.sequences.pool is None:
             cache.sequences.pool = self._make_pool(model)
         cache.ensure_rows(inputs.shape[0])
@@ -144,6 +145,22 @@ class PagedRuntime:
         if cache.prefilling:
             self._count_prompt(request, cache, computed_tokens)
         return outputs
+
+    @staticmethod
+    def _check_owner(cache: PagedCache, model: PreTrainedModel) -> None:
+        """`ValueError` for a cache that another model has filled or was made for."""
+        if cache.owner is None:
+            if compat.kv_shape(cache.model_config) != compat.kv_shape(model.config.get_text_config(decoder=True)):
+                raise ValueError(
+                    "past_key_values is a PagedCache for a model of another shape; make one with "
+                    "PagedCache(model.config) of the model that generates"
+                )
+            cache.owner = weakref.ref(model)
+        elif cache.owner() is not model:
+            raise ValueError(
+                "past_key_values is a PagedCache that another model has filled; its K and V mean nothing to this "
+                "one. Pass a cache that this model returned, or none"
+            )
 
     def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int]:
         """The model's outputs and the number of tokens that were computed."""
