@@ -59,7 +59,7 @@ def kv_use(work: Work, probe: KvProbe) -> KvUse:
     real, factors = [], []
     for sequences, held in zip(probe.sequences, probe.bytes_in_use, strict=True):
         rows = live_rows(work, sequences)
-        real.append(per_token * distinct_tokens(rows))
+        real.append(per_token * needed_tokens(work, rows, sequences.shape[1] - work.input_ids.shape[1]))
         factors.append((held - per_block * len(rows)) / real[-1])
     peak = max(range(len(real)), key=probe.bytes_in_use.__getitem__)
     dense = per_token * probe.sequences[-1].numel()
@@ -79,6 +79,17 @@ def live_rows(work: Work, sequences: torch.Tensor) -> list[list[int]]:
     padding = (work.attention_mask == 0).sum(dim=1).tolist()
     ends = work.scenario.ends or (work.scenario.new,) * prompts
     return [row[padding[i // copies] :] for i, row in enumerate(sequences.tolist()) if generated < ends[i // copies]]
+
+
+def needed_tokens(work: Work, rows: Sequence[list[int]], generated: int) -> int:
+    """Return how many distinct tokens ``rows`` hold, ``generated`` of each after its prompt.
+
+    Beams descend from one another, so all that they begin with in common is one token each. Rows of their own share
+    prompts only: where two samples happen to draw the same token, either has computed its own.
+    """
+    if work.scenario.arguments.get("num_beams", 1) > 1:
+        return distinct_tokens(rows)
+    return distinct_tokens([row[: len(row) - generated] for row in rows]) + generated * len(rows)
 
 
 def distinct_tokens(rows: Sequence[list[int]]) -> int:

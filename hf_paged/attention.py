@@ -16,8 +16,22 @@ NAME_PREFIX = "hf_paged_"
 
 # Keywords of an attention call that carry no instruction of their own once a plan says what each query sees.
 _WITHOUT_EFFECT = frozenset(
-    "position_ids cache_position position_embeddings use_cache past_key_values past_key_value output_attentions "
-    "output_hidden_states output_router_logits return_dict logits_to_keep head_mask layer_head_mask training".split()
+    (
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "use_cache",
+        "past_key_values",
+        "past_key_value",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "head_mask",
+        "layer_head_mask",
+        "training",
+    )
 )
 
 

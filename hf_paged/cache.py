@@ -152,7 +152,7 @@ class PagedCache(Cache):
             self.finished.clear()
 
     def roll_back(self, lengths: Sequence[int]) -> None:
-        """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: empty the cache."""
+        """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: forget all."""
         step, self.step = self.step, None
         self.sequences.unpin()
         if step is not None and step.plan.copies and self.dense_len:
@@ -205,7 +205,9 @@ class PagedCache(Cache):
         for row, (table, count) in enumerate(zip(self.tables, counts, strict=True)):
             sources = range(tokens_per_row) if new_columns is None else new_columns[row].nonzero().flatten().tolist()
             slots = [
-                run.slot + i for run in table.runs(table.num_tokens - count, table.num_tokens) for i in range(run.tokens)
+                run.slot + i
+                for run in table.runs(table.num_tokens - count, table.num_tokens)
+                for i in range(run.tokens)
             ]
             writes += matched_writes([row * tokens_per_row + source for source in sources], slots)
         plan = StepPlan(

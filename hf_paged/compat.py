@@ -109,8 +109,6 @@ def takes_position_ids(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-
-
 def vocabulary_size(config: PreTrainedConfig) -> int:
     """Number of token ids."""
     return config.get_text_config(decoder=True).vocab_size

@@ -78,7 +78,9 @@ def parse_bytes(value: int | str) -> int:
     """Bytes from an int or from text such as `"8GiB"`, `"500MB"`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    )
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"max_memory: {value!r} is no size; write bytes as an int or text such as '8GiB' or '500MB'")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -22,8 +22,17 @@ PACKED_CHUNK_TOKENS = 8192
 
 # Arguments that the fast paths carry over or replace; any other one that is set means the padded path.
 _KNOWN_ARGUMENTS = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache return_dict logits_to_keep "
-    "cache_position".split()
+    (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "return_dict",
+        "logits_to_keep",
+        "cache_position",
+    )
 )
 _MEANINGLESS_IF_FALSE = (None, False)
 
@@ -169,7 +178,9 @@ def run_packed(
     sequences = _token_keys(request, cache, columns)
     pool = cache.pool
     try:
-        plan = plan_packed(pool.manager, cache.tables, sequences, cache.chunk_tokens or PACKED_CHUNK_TOKENS, cache.room_tokens)
+        plan = plan_packed(
+            pool.manager, cache.tables, sequences, cache.chunk_tokens or PACKED_CHUNK_TOKENS, cache.room_tokens
+        )
     except OutOfBlocks as error:
         raise pool.memory_error(error, sum(map(len, sequences))) from None
     cache.sequences.pins += plan.pins
@@ -264,4 +275,3 @@ def run_padded(request: ModelCall, cache: PagedCache) -> Any:
     outputs = request.call(**request.kwargs)
     cache.finish(stored, request.tokens)
     return outputs
-

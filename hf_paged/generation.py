@@ -120,7 +120,12 @@ class PagedGenerationMixin:
             cache.prefilling = False
 
     def _packed_prefill(
-        self, cache: PagedCache, input_ids: torch.LongTensor, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+        self,
+        cache: PagedCache,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The prompt in one call; `prefill_chunk_size` then cuts the packed tokens instead of the columns.
 
@@ -142,7 +147,12 @@ class PagedGenerationMixin:
         cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
         criteria = kwargs["stopping_criteria"]
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        if isinstance(cache, PagedCache) and ends_rows and not config.return_dict_in_generate and not cache.held_by_user:
+        if (
+            isinstance(cache, PagedCache)
+            and ends_rows
+            and not config.return_dict_in_generate
+            and not cache.held_by_user
+        ):
             kwargs["stopping_criteria"] = FinishedRows(criteria, cache)
         return self._paged_decoding(super()._sample, input_ids, kwargs)
 
@@ -208,8 +218,6 @@ class _Call:
 
     def __reduce__(self) -> Any:
         return self._call
-
-
 
 
 def _count_generated(result: Any, prompt_tokens: int, config: GenerationConfig) -> int:

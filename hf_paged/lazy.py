@@ -25,9 +25,7 @@ class PagedKV(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(
-        cls, like: torch.Tensor, step: Step, store: LayerStore, layer_index: int, is_value: bool
-    ) -> PagedKV:
+    def __new__(cls, like: torch.Tensor, step: Step, store: LayerStore, layer_index: int, is_value: bool) -> PagedKV:
         batch, heads, _, dim = like.shape
         self = torch.Tensor._make_wrapper_subclass(
             cls, (batch, heads, step.dense_len, dim), dtype=like.dtype, device=like.device

@@ -76,7 +76,7 @@ class KVPool:
         return self.manager.pool.high_water * self.block_size * sum(layer.bytes_per_token for layer in written)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
-        """The store of a layer, made for the shape of `key` and `value` `[batch, kv_heads, tokens, dim]` when first seen.
+        """The store of a layer; made when first asked for, to fit `key` and `value` `[batch, kv_heads, tokens, dim]`.
 
         Raises `ValueError` where it was made for another shape, dtype or device.
         """

@@ -79,7 +79,9 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
         error = float((actual - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
         if not error <= TOLERANCES.get(model.dtype, 8e-2):
             return Capability(f"packed logits differ from stock by {error:.1g} of the largest")
-    untold = [window for layer, window in enumerate(cache.windows) if window is not None and windows.get(layer) != window]
+    untold = [
+        window for layer, window in enumerate(cache.windows) if window is not None and windows.get(layer) != window
+    ]
     cache.release()
     return Capability(None, keeps_logits, min(untold, default=None))
 

@@ -80,7 +80,9 @@ class PagedRuntime:
         backend = self.config.attention_backend
         if model is not None:
             backend = backend_for(backend, model.device).name
-        return format_table(self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)")
+        return format_table(
+            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
+        )
 
     # -- for the glue --------------------------------------------------------------------------------------------
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import torch
-from hf_paged_kernels import attend_partial, merge_partial
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore, strided_view
+from hf_paged_kernels import attend_partial, merge_partial
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 

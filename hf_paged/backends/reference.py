@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hf_paged_kernels import paged_attention_reference
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore, run_slots
+from hf_paged_kernels import paged_attention_reference
 
 
 class ReferenceBackend(AttentionBackend):

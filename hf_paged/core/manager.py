@@ -88,9 +88,7 @@ class BlockManager:
         """Whether the next token of `table` would fall into a block that others hold too."""
         return table.num_tokens % self.block_size != 0 and self.pool.references(table.blocks[-1]) > 1
 
-    def append(
-        self, tables: Sequence[BlockTable], num_tokens: int | Sequence[int], room_tokens: int = 0
-    ) -> Growth:
+    def append(self, tables: Sequence[BlockTable], num_tokens: int | Sequence[int], room_tokens: int = 0) -> Growth:
         """Make room for `num_tokens` more tokens in each table; `room_tokens` more are expected later.
 
         Every table whose tail block is shared gets a tail of its own, all of them, so that none writes into what
@@ -157,7 +155,9 @@ class BlockManager:
         with self.lock:
             held = +self._pinned
             for table in self._tables.values():
-                assert len(table.blocks) == self.blocks_for(table.num_tokens), "a table holds too many or too few blocks"
+                assert len(table.blocks) == self.blocks_for(table.num_tokens), (
+                    "a table holds too many or too few blocks"
+                )
                 slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]
                 assert slots == [table.slot(i) for i in range(table.num_tokens)], "spans disagree with the blocks"
                 held.update(table.blocks)

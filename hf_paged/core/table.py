@@ -20,7 +20,7 @@ class BlockTable:
     the slots of a long sequence come as a few runs without walking over its blocks.
     """
 
-    __slots__ = ("block_size", "blocks", "claims", "num_tokens", "_spans")
+    __slots__ = ("_spans", "block_size", "blocks", "claims", "num_tokens")
 
     def __init__(self, block_size: int):
         self.block_size = block_size

@@ -59,9 +59,7 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> list[TrieNode]:
     return nodes
 
 
-def _groups(
-    sequences: Sequence[Sequence[int]], order: list[int], lo: int, hi: int, at: int
-) -> list[tuple[int, int]]:
+def _groups(sequences: Sequence[Sequence[int]], order: list[int], lo: int, hi: int, at: int) -> list[tuple[int, int]]:
     """Split sorted rows `[lo, hi)` where their element at position `at` changes; rows that end before are left out.
 
     The group with the first row comes last: a stack then yields rows about in the order they came in.

@@ -6,14 +6,13 @@ import gc
 import warnings
 from collections.abc import Callable
 
-import pytest
-import torch
-from tolerances import TIE, assert_close
-
 import modes
 import prompts
+import pytest
+import torch
 from families import FAMILIES, Family, stock_model
 from modes import Mode, Outcome, Run
+from tolerances import TIE, assert_close
 
 BLOCK_SIZE = 8  # prompts of 20 tokens then fill several blocks
 

@@ -117,6 +117,7 @@ PACKED = [
         query_pre_attn_scalar=16,
         attn_logit_softcapping=8.0,
         final_logit_softcapping=20.0,
+        attn_implementation="eager",  # the one that caps the scores; it is the default in newer versions only
         **SIZES,
     ),
     _family(

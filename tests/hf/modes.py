@@ -4,11 +4,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-
 import prompts
+import torch
 from families import BOS, FIRST_TOKEN, Family, stock_model
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 NEW = 12  # new tokens of a usual call
 

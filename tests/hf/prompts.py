@@ -1,7 +1,6 @@
 """Prompts as data: the input shapes that generation modes start from, and what they should cost."""
 
 import torch
-
 from families import FIRST_TOKEN, PAD, VOCAB
 
 LENGTHS = (21, 8, 16, 1)  # of the ragged batch: two blocks and a bit, one block, two blocks, one token (block_size=8)

@@ -6,14 +6,14 @@ import functools
 import gc
 import threading
 
-import pytest
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-
 import modes
 import prompts
+import pytest
+import torch
 from compare import BLOCK_SIZE, copy_of
 from families import FAMILIES, VOCAB, stock_model
+from transformers import StoppingCriteria, StoppingCriteriaList
+
 from hf_paged import PagedCache, PagedConfig, PagedMemoryError, paged, patch_model, unpatch_model
 
 LLAMA = FAMILIES["llama"]

@@ -2,14 +2,11 @@
 
 import copy
 
-import pytest
-import torch
-from tolerances import assert_close
-from transformers import DynamicCache
-
 import compare
 import modes
 import prompts
+import pytest
+import torch
 from compare import (
     BLOCK_SIZE,
     assert_blocks_given_back,
@@ -20,6 +17,9 @@ from compare import (
     stock_outcome,
 )
 from families import FAMILIES, stock_model
+from tolerances import assert_close
+from transformers import DynamicCache
+
 from hf_paged import PagedCache, patch_model
 
 

@@ -1,9 +1,8 @@
 """The test models themselves: a wrong cache can only show in models whose output depends on it."""
 
+import prompts
 import pytest
 import torch
-
-import prompts
 from compare import every_family
 from families import stock_model
 from prompts import batch, tokens

@@ -10,15 +10,15 @@ import sys
 import textwrap
 import weakref
 
+import prompts
 import pytest
 import torch
-from tolerances import assert_close
-
-import prompts
 from compare import BLOCK_SIZE, copy_of, every_family
 from families import FAMILIES, PAD, VOCAB, stock_model
-from hf_paged import PagedCache, PagedConfig, PagedStats, paged, patch_model, unpatch_model
 from snapshot import differences, snapshot
+from tolerances import assert_close
+
+from hf_paged import PagedCache, PagedConfig, PagedStats, paged, patch_model, unpatch_model
 
 LLAMA = FAMILIES["llama"]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -2,15 +2,15 @@
 
 import contextlib
 
+import prompts
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-
-import prompts
 from compare import BLOCK_SIZE, copy_of, every_family
 from families import FAMILIES, stock_model
-from hf_paged import patch_model
 from prompts import batch, tokens
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from hf_paged import patch_model
 
 LLAMA = FAMILIES["llama"]
 PACKED = every_family(lambda family: family.packed is True)

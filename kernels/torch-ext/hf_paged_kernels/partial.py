@@ -10,9 +10,9 @@ import torch
 # heads than query heads as they are.
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The query heads of a KV head go into one matrix, so that K and V are read once for all of them, unless the matrix gets
-# this large. One query in float32 over few tokens is quicker unpacked (2 cores of Zen 4: 100 tokens 14 us against 20 us,
-# 8 rows of 2,000 tokens 2.4 ms against 2.1 ms); in bfloat16 packing is worth a factor of 4.
+# The query heads of a KV head go into one matrix, so that K and V are read once for all of them, unless the matrix
+# gets this large. One query in float32 over few tokens is quicker unpacked (2 cores of Zen 4: 100 tokens 14 us against
+# 20 us, 8 rows of 2,000 tokens 2.4 ms against 2.1 ms); in bfloat16 packing is worth a factor of 4.
 _MAX_PACKED_ROWS = 256
 _FLOAT32_PACKED_TOKENS = 512
 # Queries per step of the plain path, which holds `[..., queries, kv]` scores in float32.
@@ -42,9 +42,9 @@ def attend_partial(
     """
     batch, heads, queries, dim = query.shape
     packed_rows = queries * heads // key.shape[1]
-    if not causal and mask is None and queries < packed_rows <= _MAX_PACKED_ROWS:
-        if queries > 1 or query.dtype != torch.float32 or key.shape[2] >= _FLOAT32_PACKED_TOKENS:
-            query = query.reshape(batch, key.shape[1], packed_rows, dim)
+    pays = queries > 1 or query.dtype != torch.float32 or key.shape[2] >= _FLOAT32_PACKED_TOKENS
+    if pays and not causal and mask is None and queries < packed_rows <= _MAX_PACKED_ROWS:
+        query = query.reshape(batch, key.shape[1], packed_rows, dim)
     if softcap is None and query.device.type == "cpu" and query.dtype in _FLASH_DTYPES and dim == value.shape[-1]:
         bias = None
         if mask is not None:
