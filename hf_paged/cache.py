@@ -255,7 +255,10 @@ class PagedCache(Cache):
 
         Raises `ValueError` where more are to be removed than there are.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         keep = self.dense_len + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        if tokens_to_remove == 0 and compat.crop_zero_empties():
+            keep = 0
         if keep < 0:
             raise ValueError(
                 f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that past_key_values holds"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
@@ -107,6 +109,15 @@ def takes_logits_to_keep(model: PreTrainedModel) -> bool:
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether the model's forward can be told the positions of its tokens."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@functools.cache
+def crop_zero_empties() -> bool:
+    """Whether `crop(0)` keeps nothing (up to 5.13: the length to keep) or everything (the number to remove)."""
+    layer, one = DynamicLayer(), torch.zeros(1, 1, 1, 1)
+    layer.update(one, one)
+    layer.crop(0)
+    return layer.get_seq_length() == 0
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

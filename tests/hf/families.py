@@ -311,7 +311,7 @@ SEEDS = {
     "gemma2": 0,
     "gemma3": 4,
     "gpt2": 1,
-    "gpt_neox": 8,
+    "gpt_neox": 10,
     "olmo2": 8,
     "mixtral": 6,
     "granite": 4,

@@ -61,8 +61,11 @@ def append(caches: tuple[Cache, Cache], batch_size: int, tokens: int, seed: int 
     for layer in range(len(caches[0].layers)):
         heads, dim = 2, 16
         keys, values = (torch.randn(batch_size, heads, tokens, dim, generator=generator) for _ in range(2))
+        # transformers 5.17 returns more than its own masks cover while a window layer records its past.
+        visible, _ = caches[0].get_mask_sizes(tokens, layer)
         results = [cache.update(keys, values, layer) for cache in caches]
         for name, expected, actual in zip(("keys", "values"), *results, strict=True):
+            expected = expected[:, :, -visible:]
             assert_close(torch.clone(actual), expected, f"{name} returned by update of layer {layer}", KV)
 
 
