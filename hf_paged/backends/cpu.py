@@ -23,7 +23,7 @@ class CPUBackend(AttentionBackend):
 
     def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         schedule = schedule_for(plan, call.window)
-        if schedule.is_one_batch and plan.order is None and call.sinks is None:
+        if query.shape[2] == 1 and schedule.is_one_batch and plan.order is None and call.sinks is None:
             # The common decode step, without the detour over flat queries.
             key, value = _batch_views(store, schedule.batches[0])
             return attend_partial(query, key, value, call.scale, softcap=call.softcap)[0].transpose(1, 2)
