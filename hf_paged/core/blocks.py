@@ -151,12 +151,6 @@ class BlockPool:
             else:
                 self._free(block)
 
-    def touch(self, blocks: Sequence[int]) -> None:
-        """Mark cached blocks as the most recently used."""
-        for block in blocks:
-            if block in self._cached:
-                self._cached.move_to_end(block)
-
     def evict(self, count: int) -> int:
         """Give up the content of the `count` least recently used cached blocks; returns how many there were."""
         evicted = min(count, len(self._cached))
@@ -166,11 +160,6 @@ class BlockPool:
             if self._on_evict is not None:
                 self._on_evict(block)
         return evicted
-
-    def uncache(self, block: int) -> None:
-        """Free a cached block whose content is no longer valid."""
-        del self._cached[block]
-        self._free(block)
 
     def _free(self, block: int) -> None:
         self._used[block] = self._claimed[block] = 0

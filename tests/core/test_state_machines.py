@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from hf_paged.core.blocks import BlockPool, OutOfBlocks
 from hf_paged.core.manager import BlockManager
 
-SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None)
+SETTINGS = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -122,7 +122,7 @@ class Model:
 def story(model):
     """Rows that share prefixes of odd lengths, two turns of prompts, decode steps, a reorder in between."""
     shared = list(range(100, 119))
-    model.packed([shared + [1, 2, 3], shared[:11], [7] * 17 + shared, shared + [1, 2]])
+    model.packed([[*shared, 1, 2, 3], shared[:11], [7] * 17 + shared, [*shared, 1, 2]])
     for step in range(3):
         model.decode([200 + step] * 4)
     order = [0, 0, 3, 1]

@@ -1,0 +1,203 @@
+"""One layer of a `PagedCache`: where transformers hands over K and V and asks for lengths."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_paged.dense import DenseView
+from hf_paged.lazy import PagedKV
+from hf_paged.store import LayerStore
+
+if TYPE_CHECKING:
+    from hf_paged.cache import PagedCache
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a `PagedCache`. Layers move together: their rows and lengths are those of the cache.
+
+    An operation called layer by layer takes effect with the first layer and is ticked off by the others.
+    """
+
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, cache: PagedCache, index: int):
+        self._cache = weakref.ref(cache)
+        self.index = index
+        self.window = cache.windows[index]
+        if self.window is not None:
+            self.sliding_window = self.window
+        self.record_past = False
+        self.seen = 0  # dense columns
+        self.kept = 0  # of these, what stock's window layer would still hold
+        self.done = 0  # operations of the cache's pending ones
+
+    @property
+    def cache(self) -> PagedCache:
+        """The cache that the layer belongs to."""
+        cache = self._cache()
+        if cache is None:
+            raise ReferenceError("the PagedCache of this layer is gone; keep it alive while its layers are used")
+        return cache
+
+    @property
+    def store(self) -> LayerStore | None:
+        """The layer's memory, `None` before the first update."""
+        pool = self.cache.sequences.pool
+        return None if pool is None else pool.stores[self.index]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new K and V `[batch, kv_heads, tokens, dim]`; returns those of all tokens.
+
+        Raises `ValueError` for K and V of another model or batch size, or that need gradients.
+        """
+        if (key_states.requires_grad or value_states.requires_grad) and torch.is_grad_enabled():
+            raise ValueError(
+                "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
+                "with use_cache=False or a DynamicCache"
+            )
+        cache = self.cache
+        step = cache.step
+        if step is not None and step.fast:
+            store = cache.sequences.pool.layer(self.index, key_states, value_states)
+            store.write(step.plan, key_states, value_states)
+            return (
+                PagedKV(key_states, step, store, self.index, False),
+                PagedKV(value_states, step, store, self.index, True),
+            )
+        if step is None or (not step.planned and self.seen == cache.dense_len):
+            cache.begin_unplanned(key_states)
+            step = cache.step
+        elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
+            raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
+        store = cache.pool.layer(self.index, key_states, value_states)
+        store.write(step.plan, key_states, value_states)
+        visible, _ = self.get_mask_sizes(step.tokens_per_row)
+        self.move_to(self.seen + step.tokens_per_row)
+        dense = step.dense()
+        return dense.of(store.keys)[:, :, -visible:], dense.of(store.values)[:, :, -visible:]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: memory comes with the first update."""
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer has stored anything."""
+        return self.store is not None and self.seen > 0
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dense keys `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
+        return self._dense("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dense values `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
+        return self._dense("values")
+
+    def _dense(self, name: str) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        cache = self.cache
+        dense = DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
+        return dense[:, :, dense.shape[2] - self.kept :]
+
+    def move_to(self, seen: int) -> None:
+        """The layer has seen `seen` dense columns now."""
+        added = seen - self.seen
+        self.seen = seen
+        self.kept += added
+        if self.window is not None and not (added > 0 and self.record_past):
+            self.kept = min(self.kept, self.window - 1)
+        self.kept = max(0, min(self.kept, seen))
+
+    @property
+    def cumulative_length(self) -> int:
+        """Dense columns seen; the name that stock's window layers use."""
+        return self.seen
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of K and V, `None` before the first update."""
+        return None if self.store is None else self.store.keys.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of K and V, `None` before the first update."""
+        return None if self.store is None else self.store.keys.device
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether the layer attends to a window."""
+        return self.window is not None
+
+    def get_seq_length(self) -> int:
+        """Dense columns seen."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the K and V that an update with `query_length` tokens will return."""
+        if self.window is None:
+            return self.seen + query_length, 0
+        kept = min(self.seen, self.window - 1)
+        return kept + query_length, self.seen - kept
+
+    def get_max_length(self) -> int:
+        """The sliding window in tokens, -1 where there is none."""
+        return -1 if self.window is None else self.window
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        """Nothing to do: blocks move between tiers, not layers."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: blocks move between tiers, not layers."""
+
+    def activate_past_recording(self) -> None:
+        """Show all columns of a window layer until the next `crop`, as stock's layers then hold them."""
+        self.record_past = self.window is not None
+
+    def reset(self) -> None:
+        """Empty the layer (with the others)."""
+        self._together("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `PagedCache.crop` (with the other layers)."""
+        self._together("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """As `PagedCache.reorder_cache` (with the other layers)."""
+        self._together("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As `PagedCache.batch_repeat_interleave` (with the other layers)."""
+        self._together("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As `PagedCache.batch_select_indices` (with the other layers)."""
+        self._together("batch_select_indices", indices)
+
+    def _together(self, operation: str, *arguments: Any) -> None:
+        """Carry out an operation that every layer is about to be asked for, once."""
+        cache = self.cache
+        key = (operation, *(a.tolist() if isinstance(a, torch.Tensor) else a for a in arguments))
+        if self.done == len(cache.pending):
+            getattr(cache, operation)(*arguments)
+            cache.pending.append(key)
+        elif cache.pending[self.done] != key:
+            raise ValueError(
+                f"layers of a PagedCache move together: layer {self.index} was asked for {key}, others for "
+                f"{cache.pending[self.done]}; call the method on past_key_values instead"
+            )
+        self.done += 1
+        if all(layer.done == len(cache.pending) for layer in cache.layers):
+            cache.pending.clear()
+            for layer in cache.layers:
+                layer.done = 0
