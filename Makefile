@@ -1,6 +1,6 @@
 # Everything a fresh machine needs is made here: `make demo` and `make test` set up .venv by themselves.
 #
-#   make demo       stock and patched side by side on a real model (about {{DEMO_MINUTES}} minutes on two cores)
+#   make demo       stock and patched side by side on a real model (about 3 minutes on two cores)
 #   make test       the whole suite, and the differential tests on the two older transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make lint       ruff; `make format` repairs what it can
