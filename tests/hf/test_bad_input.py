@@ -301,8 +301,10 @@ def test_exception_leaves_no_block_in_use(how, at, error):
         "returned dict": {"stopping_criteria": bad, "return_dict_in_generate": True, "output_scores": True},
     }
     inputs = prompts.single() if "assisted" in how else prompts.shared_prefix()
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         model.generate(**inputs, do_sample=False, max_new_tokens=10, **calls[how])
+    assert model.paged.stats().blocks_in_use == 0, "in use while somebody handles the exception, traceback and all"
+    del raised
     assert_usable(model)
 
 
@@ -317,11 +319,31 @@ def test_exception_inside_the_model(layer, at):
         if left[0] < 0:
             raise KeyboardInterrupt
 
+    model.generate(**prompts.single(), **GREEDY)  # what the model can do has been found out before
     handle = model.model.layers[layer].self_attn.register_forward_hook(hook)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         model.generate(**prompts.shared_prefix(), **GREEDY)
     handle.remove()
+    assert model.paged.stats().blocks_in_use == 0
+    del raised
     assert_usable(model)
+
+
+def test_exception_while_the_model_is_looked_at_for_the_first_time():
+    """The very first call tries out what the model can do: Ctrl-C there must not leave a wrong answer behind."""
+    model = patched()
+
+    def hook(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].register_forward_hook(hook)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        model.generate(**prompts.shared_prefix(), **GREEDY)
+    handle.remove()
+    assert model.paged.stats().blocks_in_use == 0
+    del raised
+    assert_usable(model)
+    assert model.paged.stats().fallbacks == {}
 
 
 def test_exception_with_a_cache_that_the_user_holds():
