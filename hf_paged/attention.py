@@ -8,15 +8,20 @@ from typing import Any
 import torch
 
 from hf_paged import compat
-from hf_paged.backends import AttentionCall, backend_for
+from hf_paged.backends import AttentionCall, attend_rows
 from hf_paged.lazy import PagedKV
 from hf_paged.step import UnsupportedAttentionError
 
 NAME_PREFIX = "hf_paged_"
 
-# Keywords of an attention call that carry no instruction of their own once a plan says what each query sees.
-_WITHOUT_EFFECT = frozenset(
+# Keywords of an attention call that are honoured, and those that carry no instruction of their own once a plan says
+# what each query sees.
+_KNOWN = frozenset(
     (
+        "softcap",
+        "sliding_window",
+        "s_aux",
+        "is_causal",
         "position_ids",
         "cache_position",
         "position_embeddings",
@@ -71,24 +76,26 @@ def paged_attention_forward(
     Returns:
         `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
     """
-    if not isinstance(key, PagedKV) or attention_mask is None or attention_mask.shape[-1] != 0:
+    if attention_mask is None or attention_mask.shape[-1] != 0:
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call = _attention_call(module, query, scaling, dropout, kwargs)
+    if not isinstance(key, PagedKV):
+        return attend_rows(query, key, value, call), None
     step = key.step
     step.windows_seen[key.layer_index] = call.window
-    return backend_for(step.backend, query.device).attend(query, key.store, step.plan, call), None
+    return step.backend.attend(query, key.store, step.plan, call), None
 
 
 def _attention_call(
     module: torch.nn.Module, query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]
 ) -> AttentionCall:
-    window, softcap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
-    if kwargs.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedAttentionError("attention is not causal")
     if dropout:
         raise UnsupportedAttentionError("attention dropout")
     for name, given in kwargs.items():
-        if name not in _WITHOUT_EFFECT and given is not None and given is not False:
+        if name not in _KNOWN and given is not None and given is not False:
             raise UnsupportedAttentionError(f"attention argument {name}")
-    return AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, sinks)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return AttentionCall(scale, kwargs.get("softcap"), kwargs.get("sliding_window"), kwargs.get("s_aux"))

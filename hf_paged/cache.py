@@ -68,12 +68,13 @@ class PagedCache(Cache):
         *,
         pool: KVPool | None = None,
         settings: PagedConfig | None = None,
+        windows: Sequence[int | None] | None = None,
     ):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a transformers config (model.config), got {type(config).__name__}")
         self.settings = settings or PagedConfig(block_size=block_size, max_memory=max_memory)
         self.model_config = config.get_text_config(decoder=True)
-        self.windows = compat.attention_windows(self.model_config)
+        self.windows = compat.attention_windows(self.model_config) if windows is None else windows
         super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
         self.sequences = Sequences(pool)
         self._finalizer = weakref.finalize(self, self.sequences.free)
@@ -232,6 +233,17 @@ class PagedCache(Cache):
         self.add_columns(None, key.shape[2])
 
     # -- transformers.Cache --------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
+        step = self.step
+        if step is not None and step.span is not None and not key_states.requires_grad:
+            # The common decode step, which the layers' bookkeeping has nothing to add to.
+            store = self.sequences.pool.layer(layer_idx, key_states, value_states)
+            return store.append_rows(step.span, key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Dense columns that a layer has seen, padding included."""

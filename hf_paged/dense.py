@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.core.blocks import NULL_BLOCK
+from hf_paged.core.plan import RowSpan, row_span
 from hf_paged.core.table import BlockTable
 from hf_paged.store import run_slots
 
@@ -25,30 +26,21 @@ class DenseView:
         self._num_columns = num_columns
         self._columns = columns
         self._slots: torch.Tensor | None = None
-        self._stride = self._find_stride()
+        self._span = self._find_span()
 
-    def _find_stride(self) -> tuple[int, int] | None:
-        """First slot and distance of the rows, where each is one run of all columns and the distances are equal."""
-        starts: list[int] = []
-        for table, num_tokens in self._rows:
-            runs = list(table.runs(0, num_tokens))
-            if num_tokens != self._num_columns or len(runs) != 1:
-                return None
-            starts.append(runs[0].slot)
-        if not starts:
+    def _find_span(self) -> RowSpan | None:
+        """The rows' span, where each is one run of all columns."""
+        runs = [list(table.runs(0, num_tokens)) for table, num_tokens in self._rows]
+        if any(len(row) != 1 or row[0].tokens != self._num_columns for row in runs):
             return None
-        step = starts[1] - starts[0] if len(starts) > 1 else 0
-        if step < 0 or any(start != starts[0] + i * step for i, start in enumerate(starts)):
-            return None
-        return starts[0], step
+        return row_span([row[0] for row in runs])
 
     def of(self, memory: torch.Tensor) -> torch.Tensor:
         """The rows' part of `memory [kv_heads, slots, dim]`."""
         heads, slots, dim = memory.shape
-        if self._stride is not None:
-            first, step = self._stride
-            shape = (len(self._rows), heads, self._num_columns, dim)
-            return memory.as_strided(shape, (step * dim, slots * dim, dim, 1), first * dim)
+        if self._span is not None:
+            rows, slot, step, tokens = self._span
+            return memory.as_strided((rows, heads, tokens, dim), (step * dim, slots * dim, dim, 1), slot * dim)
         gathered = memory.index_select(1, self._dense_slots(memory.device))
         return gathered.view(heads, len(self._rows), self._num_columns, dim).transpose(0, 1)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_paged.attention import paged_mask
+from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import PackedPlan, plan_decode, plan_packed
@@ -127,7 +128,7 @@ def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
     return bool((columns[:, :-1] & ~columns[:, 1:]).any())
 
 
-def run_decode(request: ModelCall, cache: PagedCache, backend: str) -> Any:
+def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend) -> Any:
     """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero."""
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
@@ -141,6 +142,8 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: str) -> Any:
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
     cache.step = Step(plan, cache.dense_len + 1, 1, tables, columns, backend)
+    if backend.reads_rows and columns is None:
+        cache.step.span = plan.span
     kwargs = dict(request.kwargs, attention_mask=paged_mask(request.inputs.device))
     if some:
         index = torch.tensor(active, device=request.inputs.device)
@@ -158,7 +161,7 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: str) -> Any:
 def run_packed(
     request: ModelCall,
     cache: PagedCache,
-    backend: str,
+    backend: AttentionBackend,
     keeps_logits: bool,
     windows_seen: dict[int, int | None] | None = None,
 ) -> tuple[Any, int]:
@@ -167,7 +170,7 @@ def run_packed(
     Args:
         request: the call.
         cache: its cache; rows end up sharing what they have in common.
-        backend: name of the attention backend.
+        backend: reads the blocks.
         keeps_logits: whether the model can be told whose logits are wanted.
         windows_seen: filled with the sliding window of each layer's attention call.
 

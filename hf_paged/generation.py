@@ -96,7 +96,7 @@ class PagedGenerationMixin:
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
         try:
-            compat.attention_windows(self.config.get_text_config(decoder=True))
+            self.paged.windows()
         except ValueError as error:
             return str(error)
         return None

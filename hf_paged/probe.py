@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
+from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, run_decode, run_packed
@@ -54,6 +55,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     rows = _prompts(compat.vocabulary_size(model.config), model.device)
     expected = [call(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -2:].float() for row in rows]
 
+    backend = backend_for(settings.attention_backend, model.device)
     cache = PagedCache(model.config, pool=pool, settings=settings)
     cache.ensure_rows(len(rows))
     cache.prefilling = True
@@ -64,16 +66,14 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     keeps_logits = compat.takes_logits_to_keep(model)
     prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
     windows: dict[int, int | None] = {}
-    outputs, _ = run_packed(
-        ModelCall(call, prompt, inputs[:, :-1], real, True), cache, settings.attention_backend, keeps_logits, windows
-    )
+    outputs, _ = run_packed(ModelCall(call, prompt, inputs[:, :-1], real, True), cache, backend, keeps_logits, windows)
     decode = {
         "input_ids": inputs[:, -1:],
         "position_ids": positions[:, -1:] + 1,
         "past_key_values": cache,
         "use_cache": True,
     }
-    decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, settings.attention_backend)
+    decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
     for row, reference in enumerate(expected):
         actual = torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]).float()
         error = float((actual - reference).abs().max() / reference.abs().max().clamp(min=1e-6))

@@ -34,6 +34,7 @@ class PagedRuntime:
         self._lock = threading.RLock()
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
+        self._windows = compat.WindowMemo()
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._copied_before = self._evicted_before = 0
         self.counters = Counters()
@@ -89,9 +90,14 @@ class PagedRuntime:
     def new_cache(self, room_tokens: int) -> PagedCache:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`."""
         model = self._model()
-        cache = PagedCache(model.config, pool=self._current_pool(model), settings=self.config)
+        pool = self._current_pool(model)
+        cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
         cache.room_tokens, cache.held_by_user = room_tokens, False
         return cache
+
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer; `ValueError` where a layer keeps something else than K and V."""
+        return self._windows.of(self._model().config.get_text_config(decoder=True))
 
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
@@ -106,7 +112,7 @@ class PagedRuntime:
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         config = model.config.get_text_config(decoder=True)
         token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
-        return KVPool(self.config, len(compat.attention_windows(config)), token_bytes, model.device, max_slots)
+        return KVPool(self.config, len(self.windows()), token_bytes, model.device, max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -168,12 +174,12 @@ class PagedRuntime:
         """The model's outputs and the number of tokens that were computed."""
         capability = self.capability(request.call)
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
-        name = self.config.attention_backend
+        backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             try:
                 if request.tokens == 1:
-                    return run_decode(request, cache, name), request.rows
-                return run_packed(request, cache, name, capability.keeps_logits)
+                    return run_decode(request, cache, backend), request.rows
+                return run_packed(request, cache, backend, capability.keeps_logits)
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)

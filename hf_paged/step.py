@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_paged.core.plan import StepPlan
+from hf_paged.backends import AttentionBackend
+from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.dense import DenseView
 
@@ -26,7 +27,8 @@ class Step:
         tokens_per_row: dense columns that the pass adds.
         tables: of the rows that the pass computes, or `None` where queries are packed and have no rows.
         columns: `[rows, dense_len]` bool, which dense columns are stored; `None`: all.
-        backend: name of the backend that reads the blocks; `None`: layers return dense K and V.
+        span: where the rows lie, if each is one run of all its columns and the backend reads such rows as tensors.
+        backend: reads the blocks; `None`: layers return dense K and V.
         planned: False where the pass began with a layer's `update`, by an unpatched model.
         windows_seen: sliding window of each layer's attention call, by layer.
     """
@@ -36,7 +38,8 @@ class Step:
     tokens_per_row: int
     tables: Sequence[BlockTable] | None = None
     columns: torch.Tensor | None = None
-    backend: str | None = None
+    backend: AttentionBackend | None = None
+    span: RowSpan | None = None
     planned: bool = True
     windows_seen: dict[int, int | None] = field(default_factory=dict)
     _dense: DenseView | None = None

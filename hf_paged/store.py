@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.core.plan import StepPlan
+from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.core.table import Run
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
@@ -80,6 +80,18 @@ class LayerStore:
         for copy in plan.copies:
             for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
+
+    def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one new token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
+        return self._append_rows(self.keys, span, key), self._append_rows(self.values, span, value)
+
+    @staticmethod
+    def _append_rows(memory: torch.Tensor, span: RowSpan, new: torch.Tensor) -> torch.Tensor:
+        rows, slot, step, tokens = span
+        heads, slots, dim = memory.shape
+        strides = (step * dim, slots * dim, dim, 1)
+        memory.as_strided((rows, heads, 1, dim), strides, (slot + tokens - 1) * dim).copy_(new)
+        return memory.as_strided((rows, heads, tokens, dim), strides, slot * dim)
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.cpu import CPUBackend
+from hf_paged.backends.cpu import CPUBackend, attend_rows
 from hf_paged.backends.reference import ReferenceBackend
 
-__all__ = ["AttentionBackend", "AttentionCall", "backend_for"]
+__all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for"]
 
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 

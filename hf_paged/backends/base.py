@@ -31,6 +31,8 @@ class AttentionBackend(ABC):
     """Reads the KV of a plan's queries. Holds no state: what it derives from a plan lives in `plan.prepared`."""
 
     name: str
+    # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
+    reads_rows: bool = False
 
     def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         """Attention of `query [batch, heads, tokens, dim]`, one row of packed tokens or one token a row.

@@ -11,23 +11,31 @@ from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore, strided_view
-from hf_paged_kernels import attend_partial, merge_partial
+from hf_paged_kernels import attend_all, attend_partial, merge_partial
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
+
+
+def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Decode rows, `[rows, heads, 1, dim]`, each over all of its `key`, `value [rows, kv_heads, tokens, dim]`.
+
+    Returns `[rows, 1, heads, value_dim]`.
+    """
+    if call.window is not None and key.shape[2] > call.window:
+        key, value = key[:, :, -call.window :], value[:, :, -call.window :]
+    if call.softcap is None and call.sinks is None:
+        return attend_all(query, key, value, call.scale).transpose(1, 2)
+    out, lse = attend_partial(query, key, value, call.scale, softcap=call.softcap)
+    if call.sinks is not None:
+        out = (out * torch.sigmoid(lse - call.sinks.float().unsqueeze(1)).unsqueeze(-1)).to(query.dtype)
+    return out.transpose(1, 2)
 
 
 class CPUBackend(AttentionBackend):
     """Own pieces first, one result a query; then shared pieces, read once for all their queries and merged."""
 
     name = "cpu"
-
-    def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
-        schedule = schedule_for(plan, call.window)
-        if query.shape[2] == 1 and schedule.is_one_batch and plan.order is None and call.sinks is None:
-            # The common decode step, without the detour over flat queries.
-            key, value = _batch_views(store, schedule.batches[0])
-            return attend_partial(query, key, value, call.scale, softcap=call.softcap)[0].transpose(1, 2)
-        return super().attend(query, store, plan, call)
+    reads_rows = True
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         schedule = schedule_for(plan, call.window)

@@ -51,11 +51,6 @@ class Schedule:
     own: list[Part]
     shared: list[Part]
 
-    @property
-    def is_one_batch(self) -> bool:
-        """Whether one batch is all there is: decode rows of equal length that share nothing."""
-        return len(self.batches) == 1 and not self.own and not self.shared
-
 
 def schedule_for(plan: StepPlan, window: int | None) -> Schedule:
     """The schedule of a plan, kept in `plan.prepared`."""

@@ -8,6 +8,7 @@ The KV that a query may see is the union of *pieces*: every query is in exactly 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +44,15 @@ class Piece(NamedTuple):
     causal: bool
 
 
+class RowSpan(NamedTuple):
+    """Row `i` holds `tokens` adjacent slots that begin at `slot + i * step`."""
+
+    rows: int
+    slot: int
+    step: int
+    tokens: int
+
+
 class Segment(NamedTuple):
     """Queries `[start, start + length)` are tokens `[kv_len - length, kv_len)` of `table` and see all before them."""
 
@@ -61,6 +71,7 @@ class StepPlan:
         writes, copies: what `update` does in every layer; copies come after the writes, in order.
         own, shared: the pieces above.
         segments: the same visibility as ragged queries over tables.
+        span: where decode rows lie, if they share nothing, are equally long and equally far apart, else `None`.
         order: `order[i]` is the row of query `i` where decode rows were permuted, else `None`.
         kv_len: the longest sequence after this pass, in tokens.
         pins: blocks to unpin when the pass is done.
@@ -74,9 +85,21 @@ class StepPlan:
     shared: list[Piece]
     segments: list[Segment]
     kv_len: int
+    span: RowSpan | None = None
     order: list[int] | None = None
     pins: list[int] = field(default_factory=list)
     prepared: dict[Any, Any] = field(default_factory=dict)
+
+
+def row_span(runs: Sequence[Run]) -> RowSpan | None:
+    """The runs, one a row, as one span; `None` where they do not form one."""
+    if not runs:
+        return None
+    slot, tokens = runs[0]
+    step = runs[1].slot - slot if len(runs) > 1 else 0
+    if step < 0 or any(run != (slot + i * step, tokens) for i, run in enumerate(runs)):
+        return None
+    return RowSpan(len(runs), slot, step, tokens)
 
 
 def strided_writes(slots: list[int], source: int = 0) -> list[Write]:

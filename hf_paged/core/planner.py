@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.manager import BlockManager
-from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, strided_writes
+from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, row_span, strided_writes
 from hf_paged.core.table import BlockTable, Run
 from hf_paged.core.trie import TrieNode, build_trie
 
@@ -197,6 +197,7 @@ def plan_decode(manager: BlockManager, tables: Sequence[BlockTable], room_tokens
         shared=shared,
         segments=[Segment(tables[row], query, 1, tables[row].num_tokens) for query, row in enumerate(rows)],
         kv_len=max(table.num_tokens for table in tables),
+        span=None if shared or copies else row_span([piece.runs[0] for piece in own]),
         order=order,
         pins=pins,
     )
