@@ -17,6 +17,7 @@ from hf_paged.core.plan import StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
 from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
+from hf_paged.prefixes import PrefixRoot
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -89,7 +90,9 @@ class PagedCache(Cache):
         # False only for a cache that `generate` made for itself and has not handed out.
         self.held_by_user = True
         # What `generate` is doing with the cache just now.
-        self.prefilling = self.assisted = self.fell_back = False
+        self.generating = self.prefilling = self.assisted = self.fell_back = False
+        # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
+        self.root: PrefixRoot | None = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
 
@@ -110,7 +113,8 @@ class PagedCache(Cache):
     def ensure_rows(self, batch_size: int) -> None:
         """Make tables for `batch_size` rows; `ValueError` where the cache has another number of them."""
         if not self.tables:
-            self.tables.extend(self.pool.manager.new_table() for _ in range(batch_size))
+            root = None if self.root is None else self.root.key
+            self.tables.extend(self.pool.manager.new_table(root) for _ in range(batch_size))
         elif len(self.tables) != batch_size:
             raise ValueError(
                 f"past_key_values holds {len(self.tables)} rows, the input has {batch_size}: pass as many rows as the "
@@ -131,6 +135,22 @@ class PagedCache(Cache):
             self.columns = torch.cat([self.stored_columns(), new], dim=1)
         self.dense_len += count
 
+    def untrack(self) -> None:
+        """Keep nothing of what the rows hold for later calls."""
+        self.root = None
+        for table in self.tables:
+            table.untrack()
+
+    def index_rows(self, rows: Sequence[int] | None = None, *, with_tails: bool) -> None:
+        """Let later calls find what the rows hold (all rows, or these); `with_tails` where they will not grow."""
+        if self.root is None:
+            return
+        if not self.root.holds():
+            self.untrack()
+            return
+        for row in range(len(self.tables)) if rows is None else rows:
+            self.pool.manager.index_table(self.tables[row], with_tails)
+
     def finish_rows(self, done: Sequence[bool]) -> None:
         """Rows that are done give their blocks back and are left out of later passes; the last one stays.
 
@@ -141,6 +161,7 @@ class PagedCache(Cache):
         for row, is_done in enumerate(done):
             if is_done and row not in self.finished and len(self.finished) < len(self.tables) - 1:
                 self.finished.add(row)
+                self.index_rows([row], with_tails=True)
                 self.pool.free([self.tables[row]])
 
     def readmit_rows(self) -> None:
@@ -338,6 +359,7 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
+        twin.root = self.root
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past

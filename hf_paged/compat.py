@@ -39,7 +39,7 @@ def attention_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 class WindowMemo:
-    """`attention_windows` of one model, found again only where the config's content has changed: it takes a millisecond."""
+    """`attention_windows` of one model, found again only where the config's content has changed."""
 
     def __init__(self) -> None:
         self._config: dict[str, Any] | None = None

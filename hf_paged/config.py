@@ -22,8 +22,7 @@ class PagedConfig:
         max_memory: budget for KV blocks per device as accelerate writes it, `{0: "8GiB", "cpu": "16GiB"}`, ints in
             bytes. `None`: most of what is free on the model's devices when blocks are needed.
         offload_folder: where the disk tier keeps its files; not available in this version.
-        prefix_caching: keep finished blocks for later calls. Nothing is kept across calls in this version yet, so
-            the setting makes no difference: prompts are shared within a call only.
+        prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype.
         attention_backend: `"auto"`, `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.

@@ -35,6 +35,7 @@ _KNOWN_ARGUMENTS = frozenset(
         "cache_position",
     )
 )
+_NO_TOKEN = 2**62
 _MEANINGLESS_IF_FALSE = (None, False)
 
 
@@ -133,8 +134,12 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
+    tokens = None
+    if cache.root is not None and request.input_name == "input_ids":
+        listed = request.inputs.tolist()
+        tokens = [listed[row] for row in active] if some else listed
     try:
-        plan = plan_decode(cache.pool.manager, tables, cache.room_tokens)
+        plan = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens)
     except OutOfBlocks as error:
         raise cache.pool.memory_error(error, len(tables)) from None
     cache.sequences.pins += plan.pins
@@ -164,8 +169,8 @@ def run_packed(
     backend: AttentionBackend,
     keeps_logits: bool,
     windows_seen: dict[int, int | None] | None = None,
-) -> tuple[Any, int]:
-    """All new tokens of all rows, each distinct one once and no padding.
+) -> tuple[Any, int, int]:
+    """All new tokens of all rows, each distinct one once, no padding, and nothing that an earlier call has computed.
 
     Args:
         request: the call.
@@ -175,23 +180,16 @@ def run_packed(
         windows_seen: filled with the sliding window of each layer's attention call.
 
     Returns:
-        The model's outputs with logits as stock would shape them, and the number of tokens computed.
+        The model's outputs with logits as stock would shape them, the number of tokens that went through the model,
+        and the number that earlier calls had computed, every row counted.
     """
     columns = _real_columns(request)
     sequences = _token_keys(request, cache, columns)
-    pool = cache.pool
-    try:
-        plan = plan_packed(
-            pool.manager, cache.tables, sequences, cache.chunk_tokens or PACKED_CHUNK_TOKENS, cache.room_tokens
-        )
-    except OutOfBlocks as error:
-        raise pool.memory_error(error, sum(map(len, sequences))) from None
-    cache.sequences.pins += plan.pins
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
-    wanted = [
-        [plan.packed_index(row, token) for token in range(len(sequence))[-keep:]]
-        for row, sequence in enumerate(sequences)
-    ]
+    plan, reused = _plan_packed(cache, sequences, keep)
+    cache.sequences.pins += plan.pins
+    columns = [row[hit:] for row, hit in zip(columns, reused, strict=True)]
+    wanted = [[plan.packed_index(row, token) for token in range(len(real))[-keep:]] for row, real in enumerate(columns)]
     source = _packed_source(plan, columns, request.tokens).to(request.inputs.device)
     outputs, logits = None, []
     done = 0
@@ -213,7 +211,32 @@ def run_packed(
     order = {index: at for at, index in enumerate(sorted({i for row in wanted for i in row}))}
     picked = torch.tensor([[order[i] for i in row] for row in wanted], device=source.device)
     outputs.logits = torch.cat(logits)[picked]
-    return outputs, plan.num_tokens
+    return outputs, plan.num_tokens, sum(reused)
+
+
+def _plan_packed(cache: PagedCache, sequences: list[list[int]], keep: int) -> tuple[PackedPlan, list[int]]:
+    """The plan, and how many tokens each row takes from earlier calls; none where the blocks would not suffice then.
+
+    The last `keep` tokens of a row are computed in any case, for their logits; 0 means all.
+    """
+    pool, manager = cache.pool, cache.pool.manager
+    reused = [0] * len(sequences)
+    if cache.root is not None and cache.dense_len == 0 and keep:
+        reused = [
+            manager.match(table, sequence, len(sequence) - keep)
+            for table, sequence in zip(cache.tables, sequences, strict=True)
+        ]
+    chunk_tokens = cache.chunk_tokens or PACKED_CHUNK_TOKENS
+    while True:
+        rest = [sequence[hit:] for sequence, hit in zip(sequences, reused, strict=True)]
+        try:
+            return plan_packed(manager, cache.tables, rest, chunk_tokens, cache.room_tokens), reused
+        except OutOfBlocks as error:
+            if not any(reused):
+                raise pool.memory_error(error, sum(map(len, sequences))) from None
+        for table in cache.tables:
+            manager.crop(table, 0)
+        reused = [0] * len(sequences)
 
 
 def spread_rows(logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -232,9 +255,9 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
     if request.input_name == "input_ids":
         keys = request.inputs
     else:
-        # Equal embeddings get equal numbers.
+        # Equal embeddings get equal numbers, none of which could be a token id.
         flat = request.inputs.flatten(0, 1)
-        keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2])
+        keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
     positions = request.kwargs.get("position_ids")
     if positions is not None:
         usual = torch.zeros_like(keys)
@@ -242,7 +265,7 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
         positions = positions.expand_as(keys)
         # Custom positions are part of what a token is.
-        keys = torch.where(positions != usual, keys + (positions.abs() + 1) * 2**32, keys)
+        keys = torch.where(positions != usual, keys + (2 * positions.abs() + (positions < 0) + 1) * 2**32, keys)
     listed = keys.tolist()
     return [[row[column] for column in real] for row, real in zip(listed, columns, strict=True)]
 

@@ -72,7 +72,7 @@ class PagedGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        model_kwargs.pop("cache_salt", None)
+        salt = model_kwargs.pop("cache_salt", None)
         chosen = (
             model_kwargs.get("past_key_values") is not None
             or generation_config.cache_implementation is not None
@@ -82,9 +82,11 @@ class PagedGenerationMixin:
             obstacle = self._paged_obstacle()
             if obstacle is None:
                 room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-                model_kwargs["past_key_values"] = self.paged.new_cache(room_tokens)
+                model_kwargs["past_key_values"] = self.paged.new_cache(room_tokens, salt)
             else:
                 self.paged.counters.fall_back(f"stock generate: {obstacle}")
+        elif isinstance(model_kwargs.get("past_key_values"), PagedCache):
+            self.paged.check_root(model_kwargs["past_key_values"], salt)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _paged_obstacle(self) -> str | None:
@@ -172,12 +174,13 @@ class PagedGenerationMixin:
         if not isinstance(cache, PagedCache):
             return decode(input_ids, **kwargs)
         runtime = self.paged  # the loop may unpatch the model
-        cache.prefilling, cache.assisted, cache.fell_back = True, assisted, False
+        cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
         try:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
+            cache.index_rows(with_tails=not cache.held_by_user)
         finally:
-            cache.prefilling = cache.assisted = False
+            cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
                 cache.release()
         runtime.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))

@@ -54,6 +54,8 @@ class KVPool:
         most = MAX_SLOTS_POISONED if POISON else MAX_SLOTS if device.type == "cpu" else MAX_SLOTS_ALLOCATED
         slots = min(self.budget_bytes // token_bytes, most) if max_slots is None else max_slots
         self.manager = BlockManager(slots // block_size + 1, block_size)
+        if POISON:
+            self.manager.pool.on_free = self._poison
         # An odd number of slots keeps the heads of a layer from falling into the same cache sets.
         self._num_slots = (slots // block_size + 1) * block_size + 1
 
@@ -99,7 +101,7 @@ class KVPool:
     def _limit_to_budget(self) -> None:
         if not self._is_bounded and all(layer is not None for layer in self.stores):
             pool = self.manager.pool
-            pool.limit = min(pool.limit, self.budget_bytes // self.block_bytes)
+            pool.limit = max(0, min(pool.limit, self.budget_bytes // self.block_bytes - 1))  # the null block counts
 
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
@@ -114,17 +116,13 @@ class KVPool:
     def free(self, tables: Sequence[BlockTable]) -> None:
         """Give up sequences."""
         with self.manager.lock:
-            if POISON:
-                self._poison(tables)
             for table in tables:
                 self.manager.free(table)
 
-    def _poison(self, tables: Sequence[BlockTable]) -> None:
-        pool = self.manager.pool
-        alone = [block for table in tables for block in table.blocks if pool.references(block) == 1]
+    def _poison(self, block: int) -> None:
         for layer in self.stores:
             if layer is not None and layer.keys.dtype.is_floating_point:
-                layer.poison(alone, self.block_size)
+                layer.poison(block, self.block_size)
 
 
 def free_bytes(device: torch.device) -> int:

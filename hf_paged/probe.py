@@ -66,7 +66,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     keeps_logits = compat.takes_logits_to_keep(model)
     prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
     windows: dict[int, int | None] = {}
-    outputs, _ = run_packed(ModelCall(call, prompt, inputs[:, :-1], real, True), cache, backend, keeps_logits, windows)
+    outputs, *_ = run_packed(ModelCall(call, prompt, inputs[:, :-1], real, True), cache, backend, keeps_logits, windows)
     decode = {
         "input_ids": inputs[:, -1:],
         "position_ids": positions[:, -1:] + 1,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_packed, run_padded
+from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
+from hf_paged.prefixes import Prefixes
 from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
@@ -38,6 +42,7 @@ class PagedRuntime:
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._copied_before = self._evicted_before = 0
         self.counters = Counters()
+        self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
     # -- public --------------------------------------------------------------------------------------------------
 
@@ -47,6 +52,7 @@ class PagedRuntime:
         if pool is None:
             return self.counters.snapshot()
         return self.counters.snapshot(
+            evicted_blocks=pool.manager.pool.evicted - self._evicted_before,
             copied_blocks=pool.manager.copied_blocks - self._copied_before,
             blocks_in_use=pool.manager.pool.in_use,
             blocks_cached=pool.manager.pool.cached,
@@ -59,12 +65,12 @@ class PagedRuntime:
         self.counters.reset()
         if self._pool is not None:
             self._copied_before = self._pool.manager.copied_blocks
+            self._evicted_before = self._pool.manager.pool.evicted
 
     def clear(self) -> None:
         """Forget every cached prefix, on every tier."""
         if self._pool is not None:
-            with self._pool.manager.lock:
-                self._pool.manager.pool.evict(self._pool.manager.pool.cached)
+            self._pool.manager.forget_prefixes()
 
     def release(self) -> None:
         """Give the pool's memory back to the system; the next `generate` takes what it needs again.
@@ -73,7 +79,34 @@ class PagedRuntime:
         """
         with self._lock:
             self._pool = self._pool_key = None
-            self._copied_before = 0
+            self._copied_before = self._evicted_before = 0
+
+    def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
+        """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
+
+        They belong to the model as it is now. The folder is made where it does not exist; what an earlier `save` left
+        there is replaced at once, when all is written. The manifest holds the salt.
+        """
+        model, root = self._model(), self._kept_under("save", cache_salt)
+        return save_prefixes(model, self._current_pool(model), root, cache_salt, Path(folder))
+
+    def load(self, folder: str | os.PathLike[str]) -> int:
+        """Read what `save` has written, under the salt it was saved with; returns the number of tokens.
+
+        Raises `ValueError` and loads nothing where files are missing or damaged, or belong to other weights, another
+        dtype or config: it names the file or says what differs.
+        """
+        model = self._model()
+        manifest = read_manifest(model, Path(folder))
+        root = self._kept_under("load", manifest["cache_salt"])
+        return load_prefixes(self._current_pool(model), root, Path(folder), manifest["files"])
+
+    def _kept_under(self, what: str, salt: str | None) -> bytes:
+        """Root of the prefixes to save or load; `ValueError` where none are kept."""
+        root = self._prefixes.root(salt, self._current_pool(self._model()))
+        if root is None:
+            raise ValueError(f"{what}: no prefixes are kept for this model: {self._prefixes.obstacle()}")
+        return root.key
 
     def __repr__(self) -> str:
         model = self._model()
@@ -87,13 +120,22 @@ class PagedRuntime:
 
     # -- for the glue --------------------------------------------------------------------------------------------
 
-    def new_cache(self, room_tokens: int) -> PagedCache:
-        """An empty cache on the model's pool for sequences that grow by about `room_tokens`."""
+    def new_cache(self, room_tokens: int, salt: str | None = None) -> PagedCache:
+        """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
+
+        Its rows begin with what calls of the same `salt` have left.
+        """
         model = self._model()
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
         cache.room_tokens, cache.held_by_user = room_tokens, False
+        cache.root = self._prefixes.root(salt, pool)
         return cache
+
+    def check_root(self, cache: PagedCache, salt: str | None) -> None:
+        """A cache that comes back: its rows stay in the prefix index only if the model is as it was then."""
+        if cache.root is not None and not self._prefixes.is_current(cache.root, salt):
+            cache.untrack()
 
     def windows(self) -> list[int | None]:
         """The sliding window of each layer; `ValueError` where a layer keeps something else than K and V."""
@@ -106,7 +148,7 @@ class PagedRuntime:
             if self._pool is None or self._pool_key != key:
                 self._pool = self._make_pool(model)
                 self._pool_key = key
-                self._copied_before = 0
+                self._copied_before = self._evicted_before = 0
             return self._pool
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
@@ -143,15 +185,18 @@ class PagedRuntime:
         if cache.sequences.pool is None:
             cache.sequences.pool = self._make_pool(model)
         cache.ensure_rows(inputs.shape[0])
+        if cache.root is not None and not cache.generating:
+            cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
         request = ModelCall(call, kwargs, inputs, _padding(kwargs, inputs), cache.prefilling and not cache.assisted)
         lengths = [table.num_tokens for table in cache.tables]
         try:
-            outputs, computed_tokens = self._run_best(request, cache, lengths)
+            outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
             raise
         if cache.prefilling:
-            self._count_prompt(request, cache, computed_tokens)
+            self._count_prompt(request, cache, computed_tokens, reused_tokens)
+            cache.index_rows(with_tails=False)
         return outputs
 
     @staticmethod
@@ -170,15 +215,15 @@ class PagedRuntime:
                 "one. Pass a cache that this model returned, or none"
             )
 
-    def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int]:
-        """The model's outputs and the number of tokens that were computed."""
+    def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int, int]:
+        """The model's outputs, and the numbers of tokens that were computed, and that earlier calls had computed."""
         capability = self.capability(request.call)
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             try:
                 if request.tokens == 1:
-                    return run_decode(request, cache, backend), request.rows
+                    return run_decode(request, cache, backend), request.rows, 0
                 return run_packed(request, cache, backend, capability.keeps_logits)
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
@@ -188,9 +233,9 @@ class PagedRuntime:
         if not cache.fell_back:
             cache.fell_back = True
             self.counters.fall_back(obstacle)
-        return run_padded(request, cache), request.real_tokens
+        return run_padded(request, cache), request.real_tokens, 0
 
-    def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int) -> None:
+    def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int, reused_tokens: int) -> None:
         drafted = 0
         if cache.assisted:
             # The first pass of assisted decoding checks a draft too; it is always that of one row.
@@ -199,7 +244,8 @@ class PagedRuntime:
         self.counters.add(
             prompt_tokens=request.real_tokens - drafted,
             computed_tokens=computed_tokens - drafted,
-            shared_tokens=request.real_tokens - computed_tokens,
+            reused_tokens=reused_tokens,
+            shared_tokens=request.real_tokens - computed_tokens - reused_tokens,
         )
 
 

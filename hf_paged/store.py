@@ -82,7 +82,7 @@ class LayerStore:
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
 
     def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one new token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
+        """Write one token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
         return self._append_rows(self.keys, span, key), self._append_rows(self.values, span, value)
 
     @staticmethod
@@ -97,11 +97,10 @@ class LayerStore:
         """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
         return self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
-    def poison(self, blocks: Sequence[int], block_size: int) -> None:
-        """Fill blocks with NaN."""
-        for block in blocks:
-            for memory in (self.keys, self.values):
-                memory[:, block * block_size : (block + 1) * block_size] = torch.nan
+    def poison(self, block: int, block_size: int) -> None:
+        """Fill a block with NaN."""
+        for memory in (self.keys, self.values):
+            memory[:, block * block_size : (block + 1) * block_size] = torch.nan
 
 
 def _write_indices(plan: StepPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,9 +38,15 @@ class BlockPool:
     Args:
         num_blocks: ids run from 1 to `num_blocks - 1`; id 0 is the null block.
         on_evict: called with a cached block's id when its content is given up.
+        on_free: called with a block's id when it becomes free, for whatever reason.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        num_blocks: int,
+        on_evict: Callable[[int], None] | None = None,
+        on_free: Callable[[int], None] | None = None,
+    ):
         self.num_blocks = num_blocks
         self.limit = num_blocks - 1
         self._refs = [0] * num_blocks
@@ -50,6 +56,8 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._in_use = 0
         self._on_evict = on_evict
+        self.on_free = on_free
+        self.evicted = 0
         self.high_water = 1
 
     @property
@@ -67,6 +75,10 @@ class BlockPool:
         """Blocks that `take` could hand out, cached ones included."""
         return self.limit - self._in_use
 
+    def is_cached(self, block: int) -> bool:
+        """Whether no table holds `block` and its content is kept."""
+        return block in self._cached
+
     def references(self, block: int) -> int:
         """Number of tables that hold `block`."""
         return self._refs[block]
@@ -81,7 +93,7 @@ class BlockPool:
         if count > self.available:
             raise OutOfBlocks(count, self.available)
         while self._in_use + self.cached + count > self.limit:
-            self.evict(1)
+            self.evicted += self.evict(1)
         self._in_use += count
         claim = range(0)
         blocks = self._own(self._run_behind(after, count)) if after is not None else []
@@ -161,8 +173,21 @@ class BlockPool:
                 self._on_evict(block)
         return evicted
 
+    def touch(self, block: int) -> None:
+        """A cached block counts as the most recently used; no effect on others."""
+        if block in self._cached:
+            self._cached.move_to_end(block)
+
+    def discard(self, block: int) -> None:
+        """Give up the content of one cached block that nobody will ask for; no effect on others."""
+        if block in self._cached:
+            del self._cached[block]
+            self._free(block)
+
     def _free(self, block: int) -> None:
         self._used[block] = self._claimed[block] = 0
+        if self.on_free is not None:
+            self.on_free(block)
 
     def check_integrity(self, expected_references: dict[int, int]) -> None:
         """Prove that every block is in exactly one state and that references equal `expected_references`."""

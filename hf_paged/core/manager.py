@@ -1,4 +1,4 @@
-"""The manager: sequences' tables on top of the pool, with fork, copy-on-write and crop."""
+"""The manager: sequences' tables on top of the pool and the prefix index, with fork, copy-on-write and crop."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hf_paged.core.blocks import BlockPool, OutOfBlocks
 from hf_paged.core.plan import Copy
+from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens
 from hf_paged.core.table import BlockTable
 
 
@@ -23,10 +24,11 @@ class Growth(NamedTuple):
 
 
 class BlockManager:
-    """Owns the pool and every live table. Operations are short and hold `lock`; none touches tensors.
+    """Owns the pool, the prefix index and every live table. Operations are short and hold `lock`; none touches tensors.
 
-    A block that several tables hold is never written: `append` gives the table a block of its own and says which
-    slots are to be copied. An operation that raises `OutOfBlocks` has changed nothing.
+    A block that several tables hold is never written, nor is that part of a block which is indexed: `append` gives the
+    table a block of its own and says which slots are to be copied. An operation that raises `OutOfBlocks` has changed
+    nothing.
 
     Args:
         num_blocks: pool size including the null block.
@@ -35,15 +37,16 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int):
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.index = PrefixIndex(block_size)
+        self.pool = BlockPool(num_blocks, on_evict=self.index.forget)
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
         self._pinned: Counter[int] = Counter()
 
-    def new_table(self) -> BlockTable:
-        """An empty table, live until `free`."""
-        table = BlockTable(self.block_size)
+    def new_table(self, root: bytes | None = None) -> BlockTable:
+        """An empty table, live until `free`; `root` is where its tokens are looked for and kept in the prefix index."""
+        table = BlockTable(self.block_size, root)
         with self.lock:
             self._tables[id(table)] = table
         return table
@@ -71,7 +74,7 @@ class BlockManager:
         """Let go of blocks that `append` and `assign` have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
-            self.pool.drop(pins)
+            self._drop(pins)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -85,12 +88,22 @@ class BlockManager:
         return grown + self.must_copy_tail(table)
 
     def must_copy_tail(self, table: BlockTable) -> bool:
-        """Whether the next token of `table` would fall into a block that others hold too."""
-        return table.num_tokens % self.block_size != 0 and self.pool.references(table.blocks[-1]) > 1
+        """Whether the next token of `table` would fall into a block that others hold too, or may yet find."""
+        if table.num_tokens % self.block_size == 0:
+            return False
+        tail = table.blocks[-1]
+        return self.pool.references(tail) > 1 or self.index.tokens_in(tail) > table.num_tokens % self.block_size
 
-    def append(self, tables: Sequence[BlockTable], num_tokens: int | Sequence[int], room_tokens: int = 0) -> Growth:
+    def append(
+        self,
+        tables: Sequence[BlockTable],
+        num_tokens: int | Sequence[int],
+        room_tokens: int = 0,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Growth:
         """Make room for `num_tokens` more tokens in each table; `room_tokens` more are expected later.
 
+        `tokens` are their ids; without them, or with numbers that are no plain ids, a table is not indexed any more.
         Every table whose tail block is shared gets a tail of its own, all of them, so that none writes into what
         another is yet to copy. Raises `OutOfBlocks`.
         """
@@ -103,6 +116,9 @@ class BlockManager:
             for table, count in zip(tables, counts, strict=True):
                 self._append(table, count, room_tokens, growth)
             self._pinned.update(growth.pins)
+            for i, table in enumerate(tables):
+                if table.root is not None:
+                    _track(table, None if tokens is None else tokens[i])
             return growth
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
@@ -131,8 +147,10 @@ class BlockManager:
     def crop(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
         with self.lock:
-            self.pool.drop(table.truncate(self.blocks_for(num_tokens)))
+            self._drop(table.truncate(self.blocks_for(num_tokens)))
             table.num_tokens = num_tokens
+            del table.tokens[num_tokens:]
+            del table.keys[num_tokens // self.block_size :]
 
     def free(self, table: BlockTable) -> None:
         """Give up the table; freeing twice is harmless."""
@@ -142,16 +160,85 @@ class BlockManager:
 
     def _empty(self, table: BlockTable) -> None:
         self._unclaim(table)
-        self.pool.drop(table.truncate(0))
+        keys = table.keys[::-1]
+        self._drop(table.truncate(0))
         table.num_tokens = 0
+        table.tokens.clear()
+        for key in keys:  # where another block holds the same content, that one was used, ends before roots
+            block = self.index.block_of(key)
+            if block is not None:
+                self.pool.touch(block)
+
+    def _drop(self, blocks: Sequence[int]) -> None:
+        """One reference less; a block that is indexed stays cached."""
+        self.pool.drop(blocks, keep=self.index.__contains__)
 
     def _unclaim(self, table: BlockTable) -> None:
         for claim in table.claims:
             self.pool.unclaim(claim)
         table.claims.clear()
 
+    # -- prefixes ------------------------------------------------------------------------------------------------
+
+    def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
+        """Let an empty table begin with blocks of earlier sequences that hold its `tokens`, at most `limit` of them.
+
+        Returns the number of tokens that need not be computed.
+        """
+        if table.root is None or not _are_plain(tokens):
+            return 0
+        with self.lock:
+            blocks, keys, num_tokens = self.index.match(table.root, tokens, limit)
+            self.pool.share(blocks)
+            table.extend(blocks)
+            table.num_tokens = num_tokens
+            table.tokens, table.keys = list(tokens[:num_tokens]), keys
+            return num_tokens
+
+    def index_table(self, table: BlockTable, with_tail: bool) -> None:
+        """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.
+
+        Only for content that is complete in memory.
+        """
+        if table.root is None:
+            return
+        size = self.block_size
+        with self.lock:
+            parent, full = table.root, table.num_tokens // size
+            for i in range(full):
+                if i == len(table.keys) or self.index.block_of(table.keys[i]) is None:
+                    table.keys[i:] = [self._index_block(table, i, parent), *table.keys[i + 1 :]]
+                parent = table.keys[i]
+            if with_tail and table.num_tokens % size:
+                self._index_block(table, full, parent)
+
+    def _index_block(self, table: BlockTable, i: int, parent: bytes) -> bytes:
+        """Index block `i` of a table in place of those that hold a beginning of it; returns its key."""
+        packed = pack_tokens(table.tokens[i * self.block_size : (i + 1) * self.block_size])
+        if len(packed) < self.index.full_bytes and self.index.is_covered(parent, packed):
+            return chain_key(parent, packed)
+        for block in self.index.covered_by(parent, packed):
+            self.index.forget(block)
+            self.pool.discard(block)
+        return self.index.add(parent, packed, table.blocks[i])
+
+    def hold_prefixes(self, root: bytes) -> list[Entry]:
+        """What is indexed under `root`, parents first; the blocks stay where they are until `unpin`."""
+        with self.lock:
+            entries = self.index.below(root)
+            blocks = [entry.block for entry in entries]
+            self.pool.share(blocks)
+            self._pinned.update(blocks)
+            return entries
+
+    def forget_prefixes(self) -> None:
+        """Give up every cached block and forget what the others hold."""
+        with self.lock:
+            self.index.clear()
+            self.pool.evict(self.pool.cached)
+
     def check_integrity(self) -> None:
-        """Prove that the pool agrees with the live tables; for tests."""
+        """Prove that the pool and the index agree with the live tables; for tests."""
         with self.lock:
             held = +self._pinned
             for table in self._tables.values():
@@ -161,4 +248,21 @@ class BlockManager:
                 slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]
                 assert slots == [table.slot(i) for i in range(table.num_tokens)], "spans disagree with the blocks"
                 held.update(table.blocks)
+                assert table.root is None or len(table.tokens) == table.num_tokens, "token ids were lost"
             self.pool.check_integrity(dict(held))
+            self.index.check_integrity()
+            for block in range(1, self.pool.num_blocks):
+                assert block in self.index or not self.pool.is_cached(block), f"block {block} is kept for nobody"
+                assert block not in self.index or held[block] or self.pool.is_cached(block), f"block {block} is gone"
+
+
+def _are_plain(tokens: Sequence[int]) -> bool:
+    """Whether all are token ids and nothing else."""
+    return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
+
+
+def _track(table: BlockTable, tokens: Sequence[int] | None) -> None:
+    if tokens is None or not _are_plain(tokens):
+        table.untrack()
+    else:
+        table.tokens.extend(tokens)

@@ -100,7 +100,8 @@ def plan_packed(
             start, stop = max(node.start - 1, 0), node.stop - 1
             if node.parent is not None and nodes[node.parent].rows[0] != owner:
                 pins += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
-            copies, pinned = manager.append([table], stop - start, len(tokens[owner]) - stop + room_tokens)
+            room = len(tokens[owner]) - stop + room_tokens
+            copies, pinned = manager.append([table], stop - start, room, [tokens[owner][start:stop]])
             pins += pinned
             starts.append(at)
             if stop > start:
@@ -184,9 +185,17 @@ def _chunk_plan(stretches: Sequence[_Stretch], views: Sequence[_View], lo: int, 
     )
 
 
-def plan_decode(manager: BlockManager, tables: Sequence[BlockTable], room_tokens: int = 0) -> StepPlan:
-    """Append one token to every table: one query a row. Raises `OutOfBlocks` and changes nothing."""
-    copies, pins = manager.append(tables, 1, room_tokens)
+def plan_decode(
+    manager: BlockManager,
+    tables: Sequence[BlockTable],
+    tokens: Sequence[Sequence[int]] | None = None,
+    room_tokens: int = 0,
+) -> StepPlan:
+    """Append one token to every table, `tokens[row][0]` if it is known: one query a row.
+
+    Raises `OutOfBlocks` and changes nothing.
+    """
+    copies, pins = manager.append(tables, 1, room_tokens, tokens)
     order, own, shared = _decode_pieces(tables)
     rows = range(len(tables)) if order is None else order
     return StepPlan(

@@ -20,14 +20,25 @@ class BlockTable:
     the slots of a long sequence come as a few runs without walking over its blocks.
     """
 
-    __slots__ = ("_spans", "block_size", "blocks", "claims", "num_tokens")
+    __slots__ = ("_spans", "block_size", "blocks", "claims", "keys", "num_tokens", "root", "tokens")
 
-    def __init__(self, block_size: int):
+    def __init__(self, block_size: int, root: bytes | None = None):
         self.block_size = block_size
         self.blocks: list[int] = []
         self.num_tokens = 0
         self.claims: list[range] = []
         self._spans: list[tuple[int, int]] = []
+        # Where the prefix index begins for this sequence, `None` where it is not to be indexed; then its token ids,
+        # and the keys of its first blocks as far as they are known.
+        self.root = root
+        self.tokens: list[int] = []
+        self.keys: list[bytes] = []
+
+    def untrack(self) -> None:
+        """Something was stored that token ids do not describe: the sequence is not indexed any more."""
+        self.root = None
+        self.tokens.clear()
+        self.keys.clear()
 
     def extend(self, blocks: Sequence[int]) -> None:
         """Put `blocks` behind the last one."""
@@ -56,6 +67,9 @@ class BlockTable:
         num_blocks = -(-num_tokens // self.block_size)
         self.blocks = other.blocks[:num_blocks]
         self.num_tokens = num_tokens
+        self.root = other.root
+        self.tokens = other.tokens[:num_tokens]
+        self.keys = other.keys[: num_tokens // self.block_size]
         self._spans = other._spans.copy()
         excess = len(other.blocks) - num_blocks
         while excess:

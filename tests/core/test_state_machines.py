@@ -9,8 +9,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from hf_paged.core.blocks import BlockPool, OutOfBlocks
 from hf_paged.core.manager import BlockManager
+from hf_paged.core.prefix import TOKEN_LIMIT
 
-SETTINGS = settings(max_examples=25, stateful_step_count=30, deadline=None)
+SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -90,46 +91,126 @@ class PoolMachine(RuleBasedStateMachine):
         assert (self.pool.in_use, self.pool.cached) == (len(self.references), len(self.cached))
 
 
+ROOTS = [b"model a", b"model b"]
+
+
 class ManagerMachine(RuleBasedStateMachine):
-    """Tables against lists of tokens; a memory of one token per slot shows what a table really holds."""
+    """Tables against lists of tokens; what a slot of the memory holds depends on the tokens before it, as KV does.
+
+    Token ids are few, so that sequences meet in the prefix index; numbers that are no ids stand for what ids do not
+    describe.
+    """
 
     tables = Bundle("tables")
 
     def __init__(self):
         super().__init__()
-        self.manager = BlockManager(num_blocks=25, block_size=4)
-        self.memory: dict[int, int] = {}
+        self.manager = BlockManager(num_blocks=17, block_size=4)
+        self.memory: dict[int, tuple] = {}
         self.content: dict[int, list[int]] = {}
+        self.origin: dict[int, bytes] = {}
         self.live: dict[int, object] = {}
-        self.next_token = 0
+        self.unknown = TOKEN_LIMIT
 
-    @rule(target=tables)
-    def new(self):
-        return self._add(self.manager.new_table(), [])
+    @rule(target=tables, root=st.sampled_from([None, *ROOTS]), count=st.integers(0, 14), data=st.data())
+    def new(self, root, count, data):
+        table = self._add(self.manager.new_table(root), [], root)
+        self._append([table], count, 0, True, data)
+        return table
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), root=st.sampled_from(ROOTS), data=st.data())
+    def come_and_go(self, tokens, root, data):
+        """A whole call: begin with what is there, compute the rest, leave everything for others."""
+        table = self._match(root, tokens, 1)
+        rest = tokens[table.num_tokens :]
+        self._append_tokens([table], [rest], 0, [rest])
+        self.manager.index_table(table, True)
+        self.agrees()
+        self._free(table)
+
+    @rule(
+        target=tables,
+        root=st.sampled_from(ROOTS),
+        tokens=st.lists(st.integers(0, 1), max_size=14),
+        held_back=st.integers(0, 2),
+    )
+    def match(self, root, tokens, held_back):
+        return self._match(root, tokens, held_back)
+
+    def _match(self, root, tokens, held_back):
+        table = self.manager.new_table(root)
+        hit = self.manager.match(table, tokens, len(tokens) - held_back)
+        assert hit == table.num_tokens <= max(0, len(tokens) - held_back)
+        return self._add(table, tokens[:hit], root)
+
+    @rule(table=tables, with_tail=st.booleans())
+    def index(self, table, with_tail):
+        if id(table) in self.live:
+            self.manager.index_table(table, with_tail)
+
+    @rule(table=tables, count=st.integers(1, 9), data=st.data())
+    def go_back_and_on(self, table, count, data):
+        """As assisted decoding does, with everything indexed on the way."""
+        if id(table) in self.live:
+            self.manager.index_table(table, True)
+            self._crop(table, data)
+            self._append([table], count, 0, True, data)
+            self._find(table)
+
+    @rule(table=tables)
+    def found_again(self, table):
+        self._find(table)
+
+    def _find(self, table):
+        """Whatever was just indexed is found as far as it goes."""
+        if id(table) in self.live and table.root is not None:
+            self.manager.index_table(table, True)
+            blocks, _, num_tokens = self.manager.index.match(table.root, table.tokens, table.num_tokens)
+            assert num_tokens == table.num_tokens
+            assert len(blocks) == len(table.blocks)
+
+    @rule()
+    def forget(self):
+        self.manager.forget_prefixes()
+        assert self.manager.pool.cached == 0
 
     @rule(target=tables, source=tables, data=st.data())
     def fork(self, source, data):
         if id(source) not in self.live:
             return multiple()
         keep = data.draw(st.integers(0, source.num_tokens))
-        return self._add(self.manager.fork(source, keep), self.content[id(source)][:keep])
+        return self._add(self.manager.fork(source, keep), self.content[id(source)][:keep], self.origin[id(source)])
 
     @rule(
-        sources=st.lists(tables, min_size=1, max_size=4, unique_by=id), count=st.integers(0, 9), room=st.integers(0, 9)
+        sources=st.lists(tables, min_size=1, max_size=4, unique_by=id),
+        count=st.integers(0, 9),
+        room=st.integers(0, 9),
+        known=st.booleans(),
+        data=st.data(),
     )
-    def append(self, sources, count, room):
+    def append(self, sources, count, room, known, data):
+        self._append(sources, count, room, known, data)
+
+    def _append(self, sources, count, room, known, data):
         sources = [table for table in sources if id(table) in self.live]
-        before = [(list(table.blocks), table.num_tokens) for table in sources]
+        tokens = [data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)) for _ in sources]
+        if not known:
+            self.unknown += 1
+            tokens = [[self.unknown] * count for _ in sources]
+        self._append_tokens(sources, tokens, room, tokens if known or count % 2 else None)
+
+    def _append_tokens(self, sources, tokens, room, told):
+        before = [(list(table.blocks), table.num_tokens, table.root) for table in sources]
         try:
-            copies, pins = self.manager.append(sources, count, room)
+            copies, pins = self.manager.append(sources, [len(new) for new in tokens], room, told)
         except OutOfBlocks:
-            assert before == [(table.blocks, table.num_tokens) for table in sources], "a refusal changes nothing"
+            assert before == [(table.blocks, table.num_tokens, table.root) for table in sources], "refused, yet changed"
             return
-        for table in sources:
-            for position in range(table.num_tokens - count, table.num_tokens):
-                self.next_token += 1
-                self.memory[table.slot(position)] = self.next_token
-                self.content[id(table)].append(self.next_token)
+        for table, new in zip(sources, tokens, strict=True):
+            content = self.content[id(table)]
+            for token in new:
+                content.append(token)
+                self.memory[table.slot(len(content) - 1)] = (self.origin[id(table)], *content)
         for copy in copies:
             for i in range(copy.tokens):
                 self.memory[copy.target + i] = self.memory[copy.source + i]
@@ -139,9 +220,12 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(table=tables, data=st.data())
     def crop(self, table, data):
         if id(table) in self.live:
-            keep = data.draw(st.integers(0, table.num_tokens))
-            self.manager.crop(table, keep)
-            del self.content[id(table)][keep:]
+            self._crop(table, data)
+
+    def _crop(self, table, data):
+        keep = data.draw(st.integers(0, table.num_tokens))
+        self.manager.crop(table, keep)
+        del self.content[id(table)][keep:]
 
     @rule(target=tables, first=consumes(tables), second=consumes(tables), data=st.data())
     def reorder(self, first, second, data):
@@ -149,7 +233,10 @@ class ManagerMachine(RuleBasedStateMachine):
         if not old:
             return multiple()
         chosen = [data.draw(st.sampled_from(old)) for _ in old]
-        new = [self._add(self.manager.fork(table), list(self.content[id(table)])) for table in chosen]
+        new = [
+            self._add(self.manager.fork(table), list(self.content[id(table)]), self.origin[id(table)])
+            for table in chosen
+        ]
         for table in old:
             self._free(table)
         return multiple(*new)
@@ -162,20 +249,22 @@ class ManagerMachine(RuleBasedStateMachine):
     def _distinct(self, *tables):
         return [table for key, table in {id(table): table for table in tables}.items() if key in self.live]
 
-    def _add(self, table, content):
-        self.live[id(table)], self.content[id(table)] = table, content
+    def _add(self, table, content, origin):
+        self.live[id(table)], self.content[id(table)], self.origin[id(table)] = table, content, origin
         return table
 
     def _free(self, table):
         self.manager.free(table)
         self.manager.free(table)  # twice is harmless
-        del self.live[id(table)], self.content[id(table)]
+        del self.live[id(table)], self.content[id(table)], self.origin[id(table)]
 
     @invariant()
     def agrees(self):
         self.manager.check_integrity()
         for key, table in self.live.items():
-            assert [self.memory[table.slot(i)] for i in range(table.num_tokens)] == self.content[key]
+            content = self.content[key]
+            held = [self.memory[table.slot(i)] for i in range(table.num_tokens)]
+            assert held == [(self.origin[key], *content[: i + 1]) for i in range(len(content))]
 
     def teardown(self):
         for table in list(self.live.values()):

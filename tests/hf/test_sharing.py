@@ -31,11 +31,16 @@ def patched(family=LLAMA, **overrides):
 def forwards(model):
     """Records `(rows, tokens)` of everything that enters the model, where nothing can be made up: at its embedding."""
     shapes = []
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: shapes.append(tuple(args[0].shape))
-    )
+    embedding = model.get_input_embeddings()
+    forward = embedding.forward
+
+    def counting(ids, *args, **kwargs):
+        shapes.append(tuple(ids.shape))
+        return forward(ids, *args, **kwargs)
+
+    embedding.forward = counting  # not a hook: with one, nothing is reused from earlier calls
     yield shapes
-    handle.remove()
+    del embedding.forward
 
 
 def prefill_tokens(model, inputs, **kwargs) -> int:

@@ -1,0 +1,242 @@
+"""Cached prefixes to and from a folder: safetensors files, and a manifest that says what they belong to.
+
+    folder/
+      manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
+      tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens]
+      layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim]
+      ...
+
+A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry
+the beginning of the content's sum, so writing never touches the files of the manifest that is still in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.plan import StepPlan, Write
+from hf_paged.core.prefix import Entry, unpack_tokens
+from hf_paged.core.table import BlockTable, Run
+from hf_paged.identity import describe_config, fingerprint
+from hf_paged.pool import KVPool
+from hf_paged.store import run_slots
+
+MANIFEST = "manifest.json"
+FORMAT, FORMAT_VERSION = "hf_paged prefixes", 1
+_CHUNK_BYTES = 2**22
+
+
+def save_prefixes(model: PreTrainedModel, pool: KVPool, root: bytes, salt: str | None, folder: Path) -> int:
+    """Write every prefix indexed under `root`; returns the number of tokens. Whole or not at all."""
+    entries = pool.manager.hold_prefixes(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {}
+        for stem, tensors in _contents(pool, root, entries):
+            name, content_sum, num_bytes = _write(folder, stem, tensors)
+            files[name] = {"sha256": content_sum, "bytes": num_bytes}
+    finally:
+        pool.manager.unpin([entry.block for entry in reversed(entries)])
+    num_tokens = sum(entry.num_tokens for entry in entries)
+    manifest = {
+        **_description(model),
+        "cache_salt": salt,
+        "num_tokens": num_tokens,
+        "files": files,
+        "versions": {name: version(name) for name in ("hf_paged", "torch", "transformers")},
+    }
+    _replace(folder / MANIFEST, json.dumps({**manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
+    for path in [*folder.glob("layer-*.safetensors"), *folder.glob("tokens-*.safetensors")]:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
+    return num_tokens
+
+
+def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are whole and belong to `model` as it is now.
+
+    Raises `ValueError` that names the file that is missing or damaged, or says what differs.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        content_sum = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise ValueError(f"folder: {path} does not exist; it is what model.paged.save(folder) writes last") from None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path} is damaged; save the prefixes again") from None
+    if content_sum != _sum_of(manifest):
+        raise ValueError(f"{path} is damaged; save the prefixes again")
+    _check_owner(model, manifest)
+    for name, expected in manifest["files"].items():
+        _check_file(folder / name, expected)
+    return manifest
+
+
+def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str]) -> int:
+    """Take what the files hold into the pool, indexed under `root`, as far as blocks suffice; returns the tokens."""
+    *layers, pieces = [load_file(folder / name) for name in sorted(files)]
+    num_tokens = 0
+    tables: list[BlockTable] = []
+    try:
+        for tokens, sources in _sequences(pieces):
+            table = pool.manager.new_table(root)
+            tables.append(table)
+            try:
+                num_tokens += _take(pool, table, tokens, sources, layers)
+            except OutOfBlocks:
+                break
+    finally:
+        pool.free(tables[::-1])
+    return num_tokens
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def _contents(pool: KVPool, root: bytes, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    number = {entry.key: i for i, entry in enumerate(entries)}
+    yield (
+        "tokens",
+        {
+            "parents": torch.tensor([number.get(entry.parent, -1) for entry in entries], dtype=torch.long),
+            "lengths": torch.tensor([entry.num_tokens for entry in entries], dtype=torch.long),
+            "tokens": torch.tensor([t for e in entries for t in unpack_tokens(e.tokens)], dtype=torch.long),
+        },
+    )
+    slots = run_slots([Run(e.block * pool.block_size, e.num_tokens) for e in entries], torch.device("cpu"))
+    for index, store in enumerate(pool.stores):
+        if store is not None:
+            keys, values = store.gather(slots.to(store.keys.device))
+            yield f"layer-{index:04d}", {"keys": keys.cpu(), "values": values.cpu()}
+
+
+def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str, int]:
+    """Name, sum and size of the file that now holds `tensors`."""
+    scratch = folder / f".{stem}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, scratch)
+        content_sum = _sum_of_file(scratch)
+        name = f"{stem}-{content_sum[:16]}.safetensors"
+        num_bytes = scratch.stat().st_size
+        os.replace(scratch, folder / name)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return name, content_sum, num_bytes
+
+
+def _replace(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+# -- checking ------------------------------------------------------------------------------------------------------
+
+
+def _description(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": describe_config(model),
+        "weights": fingerprint(model),
+    }
+
+
+def _check_owner(model: PreTrainedModel, manifest: dict[str, Any]) -> None:
+    mine = json.loads(json.dumps(_description(model), default=str))
+    for name, value in mine.items():
+        theirs = manifest.get(name)
+        if theirs == value:
+            continue
+        if name == "config" and isinstance(theirs, dict):
+            fields = sorted(key for key in {*theirs, *value} if theirs.get(key) != value.get(key))
+            raise ValueError(f"the saved prefixes belong to a model with another config: {', '.join(fields)} differ")
+        if name == "weights":
+            raise ValueError("the saved prefixes belong to a model with other weights or adapters")
+        raise ValueError(f"the saved prefixes have {name} {theirs}, this model has {value}")
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    try:
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{path} is truncated or damaged; save the prefixes again")
+        content_sum = _sum_of_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; save the prefixes again") from None
+    if content_sum != expected["sha256"]:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not what {MANIFEST} says; save the prefixes again")
+
+
+def _sum_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _sequences(pieces: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[int]]]:
+    """The saved sequences, from pieces that nothing follows back to their roots: token ids, and where they lie."""
+    parents, tokens = pieces["parents"].tolist(), pieces["tokens"].tolist()
+    ends = pieces["lengths"].cumsum(0)
+    starts, ends = (ends - pieces["lengths"]).tolist(), ends.tolist()
+    for leaf in sorted(set(range(len(parents))).difference(parents)):
+        sources: list[int] = []
+        piece = leaf
+        while piece >= 0:
+            sources[:0] = range(starts[piece], ends[piece])
+            piece = parents[piece]
+        yield [tokens[source] for source in sources], sources
+
+
+def _take(
+    pool: KVPool,
+    table: BlockTable,
+    tokens: list[int],
+    sources: list[int],
+    layers: Sequence[dict[str, torch.Tensor]],
+) -> int:
+    """Fill a table with one sequence and index it; returns the tokens that were not there. Raises `OutOfBlocks`."""
+    manager, size = pool.manager, pool.block_size
+    with manager.lock:
+        hit = manager.match(table, tokens, len(tokens)) // size * size
+        manager.crop(table, hit)
+        manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
+    new = torch.tensor(sources[hit:])
+    at = 0
+    writes: list[Write] = []
+    for run in table.runs(hit, len(tokens)):
+        writes.append(Write(at, run.tokens, run.slot, 1))
+        at += run.tokens
+    plan = StepPlan(len(new), writes, [], [], [], [], len(tokens))
+    for index, layer in enumerate(layers):
+        key, value = (layer[name].index_select(1, new).unsqueeze(0) for name in ("keys", "values"))
+        pool.layer(index, key, value).write(plan, key, value)
+    manager.index_table(table, with_tail=True)
+    return len(new)

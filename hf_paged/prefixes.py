@@ -1,0 +1,70 @@
+"""Which prefixes a call may take from earlier ones: those of the model as it is now, and of the call's salt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from hf_paged.core.prefix import root_key
+from hf_paged.identity import ModelIdentity
+from hf_paged.pool import KVPool
+from hf_paged.stats import Counters
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixRoot:
+    """Where the prefix index begins for one state of a model and one salt.
+
+    Attributes:
+        key: parent of a sequence's first block.
+        digest: of the model's state.
+    """
+
+    key: bytes
+    digest: bytes
+    identity: ModelIdentity
+
+    def holds(self) -> bool:
+        """Whether the model is still in that state, as far as a look without sampling can tell."""
+        return self.identity.unchanged(self.digest)
+
+
+class Prefixes:
+    """The roots of one patched model.
+
+    Args:
+        model: held weakly.
+        enabled: the setting `prefix_caching`.
+        counters: told where a model's prefixes cannot be reused.
+    """
+
+    def __init__(self, model: PreTrainedModel, enabled: bool, counters: Counters):
+        self._identity = ModelIdentity(model)
+        self._enabled = enabled
+        self._counters = counters
+        self._epoch: bytes | None = None
+
+    def obstacle(self) -> str | None:
+        """Why nothing is kept for later calls, or `None`."""
+        return self._identity.obstacle() if self._enabled else "prefix_caching is False"
+
+    def root(self, salt: str | None, pool: KVPool) -> PrefixRoot | None:
+        """Where to look for prefixes and to keep them; `None` where nothing may be reused, and that is counted.
+
+        Forgets what weights have left that are gone for good.
+        """
+        obstacle = self.obstacle()
+        if obstacle is not None:
+            if self._enabled:
+                self._counters.fall_back(f"prefixes not reused: {obstacle}")
+            return None
+        digest = self._identity.digest()
+        if self._epoch != self._identity.epoch:
+            self._epoch = self._identity.epoch
+            pool.manager.forget_prefixes()
+        return PrefixRoot(root_key(digest, salt), digest, self._identity)
+
+    def is_current(self, root: PrefixRoot, salt: str | None) -> bool:
+        """Whether a root from an earlier call is what `root(salt)` would be now."""
+        return self.obstacle() is None and root.key == root_key(self._identity.digest(), salt)
