@@ -93,6 +93,7 @@ class PagedCache(Cache):
         self.generating = self.prefilling = self.assisted = self.fell_back = False
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
+        self.salt: str | None = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
 
@@ -359,7 +360,7 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root = self.root
+        twin.root, twin.salt = self.root, self.salt
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past

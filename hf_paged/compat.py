@@ -117,6 +117,11 @@ def original_attention(name: str, module: Any) -> Callable[..., Any]:
     return function
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device, `None` where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     """Whether the model's forward computes the logits of chosen positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

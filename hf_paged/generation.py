@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextvars import ContextVar
 from copy import copy, deepcopy
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 RUNTIME_ATTRIBUTE = "_hf_paged_runtime"
 # Room behind a sequence of which nobody says how long it will get; more than this is not kept free for one row.
 MAX_ROOM_TOKENS = 4096
+
+# The salt of the `generate` that runs: that of a draft model, inside it, has the same.
+_SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -73,6 +77,7 @@ class PagedGenerationMixin:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         salt = model_kwargs.pop("cache_salt", None)
+        salt = _SALT.get() if salt is None else salt
         chosen = (
             model_kwargs.get("past_key_values") is not None
             or generation_config.cache_implementation is not None
@@ -175,11 +180,13 @@ class PagedGenerationMixin:
             return decode(input_ids, **kwargs)
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
+        outer_salt = _SALT.set(cache.salt)
         try:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
             cache.index_rows(with_tails=not cache.held_by_user)
         finally:
+            _SALT.reset(outer_salt)
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
                 cache.release()

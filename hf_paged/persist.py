@@ -87,19 +87,20 @@ def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
 def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str]) -> int:
     """Take what the files hold into the pool, indexed under `root`, as far as blocks suffice; returns the tokens."""
     *layers, pieces = [load_file(folder / name) for name in sorted(files)]
-    num_tokens = 0
+    loaded: set[int] = set()
     tables: list[BlockTable] = []
     try:
         for tokens, sources in _sequences(pieces):
             table = pool.manager.new_table(root)
             tables.append(table)
             try:
-                num_tokens += _take(pool, table, tokens, sources, layers)
+                _take(pool, table, tokens, sources, layers)
             except OutOfBlocks:
                 break
+            loaded.update(sources)
     finally:
         pool.free(tables[::-1])
-    return num_tokens
+    return len(loaded)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -221,11 +222,11 @@ def _take(
     tokens: list[int],
     sources: list[int],
     layers: Sequence[dict[str, torch.Tensor]],
-) -> int:
-    """Fill a table with one sequence and index it; returns the tokens that were not there. Raises `OutOfBlocks`."""
-    manager, size = pool.manager, pool.block_size
+) -> None:
+    """Fill a table with one sequence, as far as it is not there yet, and index it. Raises `OutOfBlocks`."""
+    manager = pool.manager
     with manager.lock:
-        hit = manager.match(table, tokens, len(tokens)) // size * size
+        hit = table.block_start(table.whole_blocks(manager.match(table, tokens, len(tokens))))
         manager.crop(table, hit)
         manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
     new = torch.tensor(sources[hit:])
@@ -239,4 +240,3 @@ def _take(
         key, value = (layer[name].index_select(1, new).unsqueeze(0) for name in ("keys", "values"))
         pool.layer(index, key, value).write(plan, key, value)
     manager.index_table(table, with_tail=True)
-    return len(new)

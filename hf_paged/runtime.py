@@ -97,6 +97,7 @@ class PagedRuntime:
         dtype or config: it names the file or says what differs.
         """
         model = self._model()
+        self._kept_under("load", None)
         manifest = read_manifest(model, Path(folder))
         root = self._kept_under("load", manifest["cache_salt"])
         return load_prefixes(self._current_pool(model), root, Path(folder), manifest["files"])
@@ -129,7 +130,7 @@ class PagedRuntime:
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        cache.root = self._prefixes.root(salt, pool)
+        cache.root, cache.salt = self._prefixes.root(salt, pool), salt
         return cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:
@@ -144,7 +145,7 @@ class PagedRuntime:
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
-            key = (model.dtype, model.device)
+            key = (model.dtype, model.device, compat.autocast_dtype(model.device))
             if self._pool is None or self._pool_key != key:
                 self._pool = self._make_pool(model)
                 self._pool_key = key
@@ -159,7 +160,13 @@ class PagedRuntime:
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
         model = self._model()
-        key = (model.training, model.dtype, compat.attention_name(model.config), self.config.attention_backend)
+        key = (
+            model.training,
+            model.dtype,
+            compat.autocast_dtype(model.device),
+            compat.attention_name(model.config),
+            self.config.attention_backend,
+        )
         found = self._capabilities.get(key)
         if found is None:
             found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)

@@ -56,7 +56,8 @@ class LayerStore:
         return (
             key.shape[1::2] == self._key_shape
             and value.shape[1::2] == self._value_shape
-            and key.dtype == value.dtype == self.keys.dtype
+            and key.dtype == self.keys.dtype
+            and value.dtype == self.values.dtype  # autocast leaves K and V in different ones
             and key.device == self.keys.device
         )
 

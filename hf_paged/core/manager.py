@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from hf_paged.core.blocks import BlockPool, OutOfBlocks
 from hf_paged.core.plan import Copy
-from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens
+from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, pack_tokens
 from hf_paged.core.table import BlockTable
 
 
@@ -63,7 +63,7 @@ class BlockManager:
         Returns the blocks that it held before, pinned: pending copies may still read them.
         """
         with self.lock:
-            self.pool.share(source.blocks[: self.blocks_for(num_tokens)])
+            self.pool.share(source.blocks[: source.blocks_for(num_tokens)])
             self._unclaim(target)
             before = target.truncate(0)
             target.copy_from(source, num_tokens)
@@ -76,23 +76,29 @@ class BlockManager:
             self._pinned.subtract(pins)
             self._drop(pins)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
-
-    def blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
+    def blocks_needed(self, table: BlockTable, num_tokens: int, may_part: bool = False) -> int:
         """Blocks that appending `num_tokens` tokens to `table` takes from the pool."""
         if num_tokens == 0:
             return 0
-        grown = self.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
-        return grown + self.must_copy_tail(table)
+        if may_part and self._opens_seam(table):
+            return -(-num_tokens // self.block_size)
+        grown = table.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
+        return grown + self.must_leave_tail(table)
 
-    def must_copy_tail(self, table: BlockTable) -> bool:
+    def must_leave_tail(self, table: BlockTable) -> bool:
         """Whether the next token of `table` would fall into a block that others hold too, or may yet find."""
-        if table.num_tokens % self.block_size == 0:
+        filled = table.tail_tokens
+        if filled == 0:
             return False
         tail = table.blocks[-1]
-        return self.pool.references(tail) > 1 or self.index.tokens_in(tail) > table.num_tokens % self.block_size
+        return self.pool.references(tail) > 1 or self.index.tokens_in(tail) > filled
+
+    def _opens_seam(self, table: BlockTable) -> bool:
+        """Whether `table` leaves its tail where it is and goes on behind it, instead of copying it: once a table.
+
+        Beams part again and again; were each time to leave a block behind, there would be many of a few tokens.
+        """
+        return table.is_forked and table.seam_blocks == 0 and self.must_leave_tail(table)
 
     def append(
         self,
@@ -100,20 +106,23 @@ class BlockManager:
         num_tokens: int | Sequence[int],
         room_tokens: int = 0,
         tokens: Sequence[Sequence[int]] | None = None,
+        may_part: bool = False,
     ) -> Growth:
         """Make room for `num_tokens` more tokens in each table; `room_tokens` more are expected later.
 
         `tokens` are their ids; without them, or with numbers that are no plain ids, a table is not indexed any more.
         Every table whose tail block is shared gets a tail of its own, all of them, so that none writes into what
-        another is yet to copy. Raises `OutOfBlocks`.
+        another is yet to copy; with `may_part` forked tables go on behind the tail, once. Raises `OutOfBlocks`.
         """
         counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
         with self.lock:
-            needed = sum(map(self.blocks_needed, tables, counts))
+            needed = sum(self.blocks_needed(*each, may_part) for each in zip(tables, counts, strict=True))
             if needed > self.pool.available:
                 raise OutOfBlocks(needed, self.pool.available)
             growth = Growth([], [])
             for table, count in zip(tables, counts, strict=True):
+                if may_part and count and self._opens_seam(table):
+                    table.open_seam()
                 self._append(table, count, room_tokens, growth)
             self._pinned.update(growth.pins)
             for i, table in enumerate(tables):
@@ -123,19 +132,22 @@ class BlockManager:
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         size = self.block_size
-        total_blocks = self.blocks_for(table.num_tokens + num_tokens)
-        room = self.blocks_for(table.num_tokens + num_tokens + room_tokens) - total_blocks
-        if num_tokens and self.must_copy_tail(table):
+        total_blocks = table.blocks_for(table.num_tokens + num_tokens)
+        room = table.blocks_for(table.num_tokens + num_tokens + room_tokens) - total_blocks
+        if num_tokens and self.must_leave_tail(table):
+            filled = table.tail_tokens
             (shared,) = table.truncate(len(table.blocks) - 1)
             # The copy and what follows it are taken together, so that they lie side by side.
             self._extend(table, total_blocks - len(table.blocks), None, room)
-            own = table.blocks[table.num_tokens // size]
-            growth.copies.append(Copy(shared * size, own * size, table.num_tokens % size))
+            own = table.blocks[table.whole_blocks(table.num_tokens)]
+            growth.copies.append(Copy(shared * size, own * size, filled))
             growth.pins.append(shared)
             self.copied_blocks += 1
         missing = total_blocks - len(table.blocks)
         if missing > 0:
-            self._extend(table, missing, table.blocks[-1] if table.blocks else None, room)
+            # Behind a seam all rows look for room of their own, so that they come to lie at equal distance.
+            goes_on = len(table.blocks) > table.seam_blocks
+            self._extend(table, missing, table.blocks[-1] if goes_on else None, room)
         table.num_tokens += num_tokens
 
     def _extend(self, table: BlockTable, count: int, after: int | None, room: int) -> None:
@@ -147,10 +159,12 @@ class BlockManager:
     def crop(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
         with self.lock:
-            self._drop(table.truncate(self.blocks_for(num_tokens)))
+            self._drop(table.truncate(table.blocks_for(num_tokens)))
+            if num_tokens < table.seam_tokens:
+                table.seam_tokens = table.seam_blocks = 0
             table.num_tokens = num_tokens
             del table.tokens[num_tokens:]
-            del table.keys[num_tokens // self.block_size :]
+            del table.keys[table.whole_blocks(num_tokens) :]
 
     def free(self, table: BlockTable) -> None:
         """Give up the table; freeing twice is harmless."""
@@ -188,9 +202,11 @@ class BlockManager:
         if table.root is None or not _are_plain(tokens):
             return 0
         with self.lock:
-            blocks, keys, num_tokens = self.index.match(table.root, tokens, limit)
+            blocks, keys, num_tokens, seam_blocks, seam_tokens = self.index.match(table.root, tokens, limit)
             self.pool.share(blocks)
-            table.extend(blocks)
+            table.extend(blocks[:seam_blocks])
+            table.seam_blocks, table.seam_tokens = seam_blocks, seam_tokens
+            table.extend(blocks[seam_blocks:])
             table.num_tokens = num_tokens
             table.tokens, table.keys = list(tokens[:num_tokens]), keys
             return num_tokens
@@ -202,21 +218,18 @@ class BlockManager:
         """
         if table.root is None:
             return
-        size = self.block_size
         with self.lock:
-            parent, full = table.root, table.num_tokens // size
-            for i in range(full):
+            parent, whole = table.root, table.whole_blocks(table.num_tokens)
+            for i in range(whole):
                 if i == len(table.keys) or self.index.block_of(table.keys[i]) is None:
                     table.keys[i:] = [self._index_block(table, i, parent), *table.keys[i + 1 :]]
                 parent = table.keys[i]
-            if with_tail and table.num_tokens % size:
-                self._index_block(table, full, parent)
+            if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
+                self._index_block(table, whole, parent)
 
     def _index_block(self, table: BlockTable, i: int, parent: bytes) -> bytes:
         """Index block `i` of a table in place of those that hold a beginning of it; returns its key."""
-        packed = pack_tokens(table.tokens[i * self.block_size : (i + 1) * self.block_size])
-        if len(packed) < self.index.full_bytes and self.index.is_covered(parent, packed):
-            return chain_key(parent, packed)
+        packed = _packed(table, i)
         for block in self.index.covered_by(parent, packed):
             self.index.forget(block)
             self.pool.discard(block)
@@ -242,7 +255,7 @@ class BlockManager:
         with self.lock:
             held = +self._pinned
             for table in self._tables.values():
-                assert len(table.blocks) == self.blocks_for(table.num_tokens), (
+                assert len(table.blocks) == table.blocks_for(table.num_tokens), (
                     "a table holds too many or too few blocks"
                 )
                 slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]
@@ -259,6 +272,11 @@ class BlockManager:
 def _are_plain(tokens: Sequence[int]) -> bool:
     """Whether all are token ids and nothing else."""
     return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
+
+
+def _packed(table: BlockTable, i: int) -> bytes:
+    """The tokens of block `i`."""
+    return pack_tokens(table.tokens[table.block_start(i) : table.block_start(i + 1)])
 
 
 def _track(table: BlockTable, tokens: Sequence[int] | None) -> None:

@@ -132,16 +132,20 @@ def _check_room(
     manager: BlockManager, tables: Sequence[BlockTable], nodes: Sequence[TrieNode], bases: Sequence[int]
 ) -> None:
     """Raise `OutOfBlocks` where the blocks that the nodes will take are more than the pool has."""
-    size, needed = manager.block_size, 0
+    needed = 0
+    shapes: list[BlockTable] = []  # how the tokens of each node fall into blocks: as in its root's table
     for node in nodes:
         owner = node.rows[0]
+        shape = tables[owner] if node.parent is None else shapes[node.parent]
+        shapes.append(shape)
         start, stop = bases[owner] + max(node.start - 1, 0), bases[owner] + node.stop - 1
+        in_place = node.parent is None or nodes[node.parent].rows[0] == owner
         if stop == start:
             continue
-        in_place = node.parent is None or nodes[node.parent].rows[0] == owner
-        first = manager.blocks_for(start) if in_place else start // size
-        copied = in_place and start == bases[owner] and manager.must_copy_tail(tables[owner])
-        needed += manager.blocks_for(stop) - first + copied
+        if in_place and start == bases[owner]:
+            needed += manager.blocks_needed(tables[owner], stop - start)
+        else:
+            needed += shape.blocks_for(stop) - (shape.blocks_for(start) if in_place else shape.whole_blocks(start))
     if needed > manager.pool.available:
         raise OutOfBlocks(needed, manager.pool.available)
 
@@ -195,7 +199,7 @@ def plan_decode(
 
     Raises `OutOfBlocks` and changes nothing.
     """
-    copies, pins = manager.append(tables, 1, room_tokens, tokens)
+    copies, pins = manager.append(tables, 1, room_tokens, tokens, may_part=True)
     order, own, shared = _decode_pieces(tables)
     rows = range(len(tables)) if order is None else order
     return StepPlan(
@@ -217,17 +221,18 @@ def _decode_pieces(tables: Sequence[BlockTable]) -> tuple[list[int] | None, list
     order, prefixes = None, [0] * len(tables)
     shared: list[Piece] = []
     if len({table.blocks[0] for table in tables}) < len(tables):
-        size = tables[0].block_size
         nodes = build_trie([table.blocks for table in tables])
         order = _leaf_order(nodes, len(tables))
         query = {row: i for i, row in enumerate(order)}
         for node in nodes:
             if len(node.rows) > 1:
                 first = min(query[row] for row in node.rows)
-                runs = tuple(tables[node.rows[0]].runs(node.start * size, node.stop * size))
+                # Rows that left a block at different tokens share what the first of them to leave has seen.
+                stop = min(tables[row].block_start(node.stop) for row in node.rows)
+                runs = tuple(tables[node.rows[0]].runs(prefixes[node.rows[0]], stop))
                 shared.append(Piece(first, first + len(node.rows), runs, False))
                 for row in node.rows:
-                    prefixes[row] = node.stop * size
+                    prefixes[row] = stop
         if order == list(range(len(tables))):
             order = None
     own: list[Piece] = []

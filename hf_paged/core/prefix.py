@@ -11,6 +11,7 @@ computed it. A look-up walks down from the root, so a block counts only as long 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -62,11 +63,16 @@ class Entry:
 
 
 class Match(NamedTuple):
-    """The first `num_tokens` tokens of a prompt lie in `blocks`; `keys` are those of the blocks that match whole."""
+    """The first `num_tokens` tokens of a prompt lie in `blocks`; `keys` are those of the blocks that match whole.
+
+    Behind block number `seam_blocks`, if that is not 0, the sequence goes on although the block is not full.
+    """
 
     blocks: list[int]
     keys: list[bytes]
     num_tokens: int
+    seam_blocks: int = 0
+    seam_tokens: int = 0
 
 
 class PrefixIndex:
@@ -79,6 +85,7 @@ class PrefixIndex:
         self._by_block: dict[int, Entry] = {}
         # By parent and first token, oldest first.
         self._children: dict[tuple[bytes, bytes], dict[bytes, Entry]] = {}
+        self._parents: Counter[bytes] = Counter()  # how many entries follow each
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -108,9 +115,24 @@ class PrefixIndex:
 
     def match(self, root: bytes, tokens: Sequence[int], limit: int) -> Match:
         """The longest indexed prefix of `tokens`, at most `limit` tokens; the last block may be used in part."""
-        width = self.full_bytes
         packed = pack_tokens(tokens[: max(limit, 0)])
-        key, at = root, 0
+        plain = self._walk(root, packed, 0)
+        key, at = (plain.keys[-1], len(plain.keys) * self.full_bytes) if plain.keys else (root, 0)
+        short = self._seam_behind(key, packed[at:])
+        if short is None:
+            return plain
+        rest = self._walk(short.key, packed, at + len(short.tokens))
+        if rest.num_tokens <= plain.num_tokens:
+            return plain
+        blocks = [*plain.blocks[: len(plain.keys)], short.block]
+        seam_tokens = at // _TOKEN_BYTES + short.num_tokens
+        return Match(
+            [*blocks, *rest.blocks], [*plain.keys, short.key, *rest.keys], rest.num_tokens, len(blocks), seam_tokens
+        )
+
+    def _walk(self, key: bytes, packed: bytes, at: int) -> Match:
+        """Full blocks behind `key` that hold `packed` from byte `at` on, and the head of one more."""
+        width = self.full_bytes
         blocks: list[int] = []
         keys: list[bytes] = []
         while at + width <= len(packed):
@@ -126,6 +148,16 @@ class PrefixIndex:
             blocks.append(part[0])
             at += part[1] * _TOKEN_BYTES
         return Match(blocks, keys, at // _TOKEN_BYTES)
+
+    def _seam_behind(self, parent: bytes, packed: bytes) -> Entry | None:
+        """A partly filled block behind `parent` that `packed` begins with, and behind which others are indexed."""
+        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {})
+        fitting = [
+            entry
+            for entry in islice(reversed(siblings.values()), _MAX_COMPARED)
+            if len(entry.tokens) < self.full_bytes and entry.key in self._parents and packed.startswith(entry.tokens)
+        ]
+        return max(fitting, key=lambda entry: len(entry.tokens), default=None)
 
     def _best_part(self, parent: bytes, packed: bytes) -> tuple[int, int] | None:
         """The child block that begins most like `packed`, and how many tokens they have in common."""
@@ -145,6 +177,7 @@ class PrefixIndex:
             entry = Entry(block, key, parent, packed)
             self._entries[key] = self._by_block[block] = entry
             self._children.setdefault((parent, packed[:_TOKEN_BYTES]), {})[key] = entry
+            self._parents[parent] += 1
         return key
 
     def is_covered(self, parent: bytes, packed: bytes) -> bool:
@@ -153,12 +186,12 @@ class PrefixIndex:
         return any(entry.tokens.startswith(packed) for entry in islice(reversed(siblings.values()), _MAX_COMPARED))
 
     def covered_by(self, parent: bytes, packed: bytes) -> list[int]:
-        """Blocks behind `parent` that hold a proper beginning of these tokens and nothing else."""
+        """Blocks behind `parent` that hold a proper beginning of these tokens, and that nothing follows."""
         siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {})
         return [
             entry.block
             for entry in islice(reversed(siblings.values()), _MAX_COMPARED)
-            if len(entry.tokens) < len(packed) and packed.startswith(entry.tokens)
+            if len(entry.tokens) < len(packed) and packed.startswith(entry.tokens) and entry.key not in self._parents
         ]
 
     def forget(self, block: int) -> None:
@@ -167,6 +200,9 @@ class PrefixIndex:
         if entry is None:
             return
         del self._entries[entry.key]
+        self._parents[entry.parent] -= 1
+        if not self._parents[entry.parent]:
+            del self._parents[entry.parent]
         place = (entry.parent, entry.tokens[:_TOKEN_BYTES])
         siblings = self._children[place]
         del siblings[entry.key]
@@ -178,6 +214,7 @@ class PrefixIndex:
         self._entries.clear()
         self._by_block.clear()
         self._children.clear()
+        self._parents.clear()
 
     def check_integrity(self) -> None:
         """Prove that the three views of the entries agree."""
@@ -185,6 +222,7 @@ class PrefixIndex:
         listed = {key: entry for siblings in self._children.values() for key, entry in siblings.items()}
         assert listed == self._entries, "children disagree with the entries"
         assert all(self._children.values()), "an empty list of children was kept"
+        assert self._parents == Counter(entry.parent for entry in self._entries.values())
         for entry in self._entries.values():
             assert entry.key == chain_key(entry.parent, entry.tokens)
             assert 0 < entry.num_tokens <= self.block_size

@@ -60,7 +60,7 @@ class Walk:
     def decode(self) -> None:
         if not all(self.content):
             return
-        plan = plan_decode(self.manager, self.tables, self.rng.choice([0, 4]))
+        plan = plan_decode(self.manager, self.tables, room_tokens=self.rng.choice([0, 4]))
         inputs = [self.rng.randint(0, 9) for _ in self.tables]
         seen = self.run(plan, inputs)
         self.manager.unpin(plan.pins)

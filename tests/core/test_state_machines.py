@@ -165,7 +165,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """Whatever was just indexed is found as far as it goes."""
         if id(table) in self.live and table.root is not None:
             self.manager.index_table(table, True)
-            blocks, _, num_tokens = self.manager.index.match(table.root, table.tokens, table.num_tokens)
+            blocks, _, num_tokens, *_ = self.manager.index.match(table.root, table.tokens, table.num_tokens)
             assert num_tokens == table.num_tokens
             assert len(blocks) == len(table.blocks)
 
@@ -186,23 +186,24 @@ class ManagerMachine(RuleBasedStateMachine):
         count=st.integers(0, 9),
         room=st.integers(0, 9),
         known=st.booleans(),
+        may_part=st.booleans(),
         data=st.data(),
     )
-    def append(self, sources, count, room, known, data):
-        self._append(sources, count, room, known, data)
+    def append(self, sources, count, room, known, may_part, data):
+        self._append(sources, count, room, known, data, may_part)
 
-    def _append(self, sources, count, room, known, data):
+    def _append(self, sources, count, room, known, data, may_part=False):
         sources = [table for table in sources if id(table) in self.live]
         tokens = [data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)) for _ in sources]
         if not known:
             self.unknown += 1
             tokens = [[self.unknown] * count for _ in sources]
-        self._append_tokens(sources, tokens, room, tokens if known or count % 2 else None)
+        self._append_tokens(sources, tokens, room, tokens if known or count % 2 else None, may_part)
 
-    def _append_tokens(self, sources, tokens, room, told):
+    def _append_tokens(self, sources, tokens, room, told, may_part=False):
         before = [(list(table.blocks), table.num_tokens, table.root) for table in sources]
         try:
-            copies, pins = self.manager.append(sources, [len(new) for new in tokens], room, told)
+            copies, pins = self.manager.append(sources, [len(new) for new in tokens], room, told, may_part)
         except OutOfBlocks:
             assert before == [(table.blocks, table.num_tokens, table.root) for table in sources], "refused, yet changed"
             return

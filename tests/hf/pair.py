@@ -1,0 +1,117 @@
+"""A stock model and a patched copy of it: both are asked the same, and must answer the same."""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from compare import BLOCK_SIZE, copy_of
+from families import FAMILIES, VOCAB
+from prompts import batch, tokens
+from tolerances import TIE
+
+from hf_paged import patch_model
+from hf_paged.stats import PagedStats
+
+NEW = 6  # new tokens of a usual call
+
+
+class Pair:
+    """`stock` and `model`, with equal weights; whoever changes one of them changes the other, too (`both`)."""
+
+    def __init__(self, name: str = "llama", wrap=lambda model: model, **overrides):
+        family = FAMILIES[name]
+        if family.missing():
+            pytest.skip(family.missing())
+        self.stock = wrap(copy_of(family))
+        self.model = patch_model(wrap(copy_of(family)), **{"block_size": BLOCK_SIZE, **overrides})
+
+    @property
+    def paged(self):
+        return self.model.paged
+
+    @property
+    def pool(self):
+        return self.paged._pool.manager.pool
+
+    def both(self, change) -> None:
+        """The same change to both models."""
+        for model in (self.stock, self.model):
+            torch.manual_seed(11)
+            change(model)
+
+    def ask(self, rows, *, salt=None, **kwargs) -> torch.Tensor:
+        """Stock's answer to `rows` (lists of token ids, or the inputs themselves); the patched model's must equal it.
+
+        Arguments that are functions of a model are called with each of the two.
+        """
+        inputs = batch(rows) if isinstance(rows, list) else rows
+        answers = []
+        self.paged.reset_stats()
+        for model in (self.stock, self.model):
+            given = {name: value(model) if callable(value) else value for name, value in kwargs.items()}
+            if model is self.model and salt is not None:
+                given["cache_salt"] = salt
+            torch.manual_seed(7)
+            output = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW, **given})
+            answers.append(output if isinstance(output, torch.Tensor) else output.sequences)
+            del output, given
+        expected, actual = answers
+        if not torch.equal(expected, actual):
+            self._check_tie(inputs, kwargs, expected, actual)
+        self.check()
+        return expected
+
+    def check(self) -> PagedStats:
+        """Nothing is in use, every block is in one state, and the counts add up."""
+        if self.paged._pool is not None:
+            if self.pool.in_use:
+                gc.collect()
+            assert self.pool.in_use == 0, f"{self.pool.in_use} blocks left in use"
+            self.paged._pool.manager.check_integrity()
+        stats = self.paged.stats()
+        assert stats.prompt_tokens == stats.computed_tokens + stats.reused_tokens + stats.shared_tokens, stats
+        assert min(stats.computed_tokens, stats.reused_tokens, stats.shared_tokens) >= 0, stats
+        return stats
+
+    @property
+    def reused(self) -> int:
+        """Prompt tokens that the last question took from earlier ones."""
+        return self.paged.stats().reused_tokens
+
+    @property
+    def computed(self) -> int:
+        """Prompt tokens that went through the model for the last question."""
+        return self.paged.stats().computed_tokens
+
+    @torch.no_grad()
+    def _check_tie(self, inputs, kwargs, expected, actual) -> None:
+        """Greedy answers may part where stock's two best logits are as good as equal; nothing else may."""
+        message = f"{kwargs}\n  stock   {expected.tolist()}\n  patched {actual.tolist()}"
+        assert expected.shape[0] == actual.shape[0], message
+        width = min(expected.shape[1], actual.shape[1])
+        different = (expected[:, :width] != actual[:, :width]).nonzero().tolist()
+        assert different and set(kwargs) <= {"max_new_tokens", "prefill_chunk_size"}, message  # noqa: PT018
+        row, position = min(different, key=lambda place: place[1])
+        padding = int((inputs["attention_mask"][row] == 0).sum()) if "attention_mask" in inputs else 0
+        best = self.stock(expected[row : row + 1, padding:position]).logits[0, -1].topk(2).values
+        assert float(best[0] - best[1]) <= TIE, message
+        warnings.warn(f"tie: {message}", stacklevel=3)
+
+
+def evict(pair: Pair, count: int | None = None) -> int:
+    """Take the memory of the `count` least recently used cached blocks away, as a large call would; all by default."""
+    manager = pair.paged._pool.manager
+    with manager.lock:
+        return manager.pool.evict(manager.pool.cached if count is None else count)
+
+
+def piece(length: int, name: int) -> list[int]:
+    """A stretch of a prompt; stretches of other names begin with other tokens."""
+    first = 3 + name % (VOCAB - 3)
+    return [first, *tokens(length - 1, seed=1000 + name)]
+
+
+def distinct_pieces(count: int, length: int) -> list[list[int]]:
+    """Prompts that have no first token in common."""
+    return [piece(length, name) for name in range(count)]

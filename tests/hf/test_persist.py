@@ -1,0 +1,235 @@
+"""Saved prefixes: a model that loads them goes on where another process ended; anything else is refused by name."""
+
+import json
+import subprocess
+import sys
+
+import prompts
+import pytest
+import torch
+from compare import BLOCK_SIZE, copy_of
+from families import FAMILIES, stock_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from hf_paged import patch_model
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+
+
+def patched(name="llama", **overrides):
+    return patch_model(copy_of(FAMILIES[name]), **{"block_size": BLOCK_SIZE, **overrides})
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**inputs, **{**GREEDY, **kwargs})
+
+
+def reused(model, inputs, expected, **kwargs) -> int:
+    """Tokens that a call takes from earlier ones; its answer must be stock's."""
+    model.paged.reset_stats()
+    assert torch.equal(generate(model, inputs, **kwargs), expected)
+    model.paged._pool.manager.check_integrity()
+    assert model.paged.stats().blocks_in_use == 0
+    return model.paged.stats().reused_tokens
+
+
+@pytest.fixture(name="folder")
+def saved_folder(tmp_path):
+    """Two prompts with a common beginning, saved by a model that is gone."""
+    model = patched()
+    generate(model, prompts.shared_prefix())
+    assert model.paged.save(tmp_path / "prefixes") > 0
+    return tmp_path / "prefixes"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gpt2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_another_model_object_goes_on_where_the_first_ended(name, block_size, tmp_path):
+    inputs = prompts.shared_prefix()
+    expected = stock_model(name).generate(**inputs, **GREEDY)
+    model = patched(name)
+    generate(model, inputs)
+    written = model.paged.save(tmp_path)
+    other = patched(name, block_size=block_size)
+    assert other.paged.load(tmp_path) == written
+    real = prompts.num_real_tokens(inputs)
+    assert reused(other, inputs, expected) == real - len(inputs["input_ids"])
+    assert other.paged.stats().blocks_cached > 0
+
+
+def test_another_process_goes_on_where_this_one_ended(folder, tmp_path):
+    inputs = prompts.shared_prefix()
+    torch.save((inputs, stock_model("llama").generate(**inputs, **GREEDY)), tmp_path / "expected.pt")
+    stock_model("llama").save_pretrained(tmp_path / "model")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from hf_paged import patch_model
+folder, base = sys.argv[1:]
+model = patch_model(AutoModelForCausalLM.from_pretrained(base + "/model").eval())
+inputs, expected = torch.load(base + "/expected.pt")
+print(model.paged.load(folder))
+assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=8), expected)
+stats = model.paged.stats()
+assert stats.reused_tokens == stats.prompt_tokens - len(expected), stats
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_what_was_loaded_can_be_saved_again_and_loading_twice_adds_nothing(folder, tmp_path):
+    model = patched()
+    tokens = model.paged.load(folder)
+    cached = model.paged.stats().blocks_cached
+    model.paged.load(folder)
+    assert model.paged.stats().blocks_cached == cached
+    assert model.paged.save(tmp_path / "again") == tokens
+    first, second = (
+        {path.name for path in place.iterdir() if path.suffix == ".safetensors"}
+        for place in (folder, tmp_path / "again")
+    )
+    assert len(first) == len(second) == 1 + model.config.num_hidden_layers
+
+
+def test_a_salt_is_saved_with_its_prefixes_and_nothing_else(tmp_path):
+    model, inputs = patched(), prompts.single()
+    expected = stock_model("llama").generate(**inputs, **GREEDY)
+    generate(model, inputs, cache_salt="tenant-a")
+    assert model.paged.save(tmp_path / "none") == 0
+    assert model.paged.save(tmp_path / "other", cache_salt="tenant-b") == 0
+    assert model.paged.save(tmp_path / "own", cache_salt="tenant-a") == 28
+    other = patched()
+    other.paged.load(tmp_path / "own")
+    assert reused(other, inputs, expected) == 0
+    assert reused(other, inputs, expected, cache_salt="tenant-b") == 0
+    assert reused(other, inputs, expected, cache_salt="tenant-a") == 20
+
+
+def test_saving_again_replaces_what_was_there(folder):
+    model = patched()
+    generate(model, prompts.single())
+    assert model.paged.save(folder) == 28
+    other = patched()
+    assert other.paged.load(folder) == 28
+    assert len(list(folder.iterdir())) == 2 + model.config.num_hidden_layers, "nothing of the first save stays"
+
+
+def test_an_interrupted_save_leaves_the_old_one(folder, monkeypatch):
+    """Ctrl-C after the layers and before the manifest."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = patched()
+    generate(model, prompts.single())
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_paged.persist._replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.paged.save(folder)
+    assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
+    assert not list(folder.glob(".*")), "no scratch files"
+    assert model.paged.load(folder) > 28
+    assert model.paged.stats().blocks_in_use == 0
+
+
+def other_weights():
+    model = patched()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] += 1e-3
+    return model
+
+
+def other_adapter():
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    return patch_model(get_peft_model(copy_of(FAMILIES["llama"]), config).eval())
+
+
+REFUSED = {
+    "other weights": (other_weights, "other weights"),
+    "other dtype": (lambda: patch_model(copy_of(FAMILIES["llama"]).bfloat16()), "dtype float32.*bfloat16"),
+    "other config": (lambda: patch_model(FAMILIES["llama"].build(rms_norm_eps=1e-3)), "rms_norm_eps"),
+    "another model": (lambda: patched("qwen2"), "config"),
+    "an adapter": (other_adapter, "weights or adapters"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_prefixes_of_another_model_are_refused(case, folder):
+    build, words = REFUSED[case]
+    model = build()
+    with pytest.raises(ValueError, match=words):
+        model.paged.load(folder)
+    assert model.paged.stats().blocks_cached == 0
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        content[len(content) * 2 // 3] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "a flipped bit"])
+@pytest.mark.parametrize("pattern", ["manifest.json", "tokens-*", "layer-0000-*", "layer-0001-*"])
+def test_a_damaged_file_is_named_and_nothing_is_loaded(pattern, how, folder):
+    (path,) = folder.glob(pattern)
+    damage(path, how)
+    model = patched()
+    with pytest.raises(ValueError, match=path.name):
+        model.paged.load(folder)
+    assert model.paged.stats().blocks_cached == 0
+    inputs = prompts.shared_prefix()
+    assert reused(model, inputs, stock_model("llama").generate(**inputs, **GREEDY)) == 0
+
+
+def test_a_manifest_that_was_edited_is_refused(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["cache_salt"] = "tenant-b"
+    path.write_text(json.dumps(manifest))
+    model = patched()
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        model.paged.load(folder)
+
+
+def test_a_layer_in_the_place_of_another_is_refused(folder):
+    (first,), (second,) = folder.glob("layer-0000-*"), folder.glob("layer-0001-*")
+    tensors = load_file(second)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, first)
+    model = patched()
+    with pytest.raises(ValueError, match="layer-0000"):
+        model.paged.load(folder)
+
+
+def test_what_does_not_fit_is_left_out_and_what_does_is_right(folder):
+    """A pool of four blocks: the beginning of a sequence is worth having without its end."""
+    model = patched(max_memory={"cpu": 5 * 4096})
+    assert model.paged.load(folder) <= 4 * BLOCK_SIZE
+    inputs = prompts.single()
+    assert torch.equal(
+        generate(model, inputs, max_new_tokens=2), stock_model("llama").generate(**inputs, **GREEDY)[:, :23]
+    )
+
+
+def test_nothing_to_save_where_nothing_is_kept(tmp_path):
+    model = patched(prefix_caching=False)
+    for call in (model.paged.save, model.paged.load):
+        with pytest.raises(ValueError, match="prefix_caching"):
+            call(tmp_path)
+
+
+def test_saving_while_nothing_was_generated(tmp_path):
+    model = patched()
+    assert model.paged.save(tmp_path) == 0
+    assert model.paged.load(tmp_path) == 0
