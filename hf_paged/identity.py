@@ -105,7 +105,7 @@ class ModelIdentity:
         if any(map(_meddles, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
             return "global forward hooks of torch.nn"
         for module, attributes in zip(tree.modules, tree.attributes, strict=True):
-            if attributes["training"]:
+            if attributes["training"] and type(module) is not nn.Identity:
                 return f"{type(module).__name__} in training mode; call model.eval()"
             if (hooks := attributes["_forward_hooks"]) and _meddles(hooks):
                 return f"{type(module).__name__} with a forward hook"
