@@ -42,16 +42,16 @@ def measure(scenarios: Sequence[Scenario], options: argparse.Namespace) -> int:
             f"Load is {described['load_before']:.1f} before the first run: times will be off.", style="yellow"
         )
     outcomes = []
+    path = options.out / file_name(options)
     with RunProgress(console, "scenarios", len(scenarios)) as progress:
         for outcome in run_all(scenarios, runs=options.runs, with_peer=options.peer, progress=progress):
             outcomes.append(outcome)
+            report.write_json(path.with_suffix(".json"), outcomes, described, **settings(options))  # so far
             progress.done()
             console.print(f"{outcome.scenario.name}: {outcome.ratio:.2f} times faster")
     console.print(report.speed_table(outcomes), report.memory_table(outcomes), environment.summary(described))
     for line in report.notes(outcomes):
         console.print(line, style="red")
-    path = options.out / file_name(options)
-    report.write_json(path.with_suffix(".json"), outcomes, described, **settings(options))
     plot.draw(path.with_suffix(".png"), outcomes, environment.summary(described))
     console.print(f"Written: {path.with_suffix('.json')} and {path.with_suffix('.png')}")
     return 0 if all(outcome.exact for outcome in outcomes) else 1

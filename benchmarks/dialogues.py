@@ -20,6 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from hf_paged import paged
+from hf_paged.core.prefix import PrefixIndex, pack_tokens, root_key
+from hf_paged.identity import ModelIdentity
+
 from . import environment, report, smollm2, text
 from .measure import forget_prefixes
 from .runner import Sides
@@ -72,6 +76,7 @@ DIALOGUES = (
 
 COLD_RUNS = 15
 COLD_LIMIT = 1.02
+INDEXED_BLOCKS, LOOKED_UP_TOKENS = 100_000, 10_000
 
 
 class FirstToken(BaseStreamer):
@@ -181,8 +186,6 @@ def _questions(
 
 def cold_factor(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """Time of a call that hits nothing over that of the same call with ``prefix_caching=False``, 100 + 16 tokens."""
-    from hf_paged import paged
-
     ids = torch.tensor([text.corpus(tokenizer)[:100]])
 
     def once(enabled: bool) -> float:
@@ -195,6 +198,43 @@ def cold_factor(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
     pairs = [(once(True), once(False)) if i % 2 else (once(False), once(True))[::-1] for i in range(COLD_RUNS)]
     return median(on for on, _ in pairs) / median(off for _, off in pairs)
+
+
+def look_up_seconds() -> float:
+    """Time to find a prompt of 10,000 tokens among 100,000 blocks of 16, all of it being there: the median."""
+    index = PrefixIndex(16)
+    root = root_key(b"model", None)
+    prompts = [[(chain * 7919 + i * 104729) % 49152 for i in range(LOOKED_UP_TOKENS)] for chain in range(160)]
+    block = 0
+    for prompt in prompts:
+        parent = root
+        for at in range(0, LOOKED_UP_TOKENS, 16):
+            block += 1
+            parent = index.add(parent, pack_tokens(prompt[at : at + 16]), block)
+    if len(index) != INDEXED_BLOCKS:
+        raise AssertionError(f"{len(index)} blocks indexed")
+    seconds = []
+    for prompt in prompts:
+        begin = time.perf_counter()
+        match = index.match(root, prompt, LOOKED_UP_TOKENS)
+        seconds.append(time.perf_counter() - begin)
+        if match.num_tokens != LOOKED_UP_TOKENS:
+            raise AssertionError(f"{match.num_tokens} tokens found")
+    return median(seconds)
+
+
+def identity_seconds(model: PreTrainedModel) -> float:
+    """Time to see that a model is as it was, right after a forward has emptied the processor's caches: the median."""
+    identity = ModelIdentity(model)
+    identity.digest()
+    seconds = []
+    for _ in range(COLD_RUNS):
+        with torch.no_grad():
+            model(torch.tensor([[1]]))
+        begin = time.perf_counter()
+        identity.digest()
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds)
 
 
 def _generate_16(model: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -249,7 +289,7 @@ def main() -> int:
     described = environment.describe()
     tokenizer = smollm2.load_tokenizer()
     sides = Sides.of(smollm2.load_model(torch.float32))
-    comparisons, cold = [], None
+    comparisons, figures = [], {}
     console = report.console()
     for dialogue in DIALOGUES:
         if options.only is None or dialogue.name in options.only:
@@ -257,14 +297,20 @@ def main() -> int:
             stock = play(dialogue, sides.stock, tokenizer)
             comparisons.append(Comparison(dialogue, stock, play(dialogue, sides.patched, tokenizer)))
     if options.only is None or "cold" in options.only:
-        cold = cold_factor(sides.peer, tokenizer)
+        figures = {
+            "cold_factor": cold_factor(sides.peer, tokenizer),
+            "look_up_seconds": look_up_seconds(),
+            "identity_seconds": identity_seconds(sides.peer),
+        }
     console.print(table(comparisons), environment.summary(described))
-    if cold is not None:
-        note = report.coloured(f"{cold:.3f}", cold <= COLD_LIMIT)
+    if figures:
         console.print(
-            f"A call that hits nothing takes {note} × the time with prefix_caching=False (at most {COLD_LIMIT})"
+            f"A call that hits nothing takes {figures['cold_factor']:.3f} × the time with prefix_caching=False "
+            f"(at most {COLD_LIMIT}); {LOOKED_UP_TOKENS:,} tokens are found among {INDEXED_BLOCKS:,} blocks in "
+            f"{figures['look_up_seconds'] * 1e3:.1f} ms; seeing that the model is as it was takes "
+            f"{figures['identity_seconds'] * 1e3:.1f} ms."
         )
-    content = {"environment": described, "cold_factor": cold, "dialogues": [as_json(each) for each in comparisons]}
+    content = {"environment": described, **figures, "dialogues": [as_json(each) for each in comparisons]}
     name = "dialogues" if options.only is None else "partial.dialogues"
     path = options.out / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")

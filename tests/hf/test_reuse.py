@@ -350,11 +350,13 @@ def test_a_salt_covers_a_cache_that_comes_back():
     again = pair.model.generate(
         first.sequences, past_key_values=first.past_key_values, do_sample=False, max_new_tokens=20, cache_salt="b"
     )
-    told = again[0].tolist()
+    told, seen = again[0].tolist(), first.sequences.shape[1]
     del first
     for salt in ("b", None):
         pair.ask([[*told, 5]], salt=salt)
         assert pair.reused == 0, salt
+    pair.ask([[*told, 5]], salt="a")
+    assert pair.reused < seen, "the first caller does not see how the second went on"
 
 
 def test_a_salt_covers_the_draft_model():
