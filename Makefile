@@ -3,6 +3,7 @@
 #   make demo       stock and patched side by side on a real model (about 3 minutes on two cores)
 #   make test       the whole suite, and the differential tests on the two older transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
+#   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make lint       ruff; `make format` repairs what it can
 #   make wheel-check, make clean
 #
@@ -25,10 +26,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -66,6 +67,9 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-dialogues: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.dialogues
 
 test: $(VENV)/.test
 	@failed=; for part in newest $(OLDER); do \

@@ -100,8 +100,7 @@ class KVPool:
 
     def _limit_to_budget(self) -> None:
         if not self._is_bounded and all(layer is not None for layer in self.stores):
-            pool = self.manager.pool
-            pool.limit = max(0, min(pool.limit, self.budget_bytes // self.block_bytes - 1))  # the null block counts
+            self.manager.pool.limit_to(self.budget_bytes // self.block_bytes - 1)  # the null block counts
 
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""

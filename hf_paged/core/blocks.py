@@ -75,6 +75,14 @@ class BlockPool:
         """Blocks that `take` could hand out, cached ones included."""
         return self.limit - self._in_use
 
+    def limit_to(self, count: int) -> None:
+        """Hand out at most `count` blocks from now on, and no ids beyond what they need, if none was used yet."""
+        self.limit = max(0, min(self.limit, count))
+        if self.high_water <= self.limit + 1:
+            self.num_blocks = self.limit + 1
+            for bitmap in (self._refs, self._used, self._claimed):
+                del bitmap[self.num_blocks :]
+
     def is_cached(self, block: int) -> bool:
         """Whether no table holds `block` and its content is kept."""
         return block in self._cached

