@@ -84,6 +84,7 @@ class PagedCache(Cache):
         self.columns: torch.Tensor | None = None
         self.finished: set[int] = set()
         self.step: Step | None = None
+        self.is_copying = False  # whether the pass under way, in any of its chunks, gives rows copies of their tails
         self.pending: list[tuple[Any, ...]] = []
         # The model whose weights made the K and V, where a patched model did.
         self.owner: weakref.ref[Any] | None = None
@@ -93,7 +94,6 @@ class PagedCache(Cache):
         self.generating = self.prefilling = self.assisted = self.fell_back = False
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        self.salt: str | None = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
 
@@ -170,13 +170,15 @@ class PagedCache(Cache):
         if self.finished:
             self.columns = self.stored_columns().clone()
             self.columns[list(self.finished)] = False
+            for row in self.finished:
+                self.tables[row] = self.pool.manager.new_table()
             self.finished.clear()
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: forget all."""
-        step, self.step = self.step, None
+        self.step, copying = None, self.is_copying
         self.sequences.unpin()
-        if step is not None and step.plan.copies and self.dense_len:
+        if copying and self.dense_len:
             self.release()
             return
         for table, num_tokens in zip(self.tables, lengths, strict=False):
@@ -190,7 +192,7 @@ class PagedCache(Cache):
         self._forget()
 
     def _forget(self) -> None:
-        self.dense_len, self.columns, self.step = 0, None, None
+        self.dense_len, self.columns, self.step, self.is_copying = 0, None, None, False
         self.finished.clear()
         for layer in self.layers:
             layer.seen = layer.kept = 0
@@ -200,7 +202,7 @@ class PagedCache(Cache):
     def finish(self, new_columns: torch.Tensor | None, tokens_per_row: int) -> None:
         """The pass is done: its tokens count as seen by every layer that took part."""
         self.add_columns(new_columns, tokens_per_row)
-        self.step = None
+        self.step, self.is_copying = None, False
         self.sequences.unpin()
         for layer in self.layers:
             layer.move_to(self.dense_len)
@@ -241,6 +243,7 @@ class PagedCache(Cache):
             kv_len=max(table.num_tokens for table in self.tables),
         )
         self.sequences.pins += pins
+        self.is_copying = bool(copies)
         self.step = Step(plan, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
         return self.step
 
@@ -360,7 +363,7 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root, twin.salt = self.root, self.salt
+        twin.root = self.root
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past

@@ -119,7 +119,9 @@ def original_attention(name: str, module: Any) -> Callable[..., Any]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in on a device, `None` where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:

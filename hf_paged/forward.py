@@ -135,7 +135,7 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
     tokens = None
-    if cache.root is not None and request.input_name == "input_ids":
+    if cache.root is not None and request.input_name == "input_ids" and _at_usual_positions(request, cache):
         listed = request.inputs.tolist()
         tokens = [listed[row] for row in active] if some else listed
     try:
@@ -143,6 +143,7 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     except OutOfBlocks as error:
         raise cache.pool.memory_error(error, len(tables)) from None
     cache.sequences.pins += plan.pins
+    cache.is_copying = bool(plan.copies)
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
@@ -161,6 +162,17 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)
     return outputs
+
+
+def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
+    """Whether every row's new token has the position that its past implies."""
+    stored = [table.num_tokens for table in cache.tables]
+    positions = request.kwargs.get("position_ids")
+    given = [cache.dense_len] if positions is None else positions.flatten().tolist()
+    return all(
+        position == num_tokens or row in cache.finished
+        for row, (position, num_tokens) in enumerate(zip(given * (len(stored) // len(given)), stored, strict=True))
+    )
 
 
 def run_packed(
@@ -183,11 +195,15 @@ def run_packed(
         The model's outputs with logits as stock would shape them, the number of tokens that went through the model,
         and the number that earlier calls had computed, every row counted.
     """
+    if request.kwargs.get("position_ids") is None:  # what the model would take them to be, were the rows not packed
+        positions = torch.arange(cache.dense_len, cache.dense_len + request.tokens, device=request.inputs.device)
+        request.kwargs = {**request.kwargs, "position_ids": positions.unsqueeze(0)}
     columns = _real_columns(request)
     sequences = _token_keys(request, cache, columns)
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     plan, reused = _plan_packed(cache, sequences, keep)
     cache.sequences.pins += plan.pins
+    cache.is_copying = any(chunk.copies for chunk in plan.chunks)
     columns = [row[hit:] for row, hit in zip(columns, reused, strict=True)]
     wanted = [[plan.packed_index(row, token) for token in range(len(real))[-keep:]] for row, real in enumerate(columns)]
     source = _packed_source(plan, columns, request.tokens).to(request.inputs.device)

@@ -67,6 +67,15 @@ class PagedGenerationMixin:
 
     # -- generate ------------------------------------------------------------------------------------------------
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        salt = kwargs.get("cache_salt")
+        outer = _SALT.set(_SALT.get() if salt is None else salt)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            _SALT.reset(outer)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         salt = model_kwargs.pop("cache_salt", None)
         if salt is not None and not isinstance(salt, str):
@@ -76,8 +85,8 @@ class PagedGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        salt = model_kwargs.pop("cache_salt", None)
-        salt = _SALT.get() if salt is None else salt
+        model_kwargs.pop("cache_salt", None)
+        salt = _SALT.get()
         chosen = (
             model_kwargs.get("past_key_values") is not None
             or generation_config.cache_implementation is not None
@@ -180,13 +189,11 @@ class PagedGenerationMixin:
             return decode(input_ids, **kwargs)
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
-        outer_salt = _SALT.set(cache.salt)
         try:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
             cache.index_rows(with_tails=not cache.held_by_user)
         finally:
-            _SALT.reset(outer_salt)
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
                 cache.release()

@@ -10,6 +10,7 @@ import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -19,7 +20,7 @@ from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
 from hf_paged.weights import Sample, Tree, held_tensors, parts, tensor_states, unreadable
 
-PLAIN_VALUES = {bool, int, float, str, type(None)}
+PLAIN_KINDS = (bool, int, float, str, np.generic, type(None))
 # Attributes of modules that `forward` does not compute with in evaluation mode, or that are looked at elsewhere.
 IGNORED_ATTRIBUTES = {*vars(nn.Module())} | {
     "gradient_checkpointing",
@@ -82,6 +83,12 @@ class ModelIdentity:
                 self._terms = copy.deepcopy(terms)
                 self._digest = _blake(epoch=self._epoch, terms=repr(self._terms).encode())
             return self._digest
+
+    def renew(self) -> None:
+        """The next digest is a new one, whether or not anything can be seen to have changed."""
+        with self._lock:
+            self._new_epoch()
+            self._digest = b""
 
     @property
     def epoch(self) -> bytes:
@@ -153,16 +160,17 @@ class ModelIdentity:
 def fingerprint(model: PreTrainedModel) -> str:
     """Hex sha256 of the content of everything `ModelIdentity` watches, the same in another process; reads every byte.
 
-    Covers all adapters that are loaded, active or not, and the circumstances of now. Leaves out plain attributes of
-    modules, which have no form of their own outside the process.
+    Covers all adapters that are loaded, active or not, and numbers that modules have for attributes. What
+    `describe_config` and `describe_circumstances` tell apart is not part of it.
     """
     tree = Tree.of(model)
     digest = hashlib.sha256()
-    attention = [
-        (compat.attention_name(each) or "").removeprefix(NAME_PREFIX) for each in compat.attention_configs(model)
+    numbers = [
+        (index, name, repr(tree.attributes[index][name]))
+        for index, name in _plain_attributes(tree, set())
+        if type(tree.attributes[index][name]) in (int, float) and not name.startswith("_")
     ]
-    adapters = [_adapter_state(module) for module in tree.modules if _is_adapter(module)]
-    header = [type(model).__name__, describe_config(model), attention, adapters, _circumstances(model)]
+    header = [[_adapter_state(module) for module in tree.modules if _is_adapter(module)], numbers]
     _feed(digest, json.dumps(header, sort_keys=True, default=str).encode())
     tensors = {
         f"{path}.{name}": tensor
@@ -176,6 +184,15 @@ def fingerprint(model: PreTrainedModel) -> str:
             _feed(digest, f"{name} {part.dtype} {tuple(part.shape)}".encode())
             _feed(digest, _content(part))
     return digest.hexdigest()
+
+
+def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
+    """What computes differently with the same weights and config."""
+    attention = [
+        (compat.attention_name(each) or "").removeprefix(NAME_PREFIX) for each in compat.attention_configs(model)
+    ]
+    training, autocast, precision = _circumstances(model)
+    return {"attention": attention, "training": training, "autocast": autocast, "matmul_precision": precision}
 
 
 def describe_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -218,7 +235,7 @@ def _plain_attributes(tree: Tree, adapters: set[int]) -> list[tuple[int, str]]:
         for index, attributes in enumerate(tree.attributes)
         if index not in adapters
         for name, value in attributes.items()
-        if type(value) in PLAIN_VALUES and name not in IGNORED_ATTRIBUTES
+        if isinstance(value, PLAIN_KINDS) and name not in IGNORED_ATTRIBUTES
     ]
 
 
@@ -236,8 +253,19 @@ def _adapter_state(layer: Any) -> tuple[Any, ...]:
         layer.active_adapters,
         layer.disable_adapters,
         attributes.get("merged_adapters"),
-        [each for each in settings if type(each) is dict and PLAIN_VALUES.issuperset(map(type, each.values()))],
+        [
+            {adapter: _plain(value) for adapter, value in each.items() if not isinstance(value, nn.Module)}
+            for each in settings
+            if type(each) is dict
+        ],
     )
+
+
+def _plain(setting: Any) -> Any:
+    """A setting of an adapter in a form that can be compared and written: a rank, a scaling in whatever type."""
+    if isinstance(setting, (torch.Tensor, np.ndarray, np.generic)):
+        return setting.tolist()
+    return setting if isinstance(setting, PLAIN_KINDS) else repr(setting)
 
 
 def _circumstances(model: nn.Module) -> tuple[Any, ...]:

@@ -106,7 +106,7 @@ class PagedLayer(CacheLayerMixin):
             return None
         cache = self.cache
         dense = DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
-        return dense[:, :, dense.shape[2] - self.kept :]
+        return dense[:, :, dense.shape[2] - self.kept :].clone()  # others may hold these blocks
 
     def move_to(self, seen: int) -> None:
         """The layer has seen `seen` dense columns now."""

@@ -28,8 +28,9 @@ from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.plan import StepPlan, Write
 from hf_paged.core.prefix import Entry, unpack_tokens
 from hf_paged.core.table import BlockTable, Run
-from hf_paged.identity import describe_config, fingerprint
+from hf_paged.identity import describe_circumstances, describe_config, fingerprint
 from hf_paged.pool import KVPool
+from hf_paged.prefixes import PrefixRoot
 from hf_paged.store import run_slots
 
 MANIFEST = "manifest.json"
@@ -37,13 +38,17 @@ FORMAT, FORMAT_VERSION = "hf_paged prefixes", 1
 _CHUNK_BYTES = 2**22
 
 
-def save_prefixes(model: PreTrainedModel, pool: KVPool, root: bytes, salt: str | None, folder: Path) -> int:
-    """Write every prefix indexed under `root`; returns the number of tokens. Whole or not at all."""
-    entries = pool.manager.hold_prefixes(root)
+def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) -> int:
+    """Write every prefix indexed under `root`; returns the number of tokens. Whole or not at all.
+
+    The blocks cannot be given up meanwhile, whoever else needs memory. Raises `ValueError` where the model changes.
+    """
+    entries = pool.manager.hold_prefixes(root.key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        before = _listed_files(folder)
         files = {}
-        for stem, tensors in _contents(pool, root, entries):
+        for stem, tensors in _contents(pool, entries):
             name, content_sum, num_bytes = _write(folder, stem, tensors)
             files[name] = {"sha256": content_sum, "bytes": num_bytes}
     finally:
@@ -51,16 +56,26 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: bytes, salt: str |
     num_tokens = sum(entry.num_tokens for entry in entries)
     manifest = {
         **_description(model),
-        "cache_salt": salt,
+        "cache_salt": root.salt,
         "num_tokens": num_tokens,
         "files": files,
-        "versions": {name: version(name) for name in ("hf_paged", "torch", "transformers")},
+        "versions": {name: version(name) for name in ("hf_paged", "torch", "transformers")},  # for people
     }
+    if root.identity.digest() != root.digest:
+        raise ValueError("save: the model has changed meanwhile; nothing was saved")
+    manifest = json.loads(json.dumps(manifest, default=str))
     _replace(folder / MANIFEST, json.dumps({**manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
-    for path in [*folder.glob("layer-*.safetensors"), *folder.glob("tokens-*.safetensors")]:
-        if path.name not in files:
-            path.unlink(missing_ok=True)
+    for name in before.difference(files):
+        (folder / name).unlink(missing_ok=True)
     return num_tokens
+
+
+def _listed_files(folder: Path) -> set[str]:
+    """The files of the manifest that is there, if one is and can be read."""
+    try:
+        return {name for name in json.loads((folder / MANIFEST).read_bytes())["files"] if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         content_sum = manifest.pop("sha256")
     except FileNotFoundError:
         raise ValueError(f"folder: {path} does not exist; it is what model.paged.save(folder) writes last") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path} is damaged; save the prefixes again") from None
     if content_sum != _sum_of(manifest):
         raise ValueError(f"{path} is damaged; save the prefixes again")
@@ -84,9 +99,16 @@ def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str]) -> int:
-    """Take what the files hold into the pool, indexed under `root`, as far as blocks suffice; returns the tokens."""
+def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str], device: torch.device) -> int:
+    """Take what the files hold into the pool, indexed under `root`, as far as blocks suffice; returns the tokens.
+
+    `device` is where the layers lie whose memory the pool has not made yet.
+    """
     *layers, pieces = [load_file(folder / name) for name in sorted(files)]
+    for index, layer in enumerate(layers):
+        store = pool.stores[index]
+        target = device if store is None else store.keys.device
+        layers[index] = {name: tensor.to(target) for name, tensor in layer.items()}
     loaded: set[int] = set()
     tables: list[BlockTable] = []
     try:
@@ -106,7 +128,7 @@ def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str])
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def _contents(pool: KVPool, root: bytes, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     number = {entry.key: i for i, entry in enumerate(entries)}
     yield (
         "tokens",
@@ -118,7 +140,7 @@ def _contents(pool: KVPool, root: bytes, entries: Sequence[Entry]) -> Iterator[t
     )
     slots = run_slots([Run(e.block * pool.block_size, e.num_tokens) for e in entries], torch.device("cpu"))
     for index, store in enumerate(pool.stores):
-        if store is not None:
+        if entries and store is not None:
             keys, values = store.gather(slots.to(store.keys.device))
             yield f"layer-{index:04d}", {"keys": keys.cpu(), "values": values.cpu()}
 
@@ -158,6 +180,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": describe_config(model),
+        "circumstances": describe_circumstances(model),
         "weights": fingerprint(model),
     }
 
@@ -229,7 +252,7 @@ def _take(
         hit = table.block_start(table.whole_blocks(manager.match(table, tokens, len(tokens))))
         manager.crop(table, hit)
         manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
-    new = torch.tensor(sources[hit:])
+    new = torch.tensor(sources[hit:], dtype=torch.long)
     at = 0
     writes: list[Write] = []
     for run in table.runs(hit, len(tokens)):
@@ -237,6 +260,8 @@ def _take(
         at += run.tokens
     plan = StepPlan(len(new), writes, [], [], [], [], len(tokens))
     for index, layer in enumerate(layers):
-        key, value = (layer[name].index_select(1, new).unsqueeze(0) for name in ("keys", "values"))
+        key, value = (
+            layer[name].index_select(1, new.to(layer[name].device)).unsqueeze(0) for name in ("keys", "values")
+        )
         pool.layer(index, key, value).write(plan, key, value)
     manager.index_table(table, with_tail=True)

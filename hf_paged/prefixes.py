@@ -19,15 +19,17 @@ class PrefixRoot:
     Attributes:
         key: parent of a sequence's first block.
         digest: of the model's state.
+        salt: of the call.
     """
 
     key: bytes
     digest: bytes
+    salt: str | None
     identity: ModelIdentity
 
     def holds(self) -> bool:
         """Whether the model is still in that state, as far as a look without sampling can tell."""
-        return self.identity.unchanged(self.digest)
+        return self.identity.unchanged(self.digest) and self.identity.obstacle() is None
 
 
 class Prefixes:
@@ -63,8 +65,8 @@ class Prefixes:
         if self._epoch != self._identity.epoch:
             self._epoch = self._identity.epoch
             pool.manager.forget_prefixes()
-        return PrefixRoot(root_key(digest, salt), digest, self._identity)
+        return PrefixRoot(root_key(digest, salt), digest, salt, self._identity)
 
-    def is_current(self, root: PrefixRoot, salt: str | None) -> bool:
-        """Whether a root from an earlier call is what `root(salt)` would be now."""
-        return self.obstacle() is None and root.key == root_key(self._identity.digest(), salt)
+    def forget(self) -> None:
+        """No root that was given out before holds any more."""
+        self._identity.renew()

@@ -19,7 +19,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_packed, run_padded
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
-from hf_paged.prefixes import Prefixes
+from hf_paged.prefixes import Prefixes, PrefixRoot
 from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
@@ -69,6 +69,7 @@ class PagedRuntime:
 
     def clear(self) -> None:
         """Forget every cached prefix, on every tier."""
+        self._prefixes.forget()
         if self._pool is not None:
             self._pool.manager.forget_prefixes()
 
@@ -88,7 +89,7 @@ class PagedRuntime:
         there is replaced at once, when all is written. The manifest holds the salt.
         """
         model, root = self._model(), self._kept_under("save", cache_salt)
-        return save_prefixes(model, self._current_pool(model), root, cache_salt, Path(folder))
+        return save_prefixes(model, self._current_pool(model), root, Path(folder))
 
     def load(self, folder: str | os.PathLike[str]) -> int:
         """Read what `save` has written, under the salt it was saved with; returns the number of tokens.
@@ -97,17 +98,19 @@ class PagedRuntime:
         dtype or config: it names the file or says what differs.
         """
         model = self._model()
-        self._kept_under("load", None)
+        before = self._kept_under("load", None)
         manifest = read_manifest(model, Path(folder))
         root = self._kept_under("load", manifest["cache_salt"])
-        return load_prefixes(self._current_pool(model), root, Path(folder), manifest["files"])
+        if root.digest != before.digest:
+            raise ValueError("load: the model has changed meanwhile; nothing was loaded")
+        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], model.device)
 
-    def _kept_under(self, what: str, salt: str | None) -> bytes:
+    def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
         root = self._prefixes.root(salt, self._current_pool(self._model()))
         if root is None:
             raise ValueError(f"{what}: no prefixes are kept for this model: {self._prefixes.obstacle()}")
-        return root.key
+        return root
 
     def __repr__(self) -> str:
         model = self._model()
@@ -130,12 +133,12 @@ class PagedRuntime:
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        cache.root, cache.salt = self._prefixes.root(salt, pool), salt
+        cache.root = self._prefixes.root(salt, pool)
         return cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:
-        """A cache that comes back: its rows stay in the prefix index only if the model is as it was then."""
-        if cache.root is not None and not self._prefixes.is_current(cache.root, salt):
+        """A cache that comes back: its rows stay in the prefix index only if model and salt are as they were then."""
+        if cache.root is not None and (cache.root.salt != salt or not cache.root.holds()):
             cache.untrack()
 
     def windows(self) -> list[int | None]:
@@ -235,6 +238,8 @@ class PagedRuntime:
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
+            if lengths and not cache.tables:
+                raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
         if cache.chunk_tokens is not None:
             raise UnsupportedAttentionError(obstacle)
         if not cache.fell_back:

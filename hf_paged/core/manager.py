@@ -91,7 +91,9 @@ class BlockManager:
         if filled == 0:
             return False
         tail = table.blocks[-1]
-        return self.pool.references(tail) > 1 or self.index.tokens_in(tail) > filled
+        if self.pool.references(tail) > 1 or self.index.tokens_in(tail) > filled:
+            return True
+        return self.index.is_followed(tail)  # as a seam of others, which it stays only as it is
 
     def _opens_seam(self, table: BlockTable) -> bool:
         """Whether `table` leaves its tail where it is and goes on behind it, instead of copying it: once a table.

@@ -103,6 +103,11 @@ class PrefixIndex:
         entry = self._by_block.get(block)
         return 0 if entry is None else entry.num_tokens
 
+    def is_followed(self, block: int) -> bool:
+        """Whether blocks are indexed behind this one."""
+        entry = self._by_block.get(block)
+        return entry is not None and entry.key in self._parents
+
     def below(self, root: bytes) -> list[Entry]:
         """All entries that can be reached from `root`, parents before their children."""
         children: dict[bytes, list[Entry]] = {}
