@@ -160,8 +160,8 @@ class ModelIdentity:
 def fingerprint(model: PreTrainedModel) -> str:
     """Hex sha256 of the content of everything `ModelIdentity` watches, the same in another process; reads every byte.
 
-    Covers all adapters that are loaded, active or not, and numbers that modules have for attributes. What
-    `describe_config` and `describe_circumstances` tell apart is not part of it.
+    Covers all adapters that are loaded, active or not, numbers that modules have for attributes, and what
+    `describe_config` and `describe_circumstances` say.
     """
     tree = Tree.of(model)
     digest = hashlib.sha256()
@@ -170,7 +170,8 @@ def fingerprint(model: PreTrainedModel) -> str:
         for index, name in _plain_attributes(tree, set())
         if type(tree.attributes[index][name]) in (int, float) and not name.startswith("_")
     ]
-    header = [[_adapter_state(module) for module in tree.modules if _is_adapter(module)], numbers]
+    adapters = [_adapter_state(module) for module in tree.modules if _is_adapter(module)]
+    header = [type(model).__name__, describe_config(model), describe_circumstances(model), adapters, numbers]
     _feed(digest, json.dumps(header, sort_keys=True, default=str).encode())
     tensors = {
         f"{path}.{name}": tensor

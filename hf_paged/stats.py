@@ -22,7 +22,7 @@ class PagedStats:
         copied_blocks: blocks copied on write.
         evicted_blocks: cached blocks given up for their memory.
         offloaded_bytes, fetched_bytes: moved to and from lower tiers.
-        fallbacks: reason -> calls that took the slower padded path or were handed to stock.
+        fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes.
         blocks_in_use, bytes_in_use: held by running sequences.
         blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
         bytes_reserved: all memory held for KV on the model's devices.
