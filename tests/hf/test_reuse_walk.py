@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from families import VOCAB
 from modes import RecordingStreamer
 from pair import NEW, Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
@@ -178,6 +179,7 @@ RAISING = {
     "lookup": lambda at: {
         "stopping_criteria": StoppingCriteriaList([RaisingCriterion(21 + at)]),
         "prompt_lookup_num_tokens": 3,
+        "eos_token_id": VOCAB - 1,  # 5.8 asks for one
     },
 }
 
@@ -264,7 +266,7 @@ HOW = {
     "samples": {"do_sample": True, "num_return_sequences": 2},
     "chunks": {"prefill_chunk_size": 3},
     "scores": {"return_dict_in_generate": True, "output_scores": True},
-    "lookup": {"prompt_lookup_num_tokens": 3},
+    "lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCAB - 1},  # 5.8 asks for an end token
     "embeds": None,
 }
 
