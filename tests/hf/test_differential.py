@@ -63,7 +63,8 @@ def test_same_as_stock(family, mode):
     patched.caches.clear()
     for owner in (model, *helpers):
         assert_blocks_given_back(owner, what)
-    assert_same_again(model, family, mode, stock, patch_helper)
+    if mode.name != "static_cache":  # the user's own; 5.8 cannot use that of a recurrent model twice
+        assert_same_again(model, family, mode, stock, patch_helper)
 
 
 def assert_same_again(model, family, mode, stock, patch_helper) -> None:
