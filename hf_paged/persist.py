@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
         "cache_salt": root.salt,
         "num_tokens": num_tokens,
         "files": files,
-        "versions": {name: version(name) for name in ("hf_paged", "torch", "transformers")},  # for people
+        "versions": {name: _version(name) for name in ("hf-paged", "torch", "transformers")},  # for people
     }
     if root.identity.digest() != root.digest:
         raise ValueError("save: the model has changed meanwhile; nothing was saved")
@@ -169,6 +169,13 @@ def _replace(path: Path, content: bytes) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 # -- checking ------------------------------------------------------------------------------------------------------
