@@ -84,7 +84,7 @@ def paged_attention_forward(
         return attend_rows(query, key, value, call), None
     step = key.step
     step.windows_seen[key.layer_index] = call.window
-    return step.backend.attend(query, key.store, step.plan, call), None
+    return step.backend.attend(query, key.store, step.plans[key.layer_index], call), None
 
 
 def _attention_call(

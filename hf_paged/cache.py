@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 from hf_paged import compat
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.plan import StepPlan, Write, matched_writes
+from hf_paged.core.manager import Pin
+from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
 from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
@@ -30,7 +31,7 @@ class Sequences:
     def __init__(self, pool: KVPool | None):
         self.pool = pool
         self.tables: list[BlockTable] = []
-        self.pins: list[int] = []
+        self.pins: list[Pin] = []
 
     def unpin(self) -> None:
         """Let go of the blocks that the last pass has copied from."""
@@ -78,6 +79,7 @@ class PagedCache(Cache):
         self.windows = compat.attention_windows(self.model_config) if windows is None else windows
         super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
         self.sequences = Sequences(pool)
+        self._has_windows = any(window is not None for window in self.windows)
         self._finalizer = weakref.finalize(self, self.sequences.free)
         self.room_tokens = DEFAULT_ROOM_TOKENS
         self.dense_len = 0
@@ -174,6 +176,11 @@ class PagedCache(Cache):
                 self.tables[row] = self.pool.manager.new_table()
             self.finished.clear()
 
+    def trim(self) -> None:
+        """Give up what has fallen out of the layers' windows, unless a `crop` is still to bring some of it back."""
+        if self._has_windows and not any(layer.record_past for layer in self.layers):
+            self.pool.manager.trim(self.tables)
+
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: forget all."""
         self.step, copying = None, self.is_copying
@@ -221,19 +228,28 @@ class PagedCache(Cache):
         else:
             counts = [tokens_per_row] * len(self.tables)
         try:
-            copies, pins = self.pool.manager.append(self.tables, counts, self.room_tokens)
+            growth = self.pool.manager.append(self.tables, counts, self.room_tokens)
         except OutOfBlocks as error:
             raise self.pool.memory_error(error, sum(counts)) from None
+        sources = [range(tokens_per_row)] * len(self.tables)
+        if new_columns is not None:
+            sources = [row.nonzero().flatten().tolist() for row in new_columns]
+        plans = [self._dense_plan(group, sources, tokens_per_row, each) for group, each in enumerate(growth.copies)]
+        self.sequences.pins += growth.pins
+        self.begin(plans, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
+        self.is_copying = bool(growth.pins)
+        return self.step
+
+    def _dense_plan(
+        self, group: int, sources: Sequence[Sequence[int]], tokens_per_row: int, copies: list[Copy]
+    ) -> StepPlan:
+        """Where the newest tokens of each row go: those of the columns `sources[row]`."""
         writes: list[Write] = []
-        for row, (table, count) in enumerate(zip(self.tables, counts, strict=True)):
-            sources = range(tokens_per_row) if new_columns is None else new_columns[row].nonzero().flatten().tolist()
-            slots = [
-                run.slot + i
-                for run in table.runs(table.num_tokens - count, table.num_tokens)
-                for i in range(run.tokens)
-            ]
-            writes += matched_writes([row * tokens_per_row + source for source in sources], slots)
-        plan = StepPlan(
+        for row, (table, columns) in enumerate(zip(self.tables, sources, strict=True)):
+            runs = table.chains[group].runs(table.num_tokens - len(columns), table.num_tokens)
+            slots = [run.slot + i for run in runs for i in range(run.tokens)]
+            writes += matched_writes([row * tokens_per_row + column for column in columns], slots)
+        return StepPlan(
             num_queries=len(self.tables) * tokens_per_row,
             writes=writes,
             copies=copies,
@@ -242,18 +258,19 @@ class PagedCache(Cache):
             segments=[],
             kv_len=max(table.num_tokens for table in self.tables),
         )
-        self.sequences.pins += pins
-        self.is_copying = bool(copies)
-        self.step = Step(plan, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
-        return self.step
+
+    def begin(self, plans: Sequence[StepPlan], *args: Any, **kwargs: Any) -> None:
+        """Begin a pass with one plan a group; the other arguments are those of `Step`."""
+        self.step = Step([plans[group] for group in self.pool.layer_groups], *args, **kwargs)
 
     def begin_unplanned(self, key: torch.Tensor) -> None:
         """The first layer of a pass that nobody planned: an unpatched model calls `update`."""
         if self.sequences.pool is None:
             token_bytes = len(self.layers) * 2 * key.shape[1] * key.shape[3] * key.element_size()
-            self.sequences.pool = KVPool(self.settings, len(self.layers), token_bytes, key.device)
+            self.sequences.pool = KVPool(self.settings, self.windows, token_bytes, key.device)
         self.ensure_rows(key.shape[0])
         self.sequences.unpin()
+        self.trim()
         self.begin_dense(key.shape[2]).planned = False
         self.add_columns(None, key.shape[2])
 
@@ -264,10 +281,12 @@ class PagedCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
         step = self.step
-        if step is not None and step.span is not None and not key_states.requires_grad:
-            # The common decode step, which the layers' bookkeeping has nothing to add to.
-            store = self.sequences.pool.layer(layer_idx, key_states, value_states)
-            return store.append_rows(step.span, key_states, value_states)
+        if step is not None and step.reads_rows and not key_states.requires_grad:
+            span = step.plans[layer_idx].span
+            if span is not None:
+                # The common decode step, which the layers' bookkeeping has nothing to add to.
+                store = self.sequences.pool.layer(layer_idx, key_states, value_states)
+                return store.append_rows(span, key_states, value_states)
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -298,18 +317,27 @@ class PagedCache(Cache):
             raise ValueError(
                 f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that past_key_values holds"
             )
-        if keep >= self.dense_len:
-            for layer in self.layers:
-                layer.move_to(layer.seen)
-            return
+        if keep < self.dense_len:
+            self._go_back(tokens_to_remove, keep)
+        if self._has_windows and self.tables:
+            self.pool.manager.trim(self.tables)
+        for layer in self.layers:
+            layer.move_to(min(layer.seen, keep))
+
+    def _go_back(self, tokens_to_remove: int, keep: int) -> None:
         counts = [keep] * len(self.tables) if self.columns is None else self.columns[:, :keep].sum(dim=1).tolist()
+        counts = [min(count, table.num_tokens) for table, count in zip(self.tables, counts, strict=True)]
+        manager = self.pool.manager
+        if not all(map(manager.reaches, self.tables, counts)):
+            raise ValueError(
+                f"crop({tokens_to_remove}): the sliding-window layers of past_key_values have given up what lay before "
+                "their window; call past_key_values.activate_past_recording() before the tokens that are to be removed"
+            )
         for table, count in zip(self.tables, counts, strict=True):
-            self.pool.manager.crop(table, min(count, table.num_tokens))
+            manager.crop(table, count)
         if self.columns is not None:
             self.columns = self.columns[:, :keep]
         self.dense_len = keep
-        for layer in self.layers:
-            layer.move_to(min(layer.seen, keep))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` holds: a permutation of tables, no data moves."""
@@ -350,7 +378,7 @@ class PagedCache(Cache):
             self.columns = self.columns[rows]
 
     def activate_past_recording(self) -> None:
-        """Layers keep all they have seen anyway; from now on window layers show it too."""
+        """Window layers keep what falls out of their window from now on, and show it, until the next `crop`."""
         for layer in self.layers:
             layer.activate_past_recording()
 

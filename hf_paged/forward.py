@@ -16,7 +16,6 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import PackedPlan, plan_decode, plan_packed
-from hf_paged.step import Step
 
 # Packed tokens per forward pass: bounds activation memory.
 PACKED_CHUNK_TOKENS = 8192
@@ -139,17 +138,16 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
         listed = request.inputs.tolist()
         tokens = [listed[row] for row in active] if some else listed
     try:
-        plan = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens)
+        plans, pins = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens)
     except OutOfBlocks as error:
         raise cache.pool.memory_error(error, len(tables)) from None
-    cache.sequences.pins += plan.pins
-    cache.is_copying = bool(plan.copies)
+    cache.sequences.pins += pins
+    cache.is_copying = bool(pins)
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
-    cache.step = Step(plan, cache.dense_len + 1, 1, tables, columns, backend)
-    if backend.reads_rows and columns is None:
-        cache.step.span = plan.span
+    reads_rows = backend.reads_rows and columns is None
+    cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
     kwargs = dict(request.kwargs, attention_mask=paged_mask(request.inputs.device))
     if some:
         index = torch.tensor(active, device=request.inputs.device)
@@ -203,17 +201,18 @@ def run_packed(
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     plan, reused = _plan_packed(cache, sequences, keep)
     cache.sequences.pins += plan.pins
-    cache.is_copying = any(chunk.copies for chunk in plan.chunks)
+    cache.is_copying = any(part.copies for chunk in plan.chunks for part in chunk)
     columns = [row[hit:] for row, hit in zip(columns, reused, strict=True)]
     wanted = [[plan.packed_index(row, token) for token in range(len(real))[-keep:]] for row, real in enumerate(columns)]
     source = _packed_source(plan, columns, request.tokens).to(request.inputs.device)
     outputs, logits = None, []
     done = 0
     for chunk in plan.chunks:
-        here = source[done : done + chunk.num_queries]
-        cache.step = Step(chunk, cache.dense_len + request.tokens, 0, backend=backend)
+        num_queries = chunk[0].num_queries
+        here = source[done : done + num_queries]
+        cache.begin(chunk, cache.dense_len + request.tokens, 0, backend=backend)
         kwargs = _packed_arguments(request, here)
-        indices = sorted({i - done for row in wanted for i in row if done <= i < done + chunk.num_queries})
+        indices = sorted({i - done for row in wanted for i in row if done <= i < done + num_queries})
         picked = torch.tensor(indices or [0], device=here.device)
         if keeps_logits:
             kwargs["logits_to_keep"] = picked
@@ -222,7 +221,7 @@ def run_packed(
             windows_seen.update(cache.step.windows_seen)
         if indices:
             logits.append(outputs.logits[0] if keeps_logits else outputs.logits[0].index_select(0, picked))
-        done += chunk.num_queries
+        done += num_queries
     cache.finish(request.new_columns, request.tokens)
     order = {index: at for at, index in enumerate(sorted({i for row in wanted for i in row}))}
     picked = torch.tensor([[order[i] for i in row] for row in wanted], device=source.device)

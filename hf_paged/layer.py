@@ -66,7 +66,7 @@ class PagedLayer(CacheLayerMixin):
         step = cache.step
         if step is not None and step.fast:
             store = cache.sequences.pool.layer(self.index, key_states, value_states)
-            store.write(step.plan, key_states, value_states)
+            store.write(step.plans[self.index], key_states, value_states)
             return (
                 PagedKV(key_states, step, store, self.index, False),
                 PagedKV(value_states, step, store, self.index, True),
@@ -77,11 +77,11 @@ class PagedLayer(CacheLayerMixin):
         elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
             raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
         store = cache.pool.layer(self.index, key_states, value_states)
-        store.write(step.plan, key_states, value_states)
+        store.write(step.plans[self.index], key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
-        dense = step.dense()
-        return dense.of(store.keys)[:, :, -visible:], dense.of(store.values)[:, :, -visible:]
+        dense = step.dense(store.group)
+        return dense.of(store.keys, visible), dense.of(store.values, visible)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: memory comes with the first update."""
@@ -105,8 +105,8 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return None
         cache = self.cache
-        dense = DenseView(cache.tables, cache.dense_len, cache.columns).of(getattr(self.store, name))
-        return dense[:, :, dense.shape[2] - self.kept :].clone()  # others may hold these blocks
+        dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
+        return dense.of(getattr(self.store, name), self.kept).clone()  # others may hold these blocks
 
     def move_to(self, seen: int) -> None:
         """The layer has seen `seen` dense columns now."""

@@ -35,7 +35,7 @@ class PagedKV(torch.Tensor):
 
     def to_dense(self) -> torch.Tensor:
         """The tensor that this one stands for."""
-        return self.step.dense().of(self.store.values if self.is_value else self.store.keys)
+        return self.step.dense(self.store.group).of(self.store.values if self.is_value else self.store.keys)
 
     def __repr__(self) -> str:  # the default one would gather
         return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype})"

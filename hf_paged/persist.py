@@ -2,8 +2,8 @@
 
     folder/
       manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
-      tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens]
-      layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim]
+      tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens], kept [groups, pieces] bool
+      layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept
       ...
 
 A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry
@@ -17,24 +17,26 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
+from hf_paged.core.chain import Run
+from hf_paged.core.manager import Pin
 from hf_paged.core.plan import StepPlan, Write
-from hf_paged.core.prefix import Entry, unpack_tokens
-from hf_paged.core.table import BlockTable, Run
+from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
 from hf_paged.identity import describe_circumstances, describe_config, fingerprint
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.store import run_slots
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "hf_paged prefixes", 1
+FORMAT, FORMAT_VERSION = "hf_paged prefixes", 2
 _CHUNK_BYTES = 2**22
 
 
@@ -43,7 +45,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
 
     The blocks cannot be given up meanwhile, whoever else needs memory. Raises `ValueError` where the model changes.
     """
-    entries = pool.manager.hold_prefixes(root.key)
+    entries, pins = pool.manager.hold_prefixes(root.key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = _listed_files(folder)
@@ -52,7 +54,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
             name, content_sum, num_bytes = _write(folder, stem, tensors)
             files[name] = {"sha256": content_sum, "bytes": num_bytes}
     finally:
-        pool.manager.unpin([entry.block for entry in reversed(entries)])
+        pool.manager.unpin(pins[::-1])
     num_tokens = sum(entry.num_tokens for entry in entries)
     manifest = {
         **_description(model),
@@ -105,24 +107,17 @@ def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str],
     `device` is where the layers lie whose memory the pool has not made yet.
     """
     *layers, pieces = [load_file(folder / name) for name in sorted(files)]
-    for index, layer in enumerate(layers):
-        store = pool.stores[index]
-        target = device if store is None else store.keys.device
-        layers[index] = {name: tensor.to(target) for name, tensor in layer.items()}
-    loaded: set[int] = set()
-    tables: list[BlockTable] = []
+    manager = pool.manager
+    with manager.lock:
+        taken, pins = _take(pool, root, pieces)
     try:
-        for tokens, sources in _sequences(pieces):
-            table = pool.manager.new_table(root)
-            tables.append(table)
-            try:
-                _take(pool, table, tokens, sources, layers)
-            except OutOfBlocks:
-                break
-            loaded.update(sources)
+        for index, layer in enumerate(layers):
+            _fill(pool, index, layer, pieces, taken, device)
+        for piece in taken:
+            manager.add_entry(piece.parent, piece.packed, piece.blocks)
     finally:
-        pool.free(tables[::-1])
-    return len(loaded)
+        manager.unpin(pins[::-1])
+    return sum(map(len, (unpack_tokens(piece.packed) for piece in taken)))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -136,12 +131,14 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
             "parents": torch.tensor([number.get(entry.parent, -1) for entry in entries], dtype=torch.long),
             "lengths": torch.tensor([entry.num_tokens for entry in entries], dtype=torch.long),
             "tokens": torch.tensor([t for e in entries for t in unpack_tokens(e.tokens)], dtype=torch.long),
+            "kept": torch.tensor([[e.blocks[group] > 0 for e in entries] for group in range(len(pool.manager.pools))]),
         },
     )
-    slots = run_slots([Run(e.block * pool.block_size, e.num_tokens) for e in entries], torch.device("cpu"))
     for index, store in enumerate(pool.stores):
         if entries and store is not None:
-            keys, values = store.gather(slots.to(store.keys.device))
+            held = [(e.blocks[store.group], e.num_tokens) for e in entries]
+            runs = [Run(block * pool.block_size, num_tokens) for block, num_tokens in held if block]
+            keys, values = store.gather(run_slots(runs, store.keys.device))
             yield f"layer-{index:04d}", {"keys": keys.cpu(), "values": values.cpu()}
 
 
@@ -232,43 +229,63 @@ def _sum_of_file(path: Path) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _sequences(pieces: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[int]]]:
-    """The saved sequences, from pieces that nothing follows back to their roots: token ids, and where they lie."""
-    parents, tokens = pieces["parents"].tolist(), pieces["tokens"].tolist()
-    ends = pieces["lengths"].cumsum(0)
-    starts, ends = (ends - pieces["lengths"]).tolist(), ends.tolist()
-    for leaf in sorted(set(range(len(parents))).difference(parents)):
-        sources: list[int] = []
-        piece = leaf
-        while piece >= 0:
-            sources[:0] = range(starts[piece], ends[piece])
-            piece = parents[piece]
-        yield [tokens[source] for source in sources], sources
+class _Piece(NamedTuple):
+    """A saved piece that has blocks now: one a group, the null block where it has none, and whether these are new."""
+
+    parent: bytes
+    packed: bytes
+    blocks: list[int]
+    is_new: list[bool]
 
 
-def _take(
-    pool: KVPool,
-    table: BlockTable,
-    tokens: list[int],
-    sources: list[int],
-    layers: Sequence[dict[str, torch.Tensor]],
-) -> None:
-    """Fill a table with one sequence, as far as it is not there yet, and index it. Raises `OutOfBlocks`."""
+def _take(pool: KVPool, root: bytes, pieces: dict[str, torch.Tensor]) -> tuple[list[_Piece], list[Pin]]:
+    """Blocks for the saved pieces, in order, until they do not suffice; and the blocks to unpin."""
     manager = pool.manager
-    with manager.lock:
-        hit = table.block_start(table.whole_blocks(manager.match(table, tokens, len(tokens))))
-        manager.crop(table, hit)
-        manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
-    new = torch.tensor(sources[hit:], dtype=torch.long)
-    at = 0
-    writes: list[Write] = []
-    for run in table.runs(hit, len(tokens)):
-        writes.append(Write(at, run.tokens, run.slot, 1))
-        at += run.tokens
-    plan = StepPlan(len(new), writes, [], [], [], [], len(tokens))
-    for index, layer in enumerate(layers):
-        key, value = (
-            layer[name].index_select(1, new.to(layer[name].device)).unsqueeze(0) for name in ("keys", "values")
-        )
-        pool.layer(index, key, value).write(plan, key, value)
-    manager.index_table(table, with_tail=True)
+    keys: list[bytes] = []
+    taken: list[_Piece] = []
+    pins: list[Pin] = []
+    kept = pieces["kept"].T.tolist()
+    blocks = [NULL_BLOCK] * len(manager.pools)
+    split = torch.split(pieces["tokens"], pieces["lengths"].tolist())
+    for number, (parent, tokens) in enumerate(zip(pieces["parents"].tolist(), split, strict=True)):
+        above, packed = (root if parent < 0 else keys[parent]), pack_tokens(tokens.tolist())
+        keys.append(chain_key(above, packed))
+        try:
+            blocks, is_new = manager.take_entry(above, packed, kept[number], blocks)
+        except OutOfBlocks:
+            break
+        pins += [(group, block) for group, block in enumerate(blocks) if block]
+        taken.append(_Piece(above, packed, blocks, is_new))
+    return taken, pins
+
+
+def _fill(
+    pool: KVPool,
+    index: int,
+    layer: dict[str, torch.Tensor],
+    pieces: dict[str, torch.Tensor],
+    taken: Sequence[_Piece],
+    device: torch.device,
+) -> None:
+    """Write one layer's K and V of the pieces whose blocks are new."""
+    group = pool.layer_groups[index]
+    store = pool.stores[index]
+    target = device if store is None else store.keys.device
+    lengths = pieces["lengths"] * pieces["kept"][group]
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    sources: list[Run] = []
+    runs: list[Run] = []
+    for number, piece in enumerate(taken):
+        if piece.is_new[group]:
+            num_tokens = int(lengths[number])
+            sources.append(Run(starts[number], num_tokens))
+            runs.append(Run(piece.blocks[group] * pool.block_size, num_tokens))
+    source = run_slots(sources, torch.device("cpu"))
+    key, value = (layer[name].index_select(1, source).unsqueeze(0).to(target) for name in ("keys", "values"))
+    writes = [Write(at, run.tokens, run.slot, 1) for at, run in zip(_starts(runs), runs, strict=True)]
+    pool.layer(index, key, value).write(StepPlan(key.shape[2], writes, [], [], [], [], 0), key, value)
+
+
+def _starts(runs: Sequence[Run]) -> list[int]:
+    """Tokens before each run."""
+    return [0, *accumulate(run.tokens for run in runs)][:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import psutil
 import torch
@@ -28,7 +29,8 @@ class KVPool:
 
     Args:
         settings: block size and memory budget.
-        num_layers: layers that keep KV.
+        windows: the sliding window of each layer that keeps KV, in tokens; `None` where it keeps all. Layers of equal
+            windows form a group, with blocks of its own.
         token_bytes: estimate of the bytes of K and V of one token in all layers; the true figure replaces it
             when the first tokens are written.
         device: where the first layer's KV lies; its budget counts.
@@ -38,7 +40,7 @@ class KVPool:
     def __init__(
         self,
         settings: PagedConfig,
-        num_layers: int,
+        windows: Sequence[int | None],
         token_bytes: int,
         device: torch.device,
         max_slots: int | None = None,
@@ -47,35 +49,42 @@ class KVPool:
         self.device_key: str | int = "cpu" if device.type == "cpu" else (device.index or 0)
         budget_bytes = settings.budget_bytes(self.device_key)
         self.budget_bytes = int(free_bytes(device) * FREE_MEMORY_SHARE) if budget_bytes is None else budget_bytes
-        self.num_layers = num_layers
-        self._is_bounded = max_slots is not None
-        self._token_bytes = token_bytes
-        self.stores: list[LayerStore | None] = [None] * num_layers
+        self.stores: list[LayerStore | None] = [None] * len(windows)
+        kinds = sorted(set(windows), key=lambda window: (window is not None, window))
+        self.layer_groups = [kinds.index(window) for window in windows]
+        block_bytes = [max(1, token_bytes * windows.count(kind) // len(windows)) * block_size for kind in kinds]
         most = MAX_SLOTS_POISONED if POISON else MAX_SLOTS if device.type == "cpu" else MAX_SLOTS_ALLOCATED
-        slots = min(self.budget_bytes // token_bytes, most) if max_slots is None else max_slots
-        self.manager = BlockManager(slots // block_size + 1, block_size)
+        most_blocks = (most if max_slots is None else max_slots) // block_size + 1
+        self.manager = BlockManager(
+            # Each group may need all of the budget.
+            [min(self.budget_bytes // each, most_blocks) for each in block_bytes],
+            block_size,
+            kinds,
+            block_bytes,
+            # A given number of slots is the only bound then.
+            self.budget_bytes if max_slots is None else most_blocks * sum(block_bytes),
+        )
         if POISON:
-            self.manager.pool.on_free = self._poison
-        # An odd number of slots keeps the heads of a layer from falling into the same cache sets.
-        self._num_slots = (slots // block_size + 1) * block_size + 1
+            for group, pool in enumerate(self.manager.pools):
+                pool.on_free = partial(self._poison, group)
+        self._is_bounded = max_slots is not None
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block in all layers."""
-        known = [layer.bytes_per_token for layer in self.stores if layer is not None]
-        token_bytes = sum(known) if len(known) == self.num_layers else self._token_bytes
-        return token_bytes * self.block_size
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token in all layers."""
+        return sum(pool.block_bytes for pool in self.manager.pools) // self.block_size
 
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the blocks that running sequences hold."""
-        return self.manager.pool.in_use * self.block_bytes
+        return sum(pool.in_use * pool.block_bytes for pool in self.manager.pools)
 
     @property
     def bytes_reserved(self) -> int:
         """Bytes of every block that was ever written."""
+        pools = self.manager.pools
         written = [layer for layer in self.stores if layer is not None]
-        return self.manager.pool.high_water * self.block_size * sum(layer.bytes_per_token for layer in written)
+        return sum(pools[each.group].high_water * self.block_size * each.bytes_per_token for each in written)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
         """The store of a layer; made when first asked for, to fit `key` and `value` `[batch, kv_heads, tokens, dim]`.
@@ -87,8 +96,11 @@ class KVPool:
             with self.manager.lock:
                 store = self.stores[index]
                 if store is None:
-                    store = self.stores[index] = LayerStore(self._num_slots, self.block_size, key, value)
-                    self._limit_to_budget()
+                    group = self.layer_groups[index]
+                    # An odd number of slots keeps the heads of a layer from falling into the same cache sets.
+                    num_slots = self.manager.pools[group].num_blocks * self.block_size + 1
+                    store = self.stores[index] = LayerStore(num_slots, self.block_size, key, value, group)
+                    self._keep_to_budget()
         if not store.accepts(key, value):
             raise ValueError(
                 f"key_states of layer {index} have {key.shape[1]} KV heads of dim {key.shape[3]} in {key.dtype} on "
@@ -98,16 +110,21 @@ class KVPool:
             )
         return store
 
-    def _limit_to_budget(self) -> None:
-        if not self._is_bounded and all(layer is not None for layer in self.stores):
-            self.manager.pool.limit_to(self.budget_bytes // self.block_bytes - 1)  # the null block counts
+    def _keep_to_budget(self) -> None:
+        """Once every layer's K and V were seen, blocks cost what they are."""
+        if self._is_bounded or any(layer is None for layer in self.stores):
+            return
+        for group, pool in enumerate(self.manager.pools):
+            layers = [layer for layer in self.stores if layer.group == group]
+            pool.block_bytes = sum(layer.bytes_per_token for layer in layers) * self.block_size
+            pool.limit_ids(self.budget_bytes // pool.block_bytes)
 
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
         fit = error.available * self.block_size
         return PagedMemoryError(
             f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
-            f"({error.available} blocks) fit beside the {self.manager.pool.in_use} blocks in use: the budget is "
+            f"({error.available} blocks) fit beside the {self.manager.in_use} blocks in use: the budget is "
             f"{self.budget_bytes} bytes. Raise max_memory[{self.device_key!r}], shorten the input or lower the batch "
             "size."
         )
@@ -118,9 +135,9 @@ class KVPool:
             for table in tables:
                 self.manager.free(table)
 
-    def _poison(self, block: int) -> None:
+    def _poison(self, group: int, block: int) -> None:
         for layer in self.stores:
-            if layer is not None and layer.keys.dtype.is_floating_point:
+            if layer is not None and layer.group == group and layer.keys.dtype.is_floating_point:
                 layer.poison(block, self.block_size)
 
 

@@ -52,10 +52,10 @@ class PagedRuntime:
         if pool is None:
             return self.counters.snapshot()
         return self.counters.snapshot(
-            evicted_blocks=pool.manager.pool.evicted - self._evicted_before,
+            evicted_blocks=pool.manager.evicted - self._evicted_before,
             copied_blocks=pool.manager.copied_blocks - self._copied_before,
-            blocks_in_use=pool.manager.pool.in_use,
-            blocks_cached=pool.manager.pool.cached,
+            blocks_in_use=pool.manager.in_use,
+            blocks_cached=pool.manager.cached,
             bytes_in_use=pool.bytes_in_use,
             bytes_reserved=pool.bytes_reserved,
         )
@@ -65,7 +65,7 @@ class PagedRuntime:
         self.counters.reset()
         if self._pool is not None:
             self._copied_before = self._pool.manager.copied_blocks
-            self._evicted_before = self._pool.manager.pool.evicted
+            self._evicted_before = self._pool.manager.evicted
 
     def clear(self) -> None:
         """Forget every cached prefix, on every tier."""
@@ -148,7 +148,7 @@ class PagedRuntime:
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
-            key = (model.dtype, model.device, compat.autocast_dtype(model.device))
+            key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
             if self._pool is None or self._pool_key != key:
                 self._pool = self._make_pool(model)
                 self._pool_key = key
@@ -158,7 +158,7 @@ class PagedRuntime:
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         config = model.config.get_text_config(decoder=True)
         token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
-        return KVPool(self.config, len(self.windows()), token_bytes, model.device, max_slots)
+        return KVPool(self.config, self.windows(), token_bytes, model.device, max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -207,6 +207,7 @@ class PagedRuntime:
         if cache.prefilling:
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.index_rows(with_tails=False)
+        cache.trim()
         return outputs
 
     @staticmethod

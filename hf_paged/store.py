@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
-from hf_paged.core.table import Run
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
@@ -30,9 +30,14 @@ POISON = os.environ.get("HF_PAGED_POISON") == "1"
 
 
 class LayerStore:
-    """K and V of one layer: `[kv_heads, slots, dim]` each, K and V of the dims they have."""
+    """K and V of one layer: `[kv_heads, slots, dim]` each, K and V of the dims they have.
 
-    def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor):
+    Attributes:
+        group: number of the group of layers whose blocks these are.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor, group: int = 0):
+        self.group = group
         self.keys = self._allocate(num_slots, block_size, key)
         self.values = self._allocate(num_slots, block_size, value)
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)

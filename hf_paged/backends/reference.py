@@ -19,8 +19,8 @@ class ReferenceBackend(AttentionBackend):
         key = ("segments", query.device)
         if key not in plan.prepared:
             plan.prepared[key] = [
-                (segment.length, run_slots(list(segment.table.runs(0, segment.kv_len)), query.device))
-                for segment in plan.segments
+                (length, run_slots(list(chain.runs(chain.first_token, kv_len)), query.device))
+                for chain, _, length, kv_len in plan.segments
             ]
         return paged_attention_reference(
             query, store.keys, store.values, plan.prepared[key], call.scale, call.softcap, call.window, call.sinks

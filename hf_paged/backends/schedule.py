@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from hf_paged.core.chain import Run
 from hf_paged.core.plan import Piece, StepPlan
-from hf_paged.core.table import Run
 from hf_paged.store import run_slots
 
 # A run of fewer tokens is not worth an attention call of its own: such runs are gathered into one.
@@ -54,8 +54,8 @@ class Schedule:
 
 def schedule_for(plan: StepPlan, window: int | None) -> Schedule:
     """The schedule of a plan, kept in `plan.prepared`."""
-    if window is not None and plan.kv_len <= window:
-        window = None
+    if window is not None and (plan.kv_len <= window or plan.window == window):
+        window = None  # nothing is hidden, or the plan's pieces leave it out already
     key = ("schedule", window)
     if key not in plan.prepared:
         plan.prepared[key] = _full(plan) if window is None else _windowed(plan, window)
@@ -103,7 +103,7 @@ def _windowed(plan: StepPlan, window: int) -> Schedule:
     if all(segment.length == 1 for segment in plan.segments):
         own, shared = [], []
         for segment in plan.segments:
-            *earlier, last = segment.table.runs(max(0, segment.kv_len - window), segment.kv_len)
+            *earlier, last = segment.chain.runs(max(0, segment.kv_len - window), segment.kv_len)
             own.append(Piece(segment.start, segment.start + 1, (last,), False))
             if earlier:
                 shared += _parts(Piece(segment.start, segment.start + 1, tuple(earlier), False))
@@ -116,7 +116,7 @@ def _windowed(plan: StepPlan, window: int) -> Schedule:
             begin = max(0, first - window + 1)
             query_at = torch.arange(first, stop).unsqueeze(1)
             key_at = torch.arange(begin, stop)
-            runs = list(segment.table.runs(begin, stop))
+            runs = list(segment.chain.runs(begin, stop))
             own_parts.append(
                 Part(
                     segment.start + first - past,

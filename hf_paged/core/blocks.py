@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from hf_paged.core.budget import Budget
+
 NULL_BLOCK = 0
 
 
@@ -39,6 +41,8 @@ class BlockPool:
         num_blocks: ids run from 1 to `num_blocks - 1`; id 0 is the null block.
         on_evict: called with a cached block's id when its content is given up.
         on_free: called with a block's id when it becomes free, for whatever reason.
+        budget: shared with other pools; `None`: as much as there are ids.
+        block_bytes: what one block costs of it.
     """
 
     def __init__(
@@ -46,14 +50,18 @@ class BlockPool:
         num_blocks: int,
         on_evict: Callable[[int], None] | None = None,
         on_free: Callable[[int], None] | None = None,
+        budget: Budget | None = None,
+        block_bytes: int = 1,
     ):
         self.num_blocks = num_blocks
-        self.limit = num_blocks - 1
+        self.block_bytes = block_bytes
+        self._budget = Budget(num_blocks) if budget is None else budget
+        self._budget.join(self)
         self._refs = [0] * num_blocks
         self._used = bytearray(num_blocks)
         self._claimed = bytearray(num_blocks)
         self._used[NULL_BLOCK] = self._claimed[NULL_BLOCK] = 1
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached: OrderedDict[int, int] = OrderedDict()  # when each was last used, oldest first
         self._in_use = 0
         self._on_evict = on_evict
         self.on_free = on_free
@@ -73,15 +81,19 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `take` could hand out, cached ones included."""
-        return self.limit - self._in_use
+        ids = self.num_blocks - 1 - self._in_use
+        return max(0, min(ids, self._budget.free_bytes // self.block_bytes))
 
-    def limit_to(self, count: int) -> None:
-        """Hand out at most `count` blocks from now on, and no ids beyond what they need, if none was used yet."""
-        self.limit = max(0, min(self.limit, count))
-        if self.high_water <= self.limit + 1:
-            self.num_blocks = self.limit + 1
-            for bitmap in (self._refs, self._used, self._claimed):
-                del bitmap[self.num_blocks :]
+    @property
+    def oldest(self) -> int:
+        """When the least recently used cached block was used."""
+        return next(iter(self._cached.values()))
+
+    def limit_ids(self, num_blocks: int) -> None:
+        """Hand out no ids from `num_blocks` on, unless some were handed out already."""
+        self.num_blocks = max(self.high_water, min(self.num_blocks, num_blocks))
+        for bitmap in (self._refs, self._used, self._claimed):
+            del bitmap[self.num_blocks :]
 
     def is_cached(self, block: int) -> bool:
         """Whether no table holds `block` and its content is kept."""
@@ -100,8 +112,8 @@ class BlockPool:
         """
         if count > self.available:
             raise OutOfBlocks(count, self.available)
-        while self._in_use + self.cached + count > self.limit:
-            self.evicted += self.evict(1)
+        self._budget.make_room(count * self.block_bytes)
+        self.evict(self._in_use + self.cached + count - (self.num_blocks - 1))
         self._in_use += count
         claim = range(0)
         blocks = self._own(self._run_behind(after, count)) if after is not None else []
@@ -167,30 +179,37 @@ class BlockPool:
                 continue
             self._in_use -= 1
             if keep(block):
-                self._cached[block] = None
+                self._cached[block] = self._budget.stamp()
             else:
                 self._free(block)
 
     def evict(self, count: int) -> int:
         """Give up the content of the `count` least recently used cached blocks; returns how many there were."""
-        evicted = min(count, len(self._cached))
-        for _ in range(evicted):
+        given_up = max(0, min(count, len(self._cached)))
+        for _ in range(given_up):
             block, _ = self._cached.popitem(last=False)
             self._free(block)
             if self._on_evict is not None:
                 self._on_evict(block)
-        return evicted
+        self.evicted += given_up
+        return given_up
 
     def touch(self, block: int) -> None:
         """A cached block counts as the most recently used; no effect on others."""
         if block in self._cached:
             self._cached.move_to_end(block)
+            self._cached[block] = self._budget.stamp()
 
     def discard(self, block: int) -> None:
         """Give up the content of one cached block that nobody will ask for; no effect on others."""
         if block in self._cached:
             del self._cached[block]
             self._free(block)
+
+    def discard_all(self) -> None:
+        """Give up the content of every cached block, not for its memory but because nobody will ask for it."""
+        for block in list(self._cached):
+            self.discard(block)
 
     def _free(self, block: int) -> None:
         self._used[block] = self._claimed[block] = 0
@@ -208,4 +227,4 @@ class BlockPool:
             assert self._claimed[block] or not self._used[block], f"block {block} is used but not claimed"
         assert self._refs[NULL_BLOCK] == 0, "the null block was handed out"
         assert self._in_use == len(expected_references), "wrong count of blocks in use"
-        assert self._in_use + self.cached <= self.limit, "over the limit"
+        assert list(self._cached.values()) == sorted(self._cached.values()), "cached blocks out of order"

@@ -1,52 +1,100 @@
-"""The manager: sequences' tables on top of the pool and the prefix index, with fork, copy-on-write and crop."""
+"""The manager: sequences' tables on top of the pools and the prefix index, with fork, copy-on-write and crop."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
-from hf_paged.core.blocks import BlockPool, OutOfBlocks
+from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
+from hf_paged.core.budget import Budget
 from hf_paged.core.plan import Copy
-from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, pack_tokens
+from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
 from hf_paged.core.table import BlockTable
+
+Pin = tuple[int, int]  # group, block
 
 
 class Growth(NamedTuple):
-    """What appending asks for: `copies` to make after the new tokens are written, and the blocks they read.
+    """What appending asks for: `copies` of each group, to make after the new tokens are written, and what they read.
 
     The blocks are pinned: nobody else gets them before `unpin`, which comes when the pass is done.
     """
 
-    copies: list[Copy]
-    pins: list[int]
+    copies: list[list[Copy]]
+    pins: list[Pin]
 
 
 class BlockManager:
-    """Owns the pool, the prefix index and every live table. Operations are short and hold `lock`; none touches tensors.
+    """Owns the pools, the prefix index and every live table. Operations are short, hold `lock` and touch no tensors.
+
+    A *group* is the layers that keep the same tokens: all of them, or those of a sliding window. Each has a pool of its
+    own; all pools share one budget. A table takes and gives blocks in all groups alike, except that `trim` gives up
+    what has fallen out of a window.
 
     A block that several tables hold is never written, nor is that part of a block which is indexed: `append` gives the
     table a block of its own and says which slots are to be copied. An operation that raises `OutOfBlocks` has changed
     nothing.
 
     Args:
-        num_blocks: pool size including the null block.
+        num_blocks: block ids of each group, that of the null block included.
         block_size: tokens per block.
+        windows: of each group, in tokens; `None` keeps all tokens.
+        block_bytes: what a block of each group costs; by default 1.
+        budget_bytes: for all groups together; by default enough for every id.
     """
 
-    def __init__(self, num_blocks: int, block_size: int):
+    def __init__(
+        self,
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        windows: Sequence[int | None] = (None,),
+        block_bytes: Sequence[int] | None = None,
+        budget_bytes: int | None = None,
+    ):
+        ids = [num_blocks] * len(windows) if isinstance(num_blocks, int) else num_blocks
+        costs = [1] * len(windows) if block_bytes is None else block_bytes
+        enough = sum(count * cost for count, cost in zip(ids, costs, strict=True))
         self.block_size = block_size
-        self.index = PrefixIndex(block_size)
-        self.pool = BlockPool(num_blocks, on_evict=self.index.forget)
+        self.windows = tuple(windows)
+        self.index = PrefixIndex(block_size, windows)
+        self.budget = Budget(enough if budget_bytes is None else budget_bytes)
+        self.pools = [
+            BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
+            for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
+        ]
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
-        self._pinned: Counter[int] = Counter()
+        self._pinned: Counter[Pin] = Counter()
+
+    @property
+    def in_use(self) -> int:
+        """Blocks that tables hold, in all groups."""
+        return sum(pool.in_use for pool in self.pools)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that no table holds and whose content is kept, in all groups."""
+        return sum(pool.cached for pool in self.pools)
+
+    @property
+    def evicted(self) -> int:
+        """Blocks whose content was given up for their memory, in all groups."""
+        return sum(pool.evicted for pool in self.pools)
+
+    @property
+    def available(self) -> int:
+        """Blocks that tables could take in every group at once."""
+        ids = min(pool.num_blocks - 1 - pool.in_use for pool in self.pools)
+        return max(0, min(ids, self.budget.free_bytes // sum(pool.block_bytes for pool in self.pools)))
 
     def new_table(self, root: bytes | None = None) -> BlockTable:
         """An empty table, live until `free`; `root` is where its tokens are looked for and kept in the prefix index."""
-        table = BlockTable(self.block_size, root)
+        table = BlockTable(self.block_size, len(self.pools), root)
         with self.lock:
             self._tables[id(table)] = table
         return table
@@ -57,32 +105,35 @@ class BlockManager:
         self.assign(table, source, source.num_tokens if num_tokens is None else num_tokens)
         return table
 
-    def assign(self, target: BlockTable, source: BlockTable, num_tokens: int) -> list[int]:
+    def assign(self, target: BlockTable, source: BlockTable, num_tokens: int) -> list[Pin]:
         """Make `target` share the first `num_tokens` tokens of `source`.
 
         Returns the blocks that it held before, pinned: pending copies may still read them.
         """
+        num_blocks = source.blocks_for(num_tokens)
         with self.lock:
-            self.pool.share(source.blocks[: source.blocks_for(num_tokens)])
+            for pool, chain in zip(self.pools, source.chains, strict=True):
+                pool.share(chain.blocks[chain.dropped : num_blocks])
             self._unclaim(target)
-            before = target.truncate(0)
+            before = [(group, block) for group, blocks in enumerate(target.truncate(0)) for block in blocks]
             target.copy_from(source, num_tokens)
             self._pinned.update(before)
             return before
 
-    def unpin(self, pins: Sequence[int]) -> None:
-        """Let go of blocks that `append` and `assign` have pinned."""
+    def unpin(self, pins: Sequence[Pin]) -> None:
+        """Let go of blocks that `append`, `assign`, `hold_prefixes` and `take_entries` have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
-            self._drop(pins)
+            for group, block in pins:
+                self._drop(group, [block])
 
     def blocks_needed(self, table: BlockTable, num_tokens: int, may_part: bool = False) -> int:
-        """Blocks that appending `num_tokens` tokens to `table` takes from the pool."""
+        """Blocks that appending `num_tokens` tokens to `table` takes from each pool."""
         if num_tokens == 0:
             return 0
         if may_part and self._opens_seam(table):
             return -(-num_tokens // self.block_size)
-        grown = table.blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
+        grown = table.blocks_for(table.num_tokens + num_tokens) - table.num_blocks
         return grown + self.must_leave_tail(table)
 
     def must_leave_tail(self, table: BlockTable) -> bool:
@@ -90,10 +141,10 @@ class BlockManager:
         filled = table.tail_tokens
         if filled == 0:
             return False
-        tail = table.blocks[-1]
-        if self.pool.references(tail) > 1 or self.index.tokens_in(tail) > filled:
-            return True
-        return self.index.is_followed(tail)  # as a seam of others, which it stays only as it is
+        return any(
+            pool.references(chain.blocks[-1]) > 1 or self.index.is_fixed(group, chain.blocks[-1], filled)
+            for group, (pool, chain) in enumerate(zip(self.pools, table.chains, strict=True))
+        )
 
     def _opens_seam(self, table: BlockTable) -> bool:
         """Whether `table` leaves its tail where it is and goes on behind it, instead of copying it: once a table.
@@ -118,10 +169,8 @@ class BlockManager:
         """
         counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
         with self.lock:
-            needed = sum(self.blocks_needed(*each, may_part) for each in zip(tables, counts, strict=True))
-            if needed > self.pool.available:
-                raise OutOfBlocks(needed, self.pool.available)
-            growth = Growth([], [])
+            self.check_room(sum(self.blocks_needed(*each, may_part) for each in zip(tables, counts, strict=True)))
+            growth = Growth([[] for _ in self.pools], [])
             for table, count in zip(tables, counts, strict=True):
                 if may_part and count and self._opens_seam(table):
                     table.open_seam()
@@ -132,41 +181,69 @@ class BlockManager:
                     _track(table, None if tokens is None else tokens[i])
             return growth
 
-    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
-        size = self.block_size
-        total_blocks = table.blocks_for(table.num_tokens + num_tokens)
-        room = table.blocks_for(table.num_tokens + num_tokens + room_tokens) - total_blocks
-        if num_tokens and self.must_leave_tail(table):
-            filled = table.tail_tokens
-            (shared,) = table.truncate(len(table.blocks) - 1)
-            # The copy and what follows it are taken together, so that they lie side by side.
-            self._extend(table, total_blocks - len(table.blocks), None, room)
-            own = table.blocks[table.whole_blocks(table.num_tokens)]
-            growth.copies.append(Copy(shared * size, own * size, filled))
-            growth.pins.append(shared)
-            self.copied_blocks += 1
-        missing = total_blocks - len(table.blocks)
-        if missing > 0:
-            # Behind a seam all rows look for room of their own, so that they come to lie at equal distance.
-            goes_on = len(table.blocks) > table.seam_blocks
-            self._extend(table, missing, table.blocks[-1] if goes_on else None, room)
-        table.num_tokens += num_tokens
+    def check_room(self, num_blocks: int) -> None:
+        """Raise `OutOfBlocks` where fewer than `num_blocks` are available."""
+        if num_blocks and num_blocks > self.available:
+            raise OutOfBlocks(num_blocks, self.available)
 
-    def _extend(self, table: BlockTable, count: int, after: int | None, room: int) -> None:
-        blocks, claim = self.pool.take(count, after, room)
-        table.extend(blocks)
+    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
+        total = table.num_tokens + num_tokens
+        total_blocks = table.blocks_for(total)
+        filled = table.tail_tokens if num_tokens and self.must_leave_tail(table) else 0
+        for group, chain in enumerate(table.chains):
+            window = self.windows[group]  # which then goes on over room that it has left behind
+            room = room_tokens if window is None else min(room_tokens, window)
+            room_blocks = table.blocks_for(total + room) - total_blocks
+            if filled:
+                (shared,) = chain.truncate(len(chain.blocks) - 1)
+                # The copy and what follows it are taken together, so that they lie side by side.
+                self._extend(table, group, total_blocks, None, room_blocks)
+                own = chain.blocks[table.whole_blocks(table.num_tokens)]
+                growth.copies[group].append(Copy(shared * self.block_size, own * self.block_size, filled))
+                growth.pins.append((group, shared))
+                self.copied_blocks += 1
+            elif len(chain.blocks) < total_blocks:
+                # Behind a seam all rows look for room of their own, so that they come to lie at equal distance.
+                goes_on = len(chain.blocks) > table.seam_blocks
+                self._extend(table, group, total_blocks, chain.blocks[-1] if goes_on else None, room_blocks)
+        table.num_tokens = total
+
+    def _extend(self, table: BlockTable, group: int, num_blocks: int, after: int | None, room: int) -> None:
+        chain = table.chains[group]
+        blocks, claim = self.pools[group].take(num_blocks - len(chain.blocks), after, room)
+        chain.extend(blocks)
         if claim:
-            table.claims.append(claim)
+            chain.claims.append(claim)
 
     def crop(self, table: BlockTable, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens."""
+        """Keep the first `num_tokens` tokens; only where `reaches(table, num_tokens)`."""
         with self.lock:
-            self._drop(table.truncate(table.blocks_for(num_tokens)))
+            for group, blocks in enumerate(table.truncate(table.blocks_for(num_tokens))):
+                self._drop(group, blocks)
             if num_tokens < table.seam_tokens:
                 table.seam_tokens = table.seam_blocks = 0
             table.num_tokens = num_tokens
             del table.tokens[num_tokens:]
             del table.keys[table.whole_blocks(num_tokens) :]
+
+    def reaches(self, table: BlockTable, num_tokens: int) -> bool:
+        """Whether `table` still has what the token behind its first `num_tokens` tokens looks at, in every window."""
+        return num_tokens == 0 or all(
+            chain.first_token <= seen_from(num_tokens, window)
+            for chain, window in zip(table.chains, self.windows, strict=True)
+        )
+
+    def trim(self, tables: Sequence[BlockTable]) -> None:
+        """Give up the blocks that have fallen out of their group's window; those that are indexed stay cached."""
+        for group, window in enumerate(self.windows):
+            if window is None:
+                continue
+            for table in tables:
+                chain = table.chains[group]
+                gone = table.whole_blocks(seen_from(table.num_tokens, window))
+                if gone > chain.dropped:
+                    with self.lock:
+                        self._drop(group, chain.drop_front(gone))
 
     def free(self, table: BlockTable) -> None:
         """Give up the table; freeing twice is harmless."""
@@ -176,23 +253,26 @@ class BlockManager:
 
     def _empty(self, table: BlockTable) -> None:
         self._unclaim(table)
-        keys = table.keys[::-1]
-        self._drop(table.truncate(0))
+        used = [[chain.blocks[i] for chain in table.chains] for i in range(len(table.keys))]
+        for group, blocks in enumerate(table.truncate(0)):
+            self._drop(group, blocks)
         table.num_tokens = 0
         table.tokens.clear()
-        for key in keys:  # where another block holds the same content, that one was used, ends before roots
-            block = self.index.block_of(key)
-            if block is not None:
-                self.pool.touch(block)
+        for key, mine in zip(table.keys[::-1], used[::-1], strict=True):
+            # Where another block holds the same content, that one was used, ends before roots.
+            for group, block in enumerate(self.index.blocks_of(key) or ()):
+                if mine[group] != NULL_BLOCK:
+                    self.pools[group].touch(block)
 
-    def _drop(self, blocks: Sequence[int]) -> None:
+    def _drop(self, group: int, blocks: Sequence[int]) -> None:
         """One reference less; a block that is indexed stays cached."""
-        self.pool.drop(blocks, keep=self.index.__contains__)
+        self.pools[group].drop(blocks, keep=self.index.by_block[group].__contains__)
 
     def _unclaim(self, table: BlockTable) -> None:
-        for claim in table.claims:
-            self.pool.unclaim(claim)
-        table.claims.clear()
+        for pool, chain in zip(self.pools, table.chains, strict=True):
+            for claim in chain.claims:
+                pool.unclaim(claim)
+            chain.claims.clear()
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
@@ -204,14 +284,14 @@ class BlockManager:
         if table.root is None or not _are_plain(tokens):
             return 0
         with self.lock:
-            blocks, keys, num_tokens, seam_blocks, seam_tokens = self.index.match(table.root, tokens, limit)
-            self.pool.share(blocks)
-            table.extend(blocks[:seam_blocks])
-            table.seam_blocks, table.seam_tokens = seam_blocks, seam_tokens
-            table.extend(blocks[seam_blocks:])
-            table.num_tokens = num_tokens
-            table.tokens, table.keys = list(tokens[:num_tokens]), keys
-            return num_tokens
+            found = self.index.match(table.root, tokens, limit)
+            table.seam_blocks, table.seam_tokens = found.seam_blocks, found.seam_tokens
+            for pool, chain, blocks in zip(self.pools, table.chains, found.blocks, strict=True):
+                chain.extend(blocks)
+                pool.share(chain.held)
+            table.num_tokens = found.num_tokens
+            table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
+            return found.num_tokens
 
     def index_table(self, table: BlockTable, with_tail: bool) -> None:
         """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.
@@ -223,52 +303,90 @@ class BlockManager:
         with self.lock:
             parent, whole = table.root, table.whole_blocks(table.num_tokens)
             for i in range(whole):
-                if i == len(table.keys) or self.index.block_of(table.keys[i]) is None:
+                blocks = [chain.blocks[i] for chain in table.chains]
+                if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
                     table.keys[i:] = [self._index_block(table, i, parent), *table.keys[i + 1 :]]
                 parent = table.keys[i]
             if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
                 self._index_block(table, whole, parent)
 
     def _index_block(self, table: BlockTable, i: int, parent: bytes) -> bytes:
-        """Index block `i` of a table in place of those that hold a beginning of it; returns its key."""
-        packed = _packed(table, i)
-        for block in self.index.covered_by(parent, packed):
-            self.index.forget(block)
-            self.pool.discard(block)
-        return self.index.add(parent, packed, table.blocks[i])
+        return self._index(parent, _packed(table, i), [chain.blocks[i] for chain in table.chains])
 
-    def hold_prefixes(self, root: bytes) -> list[Entry]:
-        """What is indexed under `root`, parents first; the blocks stay where they are until `unpin`."""
+    def _index(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
+        """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
+        if not any(blocks):
+            return chain_key(parent, packed)
+        for entry in self.index.covered_by(parent, packed):
+            for group, block in enumerate(entry.blocks.copy()):
+                self.index.forget(group, block)
+                self.pools[group].discard(block)
+        return self.index.add(parent, packed, blocks)
+
+    def hold_prefixes(self, root: bytes) -> tuple[list[Entry], list[Pin]]:
+        """What is indexed under `root`, parents first, with the blocks as they are now, pinned until `unpin`."""
         with self.lock:
-            entries = self.index.below(root)
-            blocks = [entry.block for entry in entries]
-            self.pool.share(blocks)
-            self._pinned.update(blocks)
-            return entries
+            entries = [replace(entry, blocks=entry.blocks.copy()) for entry in self.index.below(root)]
+            pins = [(group, block) for entry in entries for group, block in enumerate(entry.blocks) if block]
+            for group, block in pins:
+                self.pools[group].share([block])
+            self._pinned.update(pins)
+            return entries, pins
+
+    def take_entry(
+        self, parent: bytes, packed: bytes, groups: Sequence[bool], after: Sequence[int]
+    ) -> tuple[list[int], list[bool]]:
+        """Blocks for tokens that come from elsewhere, in those of `groups` that have none; pinned until `unpin`.
+
+        Returns one a group, the null block where it is not to have one, and which of them are new. These lie behind the
+        blocks `after` where possible, and go to `add_entry` when their content is there. Raises `OutOfBlocks`.
+        """
+        with self.lock:
+            blocks = list(self.index.blocks_of(chain_key(parent, packed)) or [NULL_BLOCK] * len(self.pools))
+            is_covered = self.index.is_covered(parent, packed)
+            is_new = [wanted and not block and not is_covered for wanted, block in zip(groups, blocks, strict=True)]
+            self.check_room(int(any(is_new)))
+            for pool, block in zip(self.pools, blocks, strict=True):
+                pool.share([block] if block else [])
+            for group, pool in enumerate(self.pools):
+                if is_new[group]:
+                    (blocks[group],), claim = pool.take(1, after[group] or None)
+                    pool.unclaim(claim)
+            self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
+            return blocks, is_new
+
+    def add_entry(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> None:
+        """Let later sequences find the content of `blocks`."""
+        with self.lock:
+            self._index(parent, packed, blocks)
 
     def forget_prefixes(self) -> None:
         """Give up every cached block and forget what the others hold."""
         with self.lock:
             self.index.clear()
-            self.pool.evict(self.pool.cached)
+            for pool in self.pools:
+                pool.discard_all()
 
     def check_integrity(self) -> None:
-        """Prove that the pool and the index agree with the live tables; for tests."""
+        """Prove that the pools and the index agree with the live tables; for tests."""
         with self.lock:
             held = +self._pinned
             for table in self._tables.values():
-                assert len(table.blocks) == table.blocks_for(table.num_tokens), (
-                    "a table holds too many or too few blocks"
-                )
-                slots = [run.slot + i for run in table.runs(0, table.num_tokens) for i in range(run.tokens)]
-                assert slots == [table.slot(i) for i in range(table.num_tokens)], "spans disagree with the blocks"
-                held.update(table.blocks)
                 assert table.root is None or len(table.tokens) == table.num_tokens, "token ids were lost"
-            self.pool.check_integrity(dict(held))
+                assert self.reaches(table, table.num_tokens), "a window has lost tokens that are still seen"
+                for group, chain in enumerate(table.chains):
+                    chain.check_integrity()
+                    held.update((group, block) for block in chain.held)
+            for group, pool in enumerate(self.pools):
+                owned = {block: count for (owner, block), count in held.items() if owner == group}
+                pool.check_integrity(owned)
+                indexed = self.index.by_block[group]
+                for block in range(1, pool.num_blocks):
+                    assert block in indexed or not pool.is_cached(block), f"block {block} is kept for nobody"
+                    assert block not in indexed or block in owned or pool.is_cached(block), f"block {block} is gone"
             self.index.check_integrity()
-            for block in range(1, self.pool.num_blocks):
-                assert block in self.index or not self.pool.is_cached(block), f"block {block} is kept for nobody"
-                assert block not in self.index or held[block] or self.pool.is_cached(block), f"block {block} is gone"
+            spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
+            assert spent <= self.budget.limit_bytes, "over the budget"
 
 
 def _are_plain(tokens: Sequence[int]) -> bool:

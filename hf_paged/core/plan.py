@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hf_paged.core.table import BlockTable, Run
+from hf_paged.core.chain import BlockChain, Run
 
 
 class Write(NamedTuple):
@@ -54,9 +54,9 @@ class RowSpan(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Queries `[start, start + length)` are tokens `[kv_len - length, kv_len)` of `table` and see all before them."""
+    """Queries `[start, start + length)` are tokens `[kv_len - length, kv_len)` of `chain` and see all before them."""
 
-    table: BlockTable
+    chain: BlockChain
     start: int
     length: int
     kv_len: int
@@ -64,7 +64,7 @@ class Segment(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class StepPlan:
-    """One forward pass: what is written where, and what each query sees.
+    """One forward pass in one group of layers: what is written where, and what each query sees.
 
     Attributes:
         num_queries: tokens that go through the model.
@@ -74,7 +74,7 @@ class StepPlan:
         span: where decode rows lie, if they share nothing, are equally long and equally far apart, else `None`.
         order: `order[i]` is the row of query `i` where decode rows were permuted, else `None`.
         kv_len: the longest sequence after this pass, in tokens.
-        pins: blocks to unpin when the pass is done.
+        window: where `own` and `shared` leave out what lies outside this sliding window, else `None`: they hold all.
         prepared: what backends derive from the plan once and use in every layer.
     """
 
@@ -85,9 +85,9 @@ class StepPlan:
     shared: list[Piece]
     segments: list[Segment]
     kv_len: int
+    window: int | None = None
     span: RowSpan | None = None
     order: list[int] | None = None
-    pins: list[int] = field(default_factory=list)
     prepared: dict[Any, Any] = field(default_factory=dict)
 
 

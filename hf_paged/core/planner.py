@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.manager import BlockManager
+from hf_paged.core.chain import BlockChain, Run
+from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, row_span, strided_writes
-from hf_paged.core.table import BlockTable, Run
+from hf_paged.core.prefix import seen_from
+from hf_paged.core.table import BlockTable
 from hf_paged.core.trie import TrieNode, build_trie
 
 
@@ -18,7 +19,7 @@ class PackedPlan:
     """A pass over the distinct new tokens of several rows, in depth-first order of their trie.
 
     Attributes:
-        chunks: plans of successive forward passes, each over at most the chunk size of tokens.
+        chunks: successive forward passes, each over at most the chunk size of tokens: one plan a group.
         sources: `(row, start, stop)` stretches of the rows' new tokens whose concatenation is the packed input.
         ends: packed index behind each node's tokens.
         deepest: index of the last node of each row.
@@ -26,12 +27,12 @@ class PackedPlan:
         pins: blocks to unpin when the passes are done.
     """
 
-    chunks: list[StepPlan]
+    chunks: list[list[StepPlan]]
     sources: list[tuple[int, int, int]]
     ends: list[int]
     deepest: list[int]
     nodes: list[TrieNode]
-    pins: list[int]
+    pins: list[Pin]
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +56,7 @@ class _Stretch(NamedTuple):
     start: int
     run: Run
     kv_len: int
-    table: BlockTable
+    chain: BlockChain
     node: int
     copies: Sequence[Copy]
 
@@ -81,18 +82,19 @@ def plan_packed(
     behind each row. Raises `OutOfBlocks` and changes nothing where the pool cannot hold the new tokens.
     """
     with manager.lock:
-        pasts: dict[tuple[tuple[int, ...], int], int] = {}
-        keys = [pasts.setdefault((tuple(t.blocks), t.num_tokens), -1 - len(pasts)) for t in tables]
+        pasts: dict[Any, int] = {}
+        keys = [pasts.setdefault(_past(table), -1 - len(pasts)) for table in tables]
         nodes = build_trie([[key, *row] for key, row in zip(keys, tokens, strict=True)])
         bases = [table.num_tokens for table in tables]
         _check_room(manager, tables, nodes, bases)
 
-        stretches: list[_Stretch] = []
+        groups = range(len(manager.pools))
+        stretches: list[list[_Stretch]] = [[] for _ in groups]
         sources: list[tuple[int, int, int]] = []
         starts: list[int] = []
         ends: list[int] = []
         deepest = [0] * len(tables)
-        pins: list[int] = []
+        pins: list[Pin] = []
         at = 0
         for index, node in enumerate(nodes):
             owner = node.rows[0]
@@ -101,15 +103,14 @@ def plan_packed(
             if node.parent is not None and nodes[node.parent].rows[0] != owner:
                 pins += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
             room = len(tokens[owner]) - stop + room_tokens
-            copies, pinned = manager.append([table], stop - start, room, [tokens[owner][start:stop]])
-            pins += pinned
+            growth = manager.append([table], stop - start, room, [tokens[owner][start:stop]])
+            pins += growth.pins
             starts.append(at)
             if stop > start:
                 sources.append((owner, start, stop))
-            for run in _cut(table.runs(base + start, base + stop), at, chunk_tokens):
-                start += run.tokens
-                stretches.append(_Stretch(at, run, base + start, table, index, copies))
-                at, copies = at + run.tokens, []
+            for chain, copies, into in zip(table.chains, growth.copies, stretches, strict=True):
+                into += _stretches(chain, base + start, base + stop, at, chunk_tokens, index, copies)
+            at += stop - start
             ends.append(at)
             for row in node.rows:
                 deepest[row] = index
@@ -118,14 +119,45 @@ def plan_packed(
             if owner != row:
                 pins += manager.assign(tables[row], tables[owner], bases[row] + len(tokens[row]))
         tails = _subtree_ends(nodes, ends)
-        views = [
-            _View(starts[i], tails[i], tuple(tables[node.rows[0]].runs(0, bases[node.rows[0]])))
-            for i, node in enumerate(nodes)
-            if node.parent is None and bases[node.rows[0]]
-        ]
-        views += [_View(s.start + s.run.tokens, tails[s.node], (s.run,)) for s in stretches]
-    chunks = [_chunk_plan(stretches, views, lo, min(lo + chunk_tokens, at)) for lo in range(0, at, chunk_tokens)]
+        views = [_views(tables, nodes, bases, starts, tails, group, stretches[group]) for group in groups]
+    chunks = [
+        [_chunk_plan(stretches[group], views[group], lo, min(lo + chunk_tokens, at)) for group in groups]
+        for lo in range(0, at, chunk_tokens)
+    ]
     return PackedPlan(chunks, sources, ends, deepest, nodes, pins)
+
+
+def _past(table: BlockTable) -> Any:
+    """Equal for tables that hold the same tokens in the same blocks."""
+    return table.num_tokens, *(tuple(chain.blocks) for chain in table.chains)
+
+
+def _stretches(
+    chain: BlockChain, start: int, stop: int, at: int, chunk_tokens: int, node: int, copies: Sequence[Copy]
+) -> Iterator[_Stretch]:
+    """Tokens `[start, stop)` of a chain, the first of which is packed query `at`; copies go with the first stretch."""
+    for run in _cut(chain.runs(start, stop), at, chunk_tokens):
+        start += run.tokens
+        yield _Stretch(at, run, start, chain, node, copies)
+        at, copies = at + run.tokens, []
+
+
+def _views(
+    tables: Sequence[BlockTable],
+    nodes: Sequence[TrieNode],
+    bases: Sequence[int],
+    starts: Sequence[int],
+    tails: Sequence[int],
+    group: int,
+    stretches: Sequence[_Stretch],
+) -> list[_View]:
+    """What the nodes' pasts, as far as they are kept, and each stretch show to the queries behind them."""
+    views = []
+    for index, node in enumerate(nodes):
+        chain, base = tables[node.rows[0]].chains[group], bases[node.rows[0]]
+        if node.parent is None and base:
+            views.append(_View(starts[index], tails[index], tuple(chain.runs(min(chain.first_token, base), base))))
+    return views + [_View(s.start + s.run.tokens, tails[s.node], (s.run,)) for s in stretches]
 
 
 def _check_room(
@@ -146,8 +178,7 @@ def _check_room(
             needed += manager.blocks_needed(tables[owner], stop - start)
         else:
             needed += shape.blocks_for(stop) - (shape.blocks_for(start) if in_place else shape.whole_blocks(start))
-    if needed > manager.pool.available:
-        raise OutOfBlocks(needed, manager.pool.available)
+    manager.check_room(needed)
 
 
 def _cut(runs: Iterable[Run], at: int, chunk_tokens: int) -> Iterator[Run]:
@@ -184,7 +215,7 @@ def _chunk_plan(stretches: Sequence[_Stretch], views: Sequence[_View], lo: int, 
         copies=[copy for s in inside for copy in s.copies],
         own=own,
         shared=shared,
-        segments=[Segment(s.table, s.start - lo, s.run.tokens, s.kv_len) for s in inside],
+        segments=[Segment(s.chain, s.start - lo, s.run.tokens, s.kv_len) for s in inside],
         kv_len=max(s.kv_len for s in inside),
     )
 
@@ -194,50 +225,71 @@ def plan_decode(
     tables: Sequence[BlockTable],
     tokens: Sequence[Sequence[int]] | None = None,
     room_tokens: int = 0,
-) -> StepPlan:
+) -> tuple[list[StepPlan], list[Pin]]:
     """Append one token to every table, `tokens[row][0]` if it is known: one query a row.
 
-    Raises `OutOfBlocks` and changes nothing.
+    Returns a plan for each group, and the blocks to unpin when the pass is done. Raises `OutOfBlocks` and changes
+    nothing.
     """
-    copies, pins = manager.append(tables, 1, room_tokens, tokens, may_part=True)
-    order, own, shared = _decode_pieces(tables)
+    growth = manager.append(tables, 1, room_tokens, tokens, may_part=True)
+    plans = [
+        _decode_plan(tables, group, window, copies)
+        for group, (window, copies) in enumerate(zip(manager.windows, growth.copies, strict=True))
+    ]
+    return plans, growth.pins
+
+
+def _decode_plan(tables: Sequence[BlockTable], group: int, window: int | None, copies: list[Copy]) -> StepPlan:
+    kv_len = max(table.num_tokens for table in tables)
+    if window is not None and kv_len <= window:
+        window = None
+    order, own, shared = _decode_pieces(tables, group, window)
     rows = range(len(tables)) if order is None else order
     return StepPlan(
         num_queries=len(tables),
-        writes=strided_writes([table.slot(table.num_tokens - 1) for table in tables]),
+        writes=strided_writes([table.chains[group].slot(table.num_tokens - 1) for table in tables]),
         copies=copies,
         own=own,
         shared=shared,
-        segments=[Segment(tables[row], query, 1, tables[row].num_tokens) for query, row in enumerate(rows)],
-        kv_len=max(table.num_tokens for table in tables),
+        segments=[
+            Segment(tables[row].chains[group], query, 1, tables[row].num_tokens) for query, row in enumerate(rows)
+        ],
+        kv_len=kv_len,
+        window=window,
         span=None if shared or copies else row_span([piece.runs[0] for piece in own]),
         order=order,
-        pins=pins,
     )
 
 
-def _decode_pieces(tables: Sequence[BlockTable]) -> tuple[list[int] | None, list[Piece], list[Piece]]:
+def _decode_pieces(
+    tables: Sequence[BlockTable], group: int, window: int | None
+) -> tuple[list[int] | None, list[Piece], list[Piece]]:
     """Pieces of one query a row, and the order of the rows that makes the sharing rows neighbours."""
-    order, prefixes = None, [0] * len(tables)
-    shared: list[Piece] = []
-    if len({table.blocks[0] for table in tables}) < len(tables):
-        nodes = build_trie([table.blocks for table in tables])
+    chains = [table.chains[group] for table in tables]
+    starts = [seen_from(table.num_tokens - 1, window) for table in tables]  # the newest token is there already
+    order, shared = None, []
+    firsts = [table.whole_blocks(start) for table, start in zip(tables, starts, strict=True)]
+    if len({chain.blocks[first] for chain, first in zip(chains, firsts, strict=True)}) < len(tables):
+        # Rows whose windows begin at different tokens cannot share what they see.
+        seen = [[start, *chain.blocks[first:]] for start, chain, first in zip(starts, chains, firsts, strict=True)]
+        nodes = build_trie(seen)
         order = _leaf_order(nodes, len(tables))
         query = {row: i for i, row in enumerate(order)}
         for node in nodes:
             if len(node.rows) > 1:
                 first = min(query[row] for row in node.rows)
                 # Rows that left a block at different tokens share what the first of them to leave has seen.
-                stop = min(tables[row].block_start(node.stop) for row in node.rows)
-                runs = tuple(tables[node.rows[0]].runs(prefixes[node.rows[0]], stop))
-                shared.append(Piece(first, first + len(node.rows), runs, False))
-                for row in node.rows:
-                    prefixes[row] = stop
+                stop = min(tables[row].block_start(firsts[row] + node.stop - 1) for row in node.rows)
+                runs = tuple(chains[node.rows[0]].runs(starts[node.rows[0]], stop))
+                if runs:
+                    shared.append(Piece(first, first + len(node.rows), runs, False))
+                    for row in node.rows:
+                        starts[row] = stop
         if order == list(range(len(tables))):
             order = None
     own: list[Piece] = []
     for query_index, row in enumerate(order or range(len(tables))):
-        *earlier, last = tables[row].runs(prefixes[row], tables[row].num_tokens)
+        *earlier, last = chains[row].runs(starts[row], tables[row].num_tokens)
         own.append(Piece(query_index, query_index + 1, (last,), False))
         if earlier:
             shared.append(Piece(query_index, query_index + 1, tuple(earlier), False))

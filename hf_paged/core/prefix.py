@@ -1,8 +1,9 @@
-"""The prefix index: which block holds the KV of which tokens after which tokens.
+"""The prefix index: which blocks hold the KV of which tokens after which tokens.
 
 A block's key is a chained hash, `blake2b(parent key, token ids)`, that begins at a root which stands for everything
 else that K and V depend on (weights, adapters, salt: `identity.py`). Equal keys therefore mean equal content, whoever
-computed it. A look-up walks down from the root, so a block counts only as long as its ancestors do.
+computed it. Layers that keep all tokens must have the blocks of the whole prefix; layers of a window only those that
+the next token's window reaches into.
 
     root ──▶ [t0 … t15] ──▶ [t16 … t31] ──▶ [t32 … t38]        the end of a sequence may fill its block in part
                        └──▶ [t16 … t20, u … ]                  another sequence, which parts inside a block
@@ -10,13 +11,16 @@ computed it. A look-up walks down from the root, so a block counts only as long 
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from typing import NamedTuple
+
+from hf_paged.core.blocks import NULL_BLOCK
 
 KEY_BYTES = 32
 # Token ids are hashed as unsigned ints of this width; a number that does not fit is no plain token.
@@ -47,14 +51,17 @@ def root_key(identity: bytes, salt: str | None) -> bytes:
     return blake2b(len(identity).to_bytes(8, "little") + identity + typed, digest_size=KEY_BYTES).digest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """One indexed block: `tokens` are packed and fill it, or its beginning."""
+    """What one block holds: `tokens` are packed and fill it, or its beginning.
 
-    block: int
+    `blocks` has one id for each group of layers, the null block where that group's has been given up.
+    """
+
     key: bytes
     parent: bytes
     tokens: bytes
+    blocks: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -63,26 +70,43 @@ class Entry:
 
 
 class Match(NamedTuple):
-    """The first `num_tokens` tokens of a prompt lie in `blocks`; `keys` are those of the blocks that match whole.
+    """The first `num_tokens` tokens of a prompt lie in `blocks`, for each group of layers one list.
 
+    Null blocks stand for those that lie outside a group's window. `keys` are those of the blocks that match whole.
     Behind block number `seam_blocks`, if that is not 0, the sequence goes on although the block is not full.
     """
 
-    blocks: list[int]
+    blocks: list[list[int]]
     keys: list[bytes]
     num_tokens: int
     seam_blocks: int = 0
     seam_tokens: int = 0
 
 
-class PrefixIndex:
-    """Content key to block. Knows nothing of references; the manager tells it which blocks are gone."""
+class _Hop(NamedTuple):
+    """One block on the way down a prompt: its key, its entry if there is one, and the prompt's tokens up to its end."""
 
-    def __init__(self, block_size: int):
+    key: bytes
+    entry: Entry | None
+    stop: int
+    is_whole: bool = True
+
+
+class PrefixIndex:
+    """Content key to blocks. Knows nothing of references; the manager tells it which blocks are gone.
+
+    Args:
+        block_size: tokens per block.
+        windows: of each group of layers the sliding window in tokens, `None` where they keep all tokens.
+    """
+
+    def __init__(self, block_size: int, windows: Sequence[int | None] = (None,)):
         self.block_size = block_size
         self.full_bytes = block_size * _TOKEN_BYTES  # packed tokens of a full block
+        self._windows = tuple(windows)
+        self._keeps_all = None in self._windows
         self._entries: dict[bytes, Entry] = {}
-        self._by_block: dict[int, Entry] = {}
+        self.by_block: list[dict[int, Entry]] = [{} for _ in windows]  # of each group
         # By parent and first token, oldest first.
         self._children: dict[tuple[bytes, bytes], dict[bytes, Entry]] = {}
         self._parents: Counter[bytes] = Counter()  # how many entries follow each
@@ -90,23 +114,16 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._by_block
-
-    def block_of(self, key: bytes) -> int | None:
-        """The block with that key."""
+    def blocks_of(self, key: bytes) -> list[int] | None:
+        """The blocks with that key, one a group."""
         entry = self._entries.get(key)
-        return None if entry is None else entry.block
+        return None if entry is None else entry.blocks
 
-    def tokens_in(self, block: int) -> int:
-        """How many of the block's first tokens are indexed."""
-        entry = self._by_block.get(block)
-        return 0 if entry is None else entry.num_tokens
-
-    def is_followed(self, block: int) -> bool:
-        """Whether blocks are indexed behind this one."""
-        entry = self._by_block.get(block)
-        return entry is not None and entry.key in self._parents
+    def is_fixed(self, group: int, block: int, num_tokens: int) -> bool:
+        """Whether a block may not get more than its first `num_tokens` tokens, because others may find it."""
+        entry = self.by_block[group].get(block)
+        # One that others follow is a seam of theirs, which it stays only as it is.
+        return entry is not None and (entry.num_tokens > num_tokens or entry.key in self._parents)
 
     def below(self, root: bytes) -> list[Entry]:
         """All entries that can be reached from `root`, parents before their children."""
@@ -118,91 +135,138 @@ class PrefixIndex:
             found += children.get(entry.key, ())
         return found
 
-    def match(self, root: bytes, tokens: Sequence[int], limit: int) -> Match:
-        """The longest indexed prefix of `tokens`, at most `limit` tokens; the last block may be used in part."""
-        packed = pack_tokens(tokens[: max(limit, 0)])
-        plain = self._walk(root, packed, 0)
-        key, at = (plain.keys[-1], len(plain.keys) * self.full_bytes) if plain.keys else (root, 0)
-        short = self._seam_behind(key, packed[at:])
-        if short is None:
-            return plain
-        rest = self._walk(short.key, packed, at + len(short.tokens))
-        if rest.num_tokens <= plain.num_tokens:
-            return plain
-        blocks = [*plain.blocks[: len(plain.keys)], short.block]
-        seam_tokens = at // _TOKEN_BYTES + short.num_tokens
-        return Match(
-            [*blocks, *rest.blocks], [*plain.keys, short.key, *rest.keys], rest.num_tokens, len(blocks), seam_tokens
-        )
+    # -- looking up ----------------------------------------------------------------------------------------------
 
-    def _walk(self, key: bytes, packed: bytes, at: int) -> Match:
-        """Full blocks behind `key` that hold `packed` from byte `at` on, and the head of one more."""
+    def match(self, root: bytes, tokens: Sequence[int], limit: int) -> Match:
+        """The longest usable prefix of `tokens`, at most `limit` tokens; the last block may be used in part."""
+        packed = pack_tokens(tokens[: max(limit, 0)])
+        hops = self._walk(root, packed, 0)
+        plain = self._usable(hops)
+        whole = [hop for hop in hops if hop.is_whole]
+        key, at = (whole[-1].key, whole[-1].stop * _TOKEN_BYTES) if whole else (root, 0)
+        short = self._seam_behind(key, packed[at:])
+        if short is not None:
+            stop = at + len(short.tokens)
+            seam = _Hop(short.key, short, stop // _TOKEN_BYTES)
+            seamed = self._usable([*whole, seam, *self._walk(short.key, packed, stop)])
+            if _stop(seamed) > _stop(plain):
+                return self._match(seamed, len(whole) + 1)
+        return self._match(plain)
+
+    def _match(self, hops: Sequence[_Hop], seam_blocks: int = 0) -> Match:
+        num_tokens = _stop(hops)
+        blocks = []
+        for group, window in enumerate(self._windows):
+            first = seen_from(num_tokens, window)
+            blocks.append([hop.entry.blocks[group] if hop.stop > first else NULL_BLOCK for hop in hops])
+        keys = [hop.key for hop in hops if hop.is_whole]
+        return Match(blocks, keys, num_tokens, seam_blocks, hops[seam_blocks - 1].stop if seam_blocks else 0)
+
+    def _walk(self, key: bytes, packed: bytes, at: int) -> list[_Hop]:
+        """The blocks behind `key` that hold `packed` from byte `at` on, as far as any is indexed, and the head of one.
+
+        Where all layers have a window, blocks on the way may be missing.
+        """
         width = self.full_bytes
-        blocks: list[int] = []
-        keys: list[bytes] = []
+        hops: list[_Hop] = []
+        known, last = 0, (key, at)
         while at + width <= len(packed):
-            child = chain_key(key, packed[at : at + width])
-            entry = self._entries.get(child)
-            if entry is None:
+            key = chain_key(key, packed[at : at + width])
+            entry = self._entries.get(key)
+            if entry is None and self._keeps_all:
                 break
-            blocks.append(entry.block)
-            keys.append(child)
-            key, at = child, at + width
-        part = self._best_part(key, packed[at : at + width])
+            at += width
+            hops.append(_Hop(key, entry, at // _TOKEN_BYTES))
+            if entry is not None:
+                known, last = len(hops), (key, at)
+        del hops[known:]
+        key, at = last
+        part, common = self._best_part(key, packed[at : at + width])
         if part is not None:
-            blocks.append(part[0])
-            at += part[1] * _TOKEN_BYTES
-        return Match(blocks, keys, at // _TOKEN_BYTES)
+            hops.append(_Hop(part.key, part, at // _TOKEN_BYTES + common, False))
+        return hops
+
+    def _usable(self, hops: Sequence[_Hop]) -> Sequence[_Hop]:
+        """The longest beginning of `hops` that has the blocks which the token behind it will look at."""
+        if all(hop.entry is not None and NULL_BLOCK not in hop.entry.blocks for hop in hops):
+            return hops
+        usable = 0
+        held_from = [0] * len(self._windows)  # each group has the tokens from there on without a gap
+        for count, hop in enumerate(hops, start=1):
+            for group in range(len(self._windows)):
+                if hop.entry is None or hop.entry.blocks[group] == NULL_BLOCK:
+                    held_from[group] = hop.stop
+            if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self._windows))):
+                usable = count
+        return hops[:usable]
 
     def _seam_behind(self, parent: bytes, packed: bytes) -> Entry | None:
         """A partly filled block behind `parent` that `packed` begins with, and behind which others are indexed."""
-        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {})
         fitting = [
             entry
-            for entry in islice(reversed(siblings.values()), _MAX_COMPARED)
+            for entry in self._siblings(parent, packed)
             if len(entry.tokens) < self.full_bytes and entry.key in self._parents and packed.startswith(entry.tokens)
         ]
         return max(fitting, key=lambda entry: len(entry.tokens), default=None)
 
-    def _best_part(self, parent: bytes, packed: bytes) -> tuple[int, int] | None:
-        """The child block that begins most like `packed`, and how many tokens they have in common."""
-        siblings = self._children.get((parent, packed[:_TOKEN_BYTES])) if packed else None
-        if not siblings:
-            return None
-        best = max(
-            islice(reversed(siblings.values()), _MAX_COMPARED),
-            key=lambda entry: _common_tokens(entry.tokens, packed),
-        )
-        return best.block, _common_tokens(best.tokens, packed)
+    def _best_part(self, parent: bytes, packed: bytes) -> tuple[Entry | None, int]:
+        """The block behind `parent` that begins most like `packed`, and how many tokens they have in common."""
+        whole = [entry for entry in self._siblings(parent, packed) if NULL_BLOCK not in entry.blocks]
+        best = max(whole, key=lambda entry: _common_tokens(entry.tokens, packed), default=None)
+        return best, 0 if best is None else _common_tokens(best.tokens, packed)
 
-    def add(self, parent: bytes, packed: bytes, block: int) -> bytes:
-        """Index `block` as the one that holds these tokens behind `parent`; the first one stays. Returns the key."""
+    def _siblings(self, parent: bytes, packed: bytes) -> Iterable[Entry]:
+        """Entries behind `parent` that begin with the first token of `packed`, the newest ones first."""
+        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {}) if packed else {}
+        return islice(reversed(siblings.values()), _MAX_COMPARED)
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    def add(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
+        """Index `blocks`, one a group, as those that hold these tokens behind `parent`; returns the key.
+
+        Where a group has a block for them already, or the block is indexed for others, nothing changes there; null
+        blocks are passed over.
+        """
         key = chain_key(parent, packed)
-        if key not in self._entries and block not in self._by_block:
-            entry = Entry(block, key, parent, packed)
-            self._entries[key] = self._by_block[block] = entry
+        entry = self._entries.get(key) or Entry(key, parent, packed, [NULL_BLOCK] * len(blocks))
+        for group, block in enumerate(blocks):
+            if block and not entry.blocks[group] and block not in self.by_block[group]:
+                entry.blocks[group] = block
+                self.by_block[group][block] = entry
+        if key not in self._entries and any(entry.blocks):
+            self._entries[key] = entry
             self._children.setdefault((parent, packed[:_TOKEN_BYTES]), {})[key] = entry
             self._parents[parent] += 1
         return key
 
-    def is_covered(self, parent: bytes, packed: bytes) -> bool:
-        """Whether a block behind `parent` begins with these tokens."""
-        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {})
-        return any(entry.tokens.startswith(packed) for entry in islice(reversed(siblings.values()), _MAX_COMPARED))
+    def lacks(self, key: bytes, blocks: Sequence[int]) -> bool:
+        """Whether one of `blocks`, null blocks apart, could be added to those with that key."""
+        entry = self._entries.get(key)
+        return entry is None or any(block and not known for block, known in zip(blocks, entry.blocks, strict=True))
 
-    def covered_by(self, parent: bytes, packed: bytes) -> list[int]:
-        """Blocks behind `parent` that hold a proper beginning of these tokens, and that nothing follows."""
-        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {})
+    def is_covered(self, parent: bytes, packed: bytes) -> bool:
+        """Whether blocks behind `parent` begin with these tokens, in every group."""
+        return any(
+            entry.tokens.startswith(packed) and NULL_BLOCK not in entry.blocks
+            for entry in self._siblings(parent, packed)
+        )
+
+    def covered_by(self, parent: bytes, packed: bytes) -> list[Entry]:
+        """Entries behind `parent` that hold a proper beginning of these tokens, and that nothing follows."""
         return [
-            entry.block
-            for entry in islice(reversed(siblings.values()), _MAX_COMPARED)
+            entry
+            for entry in self._siblings(parent, packed)
             if len(entry.tokens) < len(packed) and packed.startswith(entry.tokens) and entry.key not in self._parents
         ]
 
-    def forget(self, block: int) -> None:
+    def forget(self, group: int, block: int) -> None:
         """The block no longer holds what it was indexed for; harmless where it was not."""
-        entry = self._by_block.pop(block, None)
+        entry = self.by_block[group].pop(block, None)
         if entry is None:
+            return
+        entry.blocks[group] = NULL_BLOCK
+        if any(entry.blocks):
             return
         del self._entries[entry.key]
         self._parents[entry.parent] -= 1
@@ -217,20 +281,34 @@ class PrefixIndex:
     def clear(self) -> None:
         """Forget every block."""
         self._entries.clear()
-        self._by_block.clear()
+        for known in self.by_block:
+            known.clear()
         self._children.clear()
         self._parents.clear()
 
     def check_integrity(self) -> None:
-        """Prove that the three views of the entries agree."""
-        assert {entry.block: entry for entry in self._entries.values()} == self._by_block
+        """Prove that the views of the entries agree."""
+        for group, known in enumerate(self.by_block):
+            held = {entry.blocks[group]: entry for entry in self._entries.values() if entry.blocks[group]}
+            assert held == known, "entries disagree with the blocks"
         listed = {key: entry for siblings in self._children.values() for key, entry in siblings.items()}
         assert listed == self._entries, "children disagree with the entries"
         assert all(self._children.values()), "an empty list of children was kept"
         assert self._parents == Counter(entry.parent for entry in self._entries.values())
         for entry in self._entries.values():
+            assert any(entry.blocks), "an entry without a block was kept"
             assert entry.key == chain_key(entry.parent, entry.tokens)
             assert 0 < entry.num_tokens <= self.block_size
+
+
+def _stop(hops: Sequence[_Hop]) -> int:
+    """Tokens up to the end of the last hop."""
+    return hops[-1].stop if hops else 0
+
+
+def seen_from(num_tokens: int, window: int | None) -> int:
+    """The first of `num_tokens` tokens that the next one looks at."""
+    return 0 if window is None else max(0, num_tokens - window + 1)
 
 
 def _common_tokens(a: bytes, b: bytes) -> int:

@@ -12,23 +12,26 @@ from hf_paged.core.table import BlockTable
 
 
 class Walk:
-    """Some rows, the tokens each must hold, and a memory of one token per slot that plans are run against."""
+    """Some rows, the tokens each must hold, and a memory of one token per slot that plans are run against.
 
-    def __init__(self, rng: random.Random, num_blocks: int):
-        self.rng = rng
-        self.manager = BlockManager(num_blocks, rng.choice([1, 2, 4]))
+    Each group of layers, of the `windows` given, has a memory and plans of its own.
+    """
+
+    def __init__(self, rng: random.Random, num_blocks: int, windows: tuple[int | None, ...]):
+        self.rng, self.windows = rng, windows
+        self.manager = BlockManager(num_blocks, rng.choice([1, 2, 4]), windows)
         self.tables = [self.manager.new_table() for _ in range(rng.randint(1, 5))]
         self.content: list[list[int]] = [[] for _ in self.tables]
-        self.memory: dict[int, int] = {}
+        self.memories: list[dict[int, int]] = [{} for _ in windows]
 
-    def run(self, plan: StepPlan, inputs: list[int]) -> dict[int, list[int]]:
+    def run(self, plan: StepPlan, memory: dict[int, int], inputs: list[int]) -> dict[int, list[int]]:
         """Write and copy as the plan says; returns the slots that each query sees."""
         for write in plan.writes:
             for i in range(write.tokens):
-                self.memory[write.slot + i * write.step] = inputs[write.source + i]
+                memory[write.slot + i * write.step] = inputs[write.source + i]
         for copy in plan.copies:
             for i in range(copy.tokens):
-                self.memory[copy.target + i] = self.memory[copy.source + i]
+                memory[copy.target + i] = memory[copy.source + i]
         seen: dict[int, list[int]] = {query: [] for query in range(plan.num_queries)}
         for piece in plan.own + plan.shared:
             slots = [run.slot + i for run in piece.runs for i in range(run.tokens)]
@@ -41,33 +44,47 @@ class Walk:
         tokens = [[rng.randint(0, 1) for _ in range(rng.randint(1, 9))] for _ in self.tables]
         plan = plan_packed(self.manager, self.tables, tokens, rng.choice([3, 5, 100]), rng.choice([0, 4]))
         flat = [token for row, start, stop in plan.sources for token in tokens[row][start:stop]]
-        assert len(flat) == plan.num_tokens == sum(chunk.num_queries for chunk in plan.chunks)
+        assert len(flat) == plan.num_tokens == sum(chunk[0].num_queries for chunk in plan.chunks)
         done = 0
         for chunk in plan.chunks:
-            seen = self.run(chunk, flat[done : done + chunk.num_queries])
-            for segment in chunk.segments:
-                for i in range(segment.length):
-                    visible = segment.kv_len - segment.length + i + 1
-                    expected = sorted(self.memory[segment.table.slot(t)] for t in range(visible))
-                    assert sorted(self.memory[slot] for slot in seen[segment.start + i]) == expected
-            done += chunk.num_queries
+            inputs = flat[done : done + chunk[0].num_queries]
+            for part, memory, window in zip(chunk, self.memories, self.windows, strict=True):
+                self.check_segments(part, memory, window, self.run(part, memory, inputs))
+            done += len(inputs)
         self.manager.check_integrity()
         self.manager.unpin(plan.pins)
         for row, new in enumerate(tokens):
             assert [flat[plan.packed_index(row, i)] for i in range(len(new))] == new
             self.content[row] += new
 
+    def check_segments(self, plan, memory, window, seen) -> None:
+        """Segments reach every token that a query sees; without a window pieces hold just these."""
+        for segment in plan.segments:
+            for i in range(segment.length):
+                visible = segment.kv_len - segment.length + i + 1
+                first = 0 if window is None else max(0, visible - window)
+                expected = sorted(memory[segment.chain.slot(t)] for t in range(first, visible))
+                runs = segment.chain.runs(first, visible)
+                assert sorted(memory[run.slot + j] for run in runs for j in range(run.tokens)) == expected
+                if window is None:
+                    assert sorted(memory[slot] for slot in seen[segment.start + i]) == expected
+
     def decode(self) -> None:
         if not all(self.content):
             return
-        plan = plan_decode(self.manager, self.tables, room_tokens=self.rng.choice([0, 4]))
+        plans, pins = plan_decode(self.manager, self.tables, room_tokens=self.rng.choice([0, 4]))
         inputs = [self.rng.randint(0, 9) for _ in self.tables]
-        seen = self.run(plan, inputs)
-        self.manager.unpin(plan.pins)
+        seen = [self.run(plan, memory, inputs) for plan, memory in zip(plans, self.memories, strict=True)]
+        self.manager.unpin(pins)
         for row, token in enumerate(inputs):
             self.content[row].append(token)
-        for query, row in enumerate(plan.order or range(len(self.tables))):
-            assert sorted(self.memory[slot] for slot in seen[query]) == sorted(self.content[row])
+        for group, (plan, window) in enumerate(zip(plans, self.windows, strict=True)):
+            for query, row in enumerate(plan.order or range(len(self.tables))):
+                visible = self.content[row] if window is None else self.content[row][-window:]
+                assert sorted(self.memories[group][slot] for slot in seen[group][query]) == sorted(visible)
+
+    def trim(self) -> None:
+        self.manager.trim(self.tables)
 
     def reorder(self) -> None:
         rows = [self.rng.randrange(len(self.tables)) for _ in self.tables]
@@ -75,7 +92,7 @@ class Walk:
 
     def crop(self) -> None:
         for row, table in enumerate(self.tables):
-            keep = self.rng.randint(0, table.num_tokens)
+            keep = self.rng.choice([n for n in range(table.num_tokens + 1) if self.manager.reaches(table, n)])
             self.manager.crop(table, keep)
             del self.content[row][keep:]
 
@@ -87,29 +104,36 @@ class Walk:
     def check(self) -> None:
         self.manager.check_integrity()
         for table, content in zip(self.tables, self.content, strict=True):
-            assert [self.memory[table.slot(i)] for i in range(table.num_tokens)] == content
+            for chain, memory in zip(table.chains, self.memories, strict=True):
+                held = range(chain.first_token, table.num_tokens)
+                assert [memory[chain.slot(i)] for i in held] == content[chain.first_token :]
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_every_query_sees_its_own_past_and_nothing_else(seed):
-    walk = Walk(random.Random(seed), num_blocks=400)
+GROUPS = {"all tokens": (None,), "a window": (5,), "mixed": (None, 3, 8)}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("seed", range(80))
+def test_every_query_sees_its_own_past_and_nothing_else(seed, groups):
+    walk = Walk(random.Random(seed), 400, GROUPS[groups])
     for _ in range(8):
-        walk.rng.choice([walk.packed, walk.decode, walk.decode, walk.reorder, walk.crop])()
+        walk.rng.choice([walk.packed, walk.decode, walk.decode, walk.reorder, walk.crop, walk.trim])()
         walk.check()
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_a_pass_that_does_not_fit_changes_nothing(seed):
-    walk = Walk(random.Random(seed), num_blocks=12)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("seed", range(60))
+def test_a_pass_that_does_not_fit_changes_nothing(seed, groups):
+    walk = Walk(random.Random(seed), 12, GROUPS[groups])
     for _ in range(8):
         operation = walk.rng.choice([walk.packed, walk.packed, walk.decode, walk.reorder])
-        before = [(list(table.blocks), table.num_tokens) for table in walk.tables]
+        before = [([list(chain.blocks) for chain in table.chains], table.num_tokens) for table in walk.tables]
         try:
             operation()
         except OutOfBlocks:
-            assert before == [(table.blocks, table.num_tokens) for table in walk.tables]
+            assert before == [([chain.blocks for chain in table.chains], table.num_tokens) for table in walk.tables]
         walk.check()
     for table in walk.tables:
         walk.manager.free(table)
     walk.manager.check_integrity()
-    assert walk.manager.pool.in_use == 0
+    assert walk.manager.in_use == 0

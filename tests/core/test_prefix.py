@@ -64,9 +64,9 @@ def test_a_tail_is_found_only_where_it_was_indexed(manager):
 def test_a_longer_tail_takes_the_place_of_a_shorter_one(manager):
     leave(manager, A[:2])
     leave(manager, A[:3])
-    assert (manager.pool.cached, len(manager.index)) == (1, 1)
+    assert (manager.cached, len(manager.index)) == (1, 1)
     leave(manager, A[:2])
-    assert (manager.pool.cached, len(manager.index)) == (1, 1)
+    assert (manager.cached, len(manager.index)) == (1, 1)
 
 
 def test_roots_do_not_see_each_other(manager):
@@ -92,7 +92,7 @@ def test_samples_that_part_behind_a_tail_are_found_again(manager):
     manager.append([first], 6, 0, [A[:6]])
     second = manager.fork(first)
     copies, pins = manager.append([first, second], 3, 0, [[1, 2, 3], [4, 5, 6]], may_part=True)
-    assert (copies, pins, manager.pool.in_use) == ([], [], 4)
+    assert (copies, pins, manager.in_use) == ([[]], [], 4)
     for table in (first, second):
         manager.index_table(table, with_tail=True)
         manager.free(table)
@@ -107,11 +107,11 @@ def test_least_recently_used_first_and_ends_before_roots(manager):
     leave(manager, [*A, *B])
     leave(manager, [*B, *A])
     leave(manager, A)  # used again, its end is not
-    manager.pool.evict(1)
+    manager.budget.evict(1)
     assert [manager.index.match(ROOT, tokens, 12).num_tokens for tokens in ([*A, *B], [*B, *A])] == [8, 12]
-    manager.pool.evict(2)
+    manager.budget.evict(2)
     assert [manager.index.match(ROOT, tokens, 12).num_tokens for tokens in ([*A, *B], [*B, *A])] == [8, 4]
-    manager.pool.evict(2)
+    manager.budget.evict(2)
     assert [manager.index.match(ROOT, tokens, 12).num_tokens for tokens in ([*A, *B], [*B, *A])] == [4, 0]
 
 
@@ -124,8 +124,8 @@ def test_a_root_that_another_computed_too_outlives_its_ends(manager):
         manager.index_table(table, with_tail=True)
     manager.free(short)
     manager.free(long)
-    assert manager.pool.cached == 3
-    manager.pool.evict(1)
+    assert manager.cached == 3
+    manager.budget.evict(1)
     assert leave(manager, [*A, *B]) == 8
 
 
@@ -135,14 +135,14 @@ def test_blocks_in_use_are_never_given_up(manager):
     assert manager.match(table, A, 8) == 8
     other = manager.new_table(ROOT)
     manager.append([other], 17 * 4, 0, [list(range(17 * 4))])
-    assert manager.pool.evicted == 0
-    assert [manager.pool.references(block) for block in table.blocks] == [1, 1]
+    assert manager.evicted == 0
+    assert [manager.pools[0].references(block) for block in table.chains[0].blocks] == [1, 1]
 
 
 def test_below_lists_parents_first_and_nothing_of_other_roots():
     index = PrefixIndex(4)
     parent = ROOT
     for block, packed in enumerate((b"a" * 16, b"b" * 16, b"c" * 8), start=1):
-        parent = index.add(parent, packed, block)
-    index.add(root_key(b"model", "salt"), b"a" * 16, 9)
-    assert [entry.block for entry in index.below(ROOT)] == [1, 2, 3]
+        parent = index.add(parent, packed, [block])
+    index.add(root_key(b"model", "salt"), b"a" * 16, [9])
+    assert [entry.blocks for entry in index.below(ROOT)] == [[1], [2], [3]]

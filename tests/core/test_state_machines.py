@@ -98,15 +98,20 @@ class ManagerMachine(RuleBasedStateMachine):
     """Tables against lists of tokens; what a slot of the memory holds depends on the tokens before it, as KV does.
 
     Token ids are few, so that sequences meet in the prefix index; numbers that are no ids stand for what ids do not
-    describe.
+    describe. Layers form the groups that `WINDOWS` says; a budget of `BUDGET` is for all of them, of which a block of
+    each takes as much as `COSTS` says.
     """
+
+    WINDOWS: tuple = (None,)
+    COSTS: tuple = (1,)
+    BUDGET = 17
 
     tables = Bundle("tables")
 
     def __init__(self):
         super().__init__()
-        self.manager = BlockManager(num_blocks=17, block_size=4)
-        self.memory: dict[int, tuple] = {}
+        self.manager = BlockManager(17, 4, self.WINDOWS, self.COSTS, self.BUDGET)
+        self.memory: list[dict[int, tuple]] = [{} for _ in self.WINDOWS]
         self.content: dict[int, list[int]] = {}
         self.origin: dict[int, bytes] = {}
         self.live: dict[int, object] = {}
@@ -148,6 +153,15 @@ class ManagerMachine(RuleBasedStateMachine):
         if id(table) in self.live:
             self.manager.index_table(table, with_tail)
 
+    @rule(tables=st.lists(tables, min_size=1, max_size=4, unique_by=id))
+    def trim(self, tables):
+        tables = [table for table in tables if id(table) in self.live]
+        self.manager.trim(tables)
+        for table in tables:
+            for chain, window in zip(table.chains, self.WINDOWS, strict=True):
+                if window is not None:
+                    assert len(chain.held) <= 2 + window // 4 + (table.seam_blocks > 0)
+
     @rule(table=tables, count=st.integers(1, 9), data=st.data())
     def go_back_and_on(self, table, count, data):
         """As assisted decoding does, with everything indexed on the way."""
@@ -165,20 +179,20 @@ class ManagerMachine(RuleBasedStateMachine):
         """Whatever was just indexed is found as far as it goes."""
         if id(table) in self.live and table.root is not None:
             self.manager.index_table(table, True)
-            blocks, _, num_tokens, *_ = self.manager.index.match(table.root, table.tokens, table.num_tokens)
-            assert num_tokens == table.num_tokens
-            assert len(blocks) == len(table.blocks)
+            found = self.manager.index.match(table.root, table.tokens, table.num_tokens)
+            assert found.num_tokens == table.num_tokens
+            assert {len(blocks) for blocks in found.blocks} == {table.num_blocks}
 
     @rule()
     def forget(self):
         self.manager.forget_prefixes()
-        assert self.manager.pool.cached == 0
+        assert self.manager.cached == 0
 
     @rule(target=tables, source=tables, data=st.data())
     def fork(self, source, data):
         if id(source) not in self.live:
             return multiple()
-        keep = data.draw(st.integers(0, source.num_tokens))
+        keep = self._length_to_keep(source, data)
         return self._add(self.manager.fork(source, keep), self.content[id(source)][:keep], self.origin[id(source)])
 
     @rule(
@@ -201,22 +215,24 @@ class ManagerMachine(RuleBasedStateMachine):
         self._append_tokens(sources, tokens, room, tokens if known or count % 2 else None, may_part)
 
     def _append_tokens(self, sources, tokens, room, told, may_part=False):
-        before = [(list(table.blocks), table.num_tokens, table.root) for table in sources]
+        before = [self._state(table) for table in sources]
         try:
             copies, pins = self.manager.append(sources, [len(new) for new in tokens], room, told, may_part)
         except OutOfBlocks:
-            assert before == [(table.blocks, table.num_tokens, table.root) for table in sources], "refused, yet changed"
+            assert before == [self._state(table) for table in sources], "refused, yet changed"
             return
         for table, new in zip(sources, tokens, strict=True):
             content = self.content[id(table)]
             for token in new:
                 content.append(token)
-                self.memory[table.slot(len(content) - 1)] = (self.origin[id(table)], *content)
-        for copy in copies:
-            for i in range(copy.tokens):
-                self.memory[copy.target + i] = self.memory[copy.source + i]
+                for chain, memory in zip(table.chains, self.memory, strict=True):
+                    memory[chain.slot(len(content) - 1)] = (self.origin[id(table)], *content)
+        for memory, each in zip(self.memory, copies, strict=True):
+            for copy in each:
+                for i in range(copy.tokens):
+                    memory[copy.target + i] = memory[copy.source + i]
+            assert len(each) <= len(sources), "at most one block a table is copied"
         self.manager.unpin(pins)
-        assert len(copies) <= len(sources), "at most one block a table is copied"
 
     @rule(table=tables, data=st.data())
     def crop(self, table, data):
@@ -224,7 +240,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self._crop(table, data)
 
     def _crop(self, table, data):
-        keep = data.draw(st.integers(0, table.num_tokens))
+        keep = self._length_to_keep(table, data)
         self.manager.crop(table, keep)
         del self.content[id(table)][keep:]
 
@@ -247,6 +263,15 @@ class ManagerMachine(RuleBasedStateMachine):
         if id(table) in self.live:
             self._free(table)
 
+    def _length_to_keep(self, table, data):
+        """Any from which the sequence can go on: its windows are still there."""
+        lengths = [n for n in range(table.num_tokens + 1) if self.manager.reaches(table, n)]
+        return data.draw(st.sampled_from(lengths))
+
+    @staticmethod
+    def _state(table):
+        return [list(chain.blocks) for chain in table.chains], table.num_tokens, table.root
+
     def _distinct(self, *tables):
         return [table for key, table in {id(table): table for table in tables}.items() if key in self.live]
 
@@ -264,16 +289,34 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.check_integrity()
         for key, table in self.live.items():
             content = self.content[key]
-            held = [self.memory[table.slot(i)] for i in range(table.num_tokens)]
-            assert held == [(self.origin[key], *content[: i + 1]) for i in range(len(content))]
+            past = [(self.origin[key], *content[: i + 1]) for i in range(len(content))]
+            for chain, memory in zip(table.chains, self.memory, strict=True):
+                held = [memory[chain.slot(i)] for i in range(chain.first_token, table.num_tokens)]
+                assert held == past[chain.first_token :]
 
     def teardown(self):
         for table in list(self.live.values()):
             self._free(table)
-        assert self.manager.pool.in_use == 0
+        assert self.manager.in_use == 0
+
+
+class MixedMachine(ManagerMachine):
+    """Layers that keep all tokens beside two sliding windows."""
+
+    WINDOWS, COSTS, BUDGET = (None, 3, 6), (2, 5, 1), 90
+
+
+class WindowMachine(ManagerMachine):
+    """A model whose layers all have the same window."""
+
+    WINDOWS = (5,)
 
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = SETTINGS
 TestManager = ManagerMachine.TestCase
 TestManager.settings = SETTINGS
+TestMixedGroups = MixedMachine.TestCase
+TestMixedGroups.settings = SETTINGS
+TestWindowGroup = WindowMachine.TestCase
+TestWindowGroup.settings = SETTINGS

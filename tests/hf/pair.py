@@ -32,7 +32,7 @@ class Pair:
 
     @property
     def pool(self):
-        return self.paged._pool.manager.pool
+        return self.paged._pool.manager
 
     def both(self, change) -> None:
         """The same change to both models."""
@@ -103,7 +103,7 @@ def evict(pair: Pair, count: int | None = None) -> int:
     """Take the memory of the `count` least recently used cached blocks away, as a large call would; all by default."""
     manager = pair.paged._pool.manager
     with manager.lock:
-        return manager.pool.evict(manager.pool.cached if count is None else count)
+        return manager.budget.evict(manager.cached if count is None else count)
 
 
 def piece(length: int, name: int) -> list[int]:

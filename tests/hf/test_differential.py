@@ -73,7 +73,7 @@ def assert_same_again(model, family, mode, stock, patch_helper) -> None:
         what = f"{family.name} × {mode.name}, {kept} of the first call's blocks kept"
         pool = model.paged._pool
         if kept == "half" and pool is not None:
-            pool.manager.pool.evict(pool.manager.pool.cached // 2)
+            pool.manager.budget.evict(pool.manager.cached // 2)
         model.paged.reset_stats()
         assert_same(family, mode, stock, patched_outcome(model, family, mode, patch_helper))
         stats = model.paged.stats()

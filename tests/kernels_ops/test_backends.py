@@ -75,18 +75,18 @@ class Model:
         tokens = [(row, i) for row, start, stop in plan.sources for i in range(start, stop)]
         for row, prompt in enumerate(prompts):
             self.rows[row] += prompt
-        for chunk in plan.chunks:
+        for (chunk,) in plan.chunks:
             here, tokens = tokens[: chunk.num_queries], tokens[chunk.num_queries :]
             histories = [pasts[row] + tuple(prompts[row][: i + 1]) for row, i in here]
             self.check(chunk, histories, batched=False)
         self.manager.unpin(plan.pins)
 
     def decode(self, tokens):
-        plan = plan_decode(self.manager, self.tables)
+        (plan,), pins = plan_decode(self.manager, self.tables)
         for row, token in zip(self.rows, tokens, strict=True):
             row.append(token)
         self.check(plan, [tuple(row) for row in self.rows], batched=True)
-        self.manager.unpin(plan.pins)
+        self.manager.unpin(pins)
 
     def check(self, plan, histories, batched):
         """Run a plan for queries whose pasts, themselves included, are `histories`."""
