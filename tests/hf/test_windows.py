@@ -1,0 +1,215 @@
+"""Sliding windows are exact: prompts and answers of many windows' length, cold, warm and half warm, in every mode."""
+
+import copy
+
+import pytest
+import torch
+from compare import assert_blocks_given_back
+from families import PAD, VOCAB
+from pair import evict, piece
+from prompts import batch, tokens
+from transformers import StoppingCriteriaList
+from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, build, followers, near, window_pair
+
+LENGTHS = (30, 61, 100, 150)
+
+# Arguments of `generate`; those that are functions are called with each of the two models.
+HOW = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.3},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beams that sample": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 7},
+    "rows that end": {"stopping_criteria": lambda model: StoppingCriteriaList([EndsAt(9, 4, 14)])},
+    "rows that end and go on": {"stopping_criteria": lambda model: StoppingCriteriaList([EndsAt(9, 4, 14, pads=False)])},
+    "scores": {"return_dict_in_generate": True, "output_scores": True},
+}
+GUESSING = {
+    "draft model": {"assistant_model": near},
+    "draft model of another mind": {"assistant_model": lambda model: copy.deepcopy(model).apply(_shake)},
+    "sampling draft": {"assistant_model": near, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCAB - 1},  # 5.8 asks for an end token
+}
+
+
+def _shake(module: torch.nn.Module) -> None:
+    """Other weights for the linear layers."""
+    if isinstance(module, torch.nn.Linear):
+        with torch.no_grad():
+            module.weight.copy_(module.weight.flip(0))
+
+
+def rotated(*lists) -> list:
+    """Every pair of the first two lists, with the others taken in turn so that all meet all over the table."""
+    first, second, *others = lists
+    cases = []
+    for at, one in enumerate(first):
+        for other_at, other in enumerate(second):
+            turn = at + other_at
+            cases.append((one, other, *(values[(turn + turn // len(values)) % len(values)] for values in others)))
+    return cases
+
+
+# One prompt after another
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", WINDOWED)
+def test_prompts_that_follow_one_another(name, window, block_size):
+    pair, row = window_pair(name, window, block_size=block_size), piece(75, window)
+    pair.ask([row], max_new_tokens=9)
+    for prompt in followers(row, window, block_size).values():
+        pair.ask([prompt], max_new_tokens=5)
+
+
+@pytest.mark.parametrize(("name", "how", "window", "block_size"), rotated(WINDOWED, HOW, WINDOWS, BLOCK_SIZES))
+def test_ragged_batches_that_follow_one_another(name, how, window, block_size):
+    pair, row = window_pair(name, window, block_size=block_size), piece(90, 1)
+    beside = [piece(2 * window + 1, 2), piece(10, 3)]
+    pair.ask([row, *beside], max_new_tokens=14, **HOW[how])
+    for prompt in followers(row, window, block_size).values():
+        pair.ask([beside[0], prompt], max_new_tokens=6, **HOW[how])
+
+
+@pytest.mark.parametrize(("name", "how", "window", "block_size"), rotated(WINDOWED, GUESSING, WINDOWS, BLOCK_SIZES))
+def test_helpers_that_guess(name, how, window, block_size):
+    pair, row = window_pair(name, window, block_size=block_size), piece(13, 1) * 4
+    skip_what_stock_refuses(name, window, row, GUESSING[how])
+    pair.ask([row], max_new_tokens=30, **GUESSING[how])
+    for prompt in followers(row, window, block_size).values():
+        pair.ask([prompt], max_new_tokens=12, **GUESSING[how])
+
+
+def skip_what_stock_refuses(name, window, row, arguments) -> None:
+    """Some versions of transformers cannot crop a sliding window."""
+    model = build(name, window)
+    given = {key: value(model) if callable(value) else value for key, value in arguments.items()}
+    try:
+        model.generate(**batch([row]), max_new_tokens=30, **given)
+    except Exception as error:
+        pytest.skip(f"stock refuses: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(("name", "window", "block_size"), rotated(WINDOWED, WINDOWS, BLOCK_SIZES))
+def test_long_answers(name, window, block_size):
+    """Short and long prompts, and an answer of several windows; then a question about the whole of it."""
+    pair, rows = window_pair(name, window, block_size=block_size), [piece(10, 1), piece(window + 3, 2)]
+    answer = pair.ask(rows, max_new_tokens=3 * window + 2 * block_size + 5)
+    told = [token for token in answer[0].tolist() if token != PAD]
+    pair.ask([told + tokens(5, seed=1)])
+    pair.ask([told[: len(told) // 2] + tokens(5, seed=2)])
+
+
+@pytest.mark.parametrize(("name", "length", "window"), rotated([PURE, MIXED], LENGTHS, WINDOWS))
+def test_the_reference_backend(name, length, window):
+    pair, row = window_pair(name, window, attention_backend="reference"), piece(length, 1)
+    for prompt in (row, row, row[: length // 2], row + tokens(9, seed=1)):
+        pair.ask([prompt, piece(12, 2)], max_new_tokens=10)
+    pair.ask([row], num_beams=2, max_new_tokens=10)
+
+
+# Padding and holes
+
+
+def right_padded() -> dict:
+    return batch([piece(length, name) for name, length in enumerate((70, 9, 34))], side="right")
+
+
+def holes() -> dict:
+    """Holes that lie wholly, partly and not at all in the windows of the last tokens."""
+    inputs = batch([piece(70, 1), piece(64, 2), piece(70, 3)])
+    inputs["attention_mask"][0, 20:45] = 0
+    inputs["attention_mask"][1, 60:68] = 0
+    inputs["attention_mask"][2, 5::9] = 0
+    return inputs
+
+
+@pytest.mark.parametrize("make", [right_padded, holes])
+@pytest.mark.parametrize(("name", "window", "block_size"), rotated(WINDOWED, WINDOWS, BLOCK_SIZES))
+def test_unusual_masks(name, window, block_size, make):
+    """A window is counted in columns of the mask, those that it leaves out included."""
+    pair = window_pair(name, window, block_size=block_size)
+    for _ in range(2):
+        pair.ask(make(), max_new_tokens=window // 2 + 9)
+    pair.ask(make(), num_beams=2, max_new_tokens=9)
+    pair.ask([piece(70, 1)], max_new_tokens=5)
+
+
+# Going on from a returned cache
+
+
+def conversation(model, rows, *, turns=4, new=15, fork=False, **how) -> list[torch.Tensor]:
+    """Every turn feeds back all that was said and three tokens more, with the cache that the last turn returned."""
+    inputs, cache, said = batch(rows), None, []
+    for turn in range(turns):
+        torch.manual_seed(turn)
+        output = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, **{"do_sample": False, **how}
+        )
+        cache = copy.deepcopy(output.past_key_values) if fork else output.past_key_values
+        said.append(output.sequences)
+        more = torch.tensor([tokens(3, seed=70 + turn)] * len(output.sequences))
+        ids = torch.cat([output.sequences, more], dim=1)
+        new_columns = ids.shape[1] - inputs["input_ids"].shape[1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), new_columns, dtype=torch.long)], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+    return said
+
+
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}, {"fork": True}, {"prefill_chunk_size": 6}], ids=str)
+@pytest.mark.parametrize(("name", "window", "block_size"), rotated(WINDOWED, WINDOWS, BLOCK_SIZES))
+def test_going_on_from_a_returned_cache(name, window, block_size, how):
+    pair = window_pair(name, window, block_size=block_size)
+    for rows in ([piece(50, 1)], [piece(50, 1), piece(9, 2)]):
+        expected, actual = (conversation(model, rows, **how) for model in (pair.stock, pair.model))
+        for turn, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
+            assert torch.equal(got, wanted), f"turn {turn}\n  stock   {wanted.tolist()}\n  patched {got.tolist()}"
+        assert_blocks_given_back(pair.model)
+        pair.check()
+
+
+# Reuse
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", [PURE, "gemma2", MIXED])
+def test_a_prompt_is_reused_as_with_full_attention(name, window, block_size):
+    pair, row = window_pair(name, window, block_size=block_size), piece(100, 1)
+    pair.ask([row])
+    stats = pair.check()
+    assert (stats.computed_tokens, stats.reused_tokens, stats.fallbacks) == (100, 0, {})
+    for how in ({}, {"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}):
+        copies = 3 if how else 1
+        pair.ask([row], **how)
+        stats = pair.check()
+        assert (stats.computed_tokens, stats.shared_tokens, stats.reused_tokens) == (1, copies - 1, copies * 99), how
+
+
+@pytest.mark.parametrize(("name", "window", "block_size"), rotated([PURE, "gemma2", MIXED], WINDOWS, BLOCK_SIZES))
+def test_two_conversations_take_turns(name, window, block_size):
+    """All but the last token of what was said, which was never stored, is there for the next turn."""
+    pair, said = window_pair(name, window, block_size=block_size), [piece(30, 1), piece(44, 2)]
+    for turn in range(4):
+        for at in (0, 1):
+            before = len(said[at])
+            answer = pair.ask([said[at] + tokens(5, seed=turn)] if turn else [said[at]], max_new_tokens=window + 6)
+            assert pair.reused == (before - 1 if turn else 0), f"conversation {at}, turn {turn}"
+            said[at] = answer[0].tolist()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize(("name", "window", "block_size"), rotated([PURE, "gemma2", MIXED], WINDOWS, BLOCK_SIZES))
+def test_what_was_partly_evicted(name, window, block_size, share):
+    """Whatever is left of a conversation, of either kind of layers: the answers are stock's."""
+    pair, row = window_pair(name, window, block_size=block_size), piece(60, 1)
+    told = pair.ask([row], max_new_tokens=window + 12)[0].tolist()
+    for prompt in (told + tokens(3, seed=1), row, told[:-9], parted_in_the_answer(told, window)):
+        evict(pair, int(share * pair.paged.stats().blocks_cached))
+        pair.ask([prompt, piece(20, 2)], max_new_tokens=4)
+
+
+def parted_in_the_answer(told: list[int], window: int) -> list[int]:
+    return [*told[: len(told) - window // 2 - 1], PAD + 3, *tokens(4, seed=9)]
