@@ -9,7 +9,7 @@ from families import PAD, VOCAB
 from pair import evict, piece
 from prompts import batch, tokens
 from transformers import StoppingCriteriaList
-from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, build, followers, near, window_pair
+from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, followers, near, stock_model, window_pair
 
 LENGTHS = (30, 61, 100, 150)
 
@@ -22,7 +22,9 @@ HOW = {
     "beams that sample": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
     "chunks": {"prefill_chunk_size": 7},
     "rows that end": {"stopping_criteria": lambda model: StoppingCriteriaList([EndsAt(9, 4, 14)])},
-    "rows that end and go on": {"stopping_criteria": lambda model: StoppingCriteriaList([EndsAt(9, 4, 14, pads=False)])},
+    "rows that end and go on": {
+        "stopping_criteria": lambda model: StoppingCriteriaList([EndsAt(9, 4, 14, pads=False)])
+    },
     "scores": {"return_dict_in_generate": True, "output_scores": True},
 }
 GUESSING = {
@@ -84,7 +86,7 @@ def test_helpers_that_guess(name, how, window, block_size):
 
 def skip_what_stock_refuses(name, window, row, arguments) -> None:
     """Some versions of transformers cannot crop a sliding window."""
-    model = build(name, window)
+    model = stock_model(name, window)
     given = {key: value(model) if callable(value) else value for key, value in arguments.items()}
     try:
         model.generate(**batch([row]), max_new_tokens=30, **given)
@@ -146,7 +148,11 @@ def conversation(model, rows, *, turns=4, new=15, fork=False, **how) -> list[tor
     for turn in range(turns):
         torch.manual_seed(turn)
         output = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=new, return_dict_in_generate=True, **{"do_sample": False, **how}
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=new,
+            return_dict_in_generate=True,
+            **{"do_sample": False, **how},
         )
         cache = copy.deepcopy(output.past_key_values) if fork else output.past_key_values
         said.append(output.sequences)

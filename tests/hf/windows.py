@@ -5,10 +5,11 @@ are smaller than, equal to and larger than a block, and not all of them multiple
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
-from families import FAMILIES, VOCAB, Family
+from families import FAMILIES, VOCAB
 from pair import Pair
 from prompts import tokens
 from transformers import DynamicCache, StoppingCriteria
@@ -19,16 +20,19 @@ WINDOWS = (5, 8, 20, 33)
 BLOCK_SIZES = (8, 16)
 
 
-def build(name: str, window: int) -> torch.nn.Module:
-    """The family's random model with another window; chunked attention calls it a chunk."""
+@functools.cache
+def stock_model(name: str, window: int) -> torch.nn.Module:
+    """The family's random model with another window, to be copied; chunked attention calls it a chunk."""
     family = FAMILIES[name]
     field = "attention_chunk_size" if "attention_chunk_size" in family.config else "sliding_window"
-    return family.build(**{field: window})
+    with torch.random.fork_rng():
+        torch.manual_seed(family.seed)  # some families draw their 1-D parameters when they are made
+        return family.build(**{field: window})
 
 
 def window_pair(name: str = MIXED, window: int = 8, **overrides) -> Pair:
     """Stock and patched models of a family with another window."""
-    return Pair(name, wrap=lambda model: build(name, window), **overrides)
+    return Pair(name, wrap=lambda model: copy.deepcopy(stock_model(name, window)), **overrides)
 
 
 # What is asked
@@ -114,8 +118,3 @@ class Need:
     def everything(self, num_tokens: int) -> int:
         """Of one row whose layers all keep all of its tokens, in whole blocks."""
         return -(-num_tokens // self.block_size) * self.block_size * len(self.windows) * self.token_bytes
-
-
-def without_windows(name: str) -> Family:
-    """A family of full attention with the same vocabulary, to compare with."""
-    return FAMILIES["llama"] if name != "llama" else FAMILIES["qwen2"]
