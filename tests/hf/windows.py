@@ -59,17 +59,19 @@ def followers(row: list[int], window: int, block_size: int) -> dict[str, list[in
 
 
 class EndsAt(StoppingCriteria):
-    """Row i is done after `steps[i]` new tokens; with `pads`, as a criterion of end tokens has it."""
+    """Row i is done after `STEPS[i]` new tokens; it is padded from then on, or else goes on until all are done."""
 
-    def __init__(self, *steps: int, pads: bool = True):
-        self.steps, self.width = steps, None
+    STEPS = (7, 3, 11)
+
+    def __init__(self, pads: bool = True):
+        self.width = None
         if pads:
             self.eos_token_id = torch.tensor([2])
 
     def __call__(self, input_ids, scores, **kwargs):
         if self.width is None:
             self.width = input_ids.shape[1] - 1
-        steps = torch.tensor([self.steps[row % len(self.steps)] for row in range(len(input_ids))])
+        steps = torch.tensor([self.STEPS[row % len(self.STEPS)] for row in range(len(input_ids))])
         return input_ids.shape[1] - self.width >= steps
 
 
