@@ -9,7 +9,7 @@ from families import PAD, VOCAB
 from pair import evict, piece
 from prompts import batch, tokens
 from transformers import StoppingCriteriaList
-from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, followers, near, parted, window_pair
+from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, followers, near, parted, rotated, window_pair
 
 LENGTHS = (30, 61, 100, 150)
 
@@ -38,17 +38,6 @@ def _shake(module: torch.nn.Module) -> None:
     if isinstance(module, torch.nn.Linear):
         with torch.no_grad():
             module.weight.copy_(module.weight.flip(0))
-
-
-def rotated(*lists) -> list:
-    """Every pair of the first two lists, with the others taken in turn so that all meet all over the table."""
-    first, second, *others = lists
-    cases = []
-    for at, one in enumerate(first):
-        for other_at, other in enumerate(second):
-            turn = at + other_at
-            cases.append((one, other, *(values[(turn + turn // len(values)) % len(values)] for values in others)))
-    return cases
 
 
 # One prompt after another

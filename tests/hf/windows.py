@@ -35,13 +35,24 @@ def window_pair(name: str = MIXED, window: int = 8, **overrides) -> Pair:
     return Pair(name, wrap=lambda model: copy.deepcopy(stock_model(name, window)), **overrides)
 
 
+def rotated(*lists) -> list:
+    """Every pair of the first two lists, with the others taken in turn so that all meet all over the table."""
+    first, second, *others = lists
+    cases = []
+    for at, one in enumerate(first):
+        for other_at, other in enumerate(second):
+            turn = at + other_at
+            cases.append((one, other, *(values[(turn + turn // len(values)) % len(values)] for values in others)))
+    return cases
+
+
 # What is asked
 
 
 def parted(row: list[int], keep: int, length: int = 4) -> list[int]:
     """The first `keep` tokens of a row, and then others."""
-    other = (row[keep] + 1) % (VOCAB - 4) + 3 if keep < len(row) else 5
-    return [*row[:keep], other + (keep < len(row) and other == row[keep]), *tokens(length, seed=200 + keep)]
+    other = 3 + (row[keep] - 2) % (VOCAB - 3)
+    return [*row[:keep], other, *tokens(length, seed=200 + keep)]
 
 
 def followers(row: list[int], window: int, block_size: int) -> dict[str, list[int]]:
