@@ -46,9 +46,9 @@ def _shake(module: torch.nn.Module) -> None:
 @pytest.mark.parametrize(("name", "window", "block_size"), rotated(WINDOWED, WINDOWS, BLOCK_SIZES))
 def test_prompts_that_follow_one_another(name, window, block_size):
     pair, row = window_pair(name, window, block_size=block_size), piece(75, window)
-    pair.ask([row], max_new_tokens=9)
+    pair.ask([row], max_new_tokens=6)
     for prompt in followers(row, window, block_size).values():
-        pair.ask([prompt], max_new_tokens=5)
+        pair.ask([prompt], max_new_tokens=3)
 
 
 @pytest.mark.parametrize(("name", "how", "window", "block_size"), rotated(WINDOWED, HOW, WINDOWS, BLOCK_SIZES))
@@ -56,11 +56,11 @@ def test_ragged_batches_that_follow_one_another(name, how, window, block_size):
     pair, row = window_pair(name, window, block_size=block_size), piece(90, 1)
     beside = [piece(2 * window + 1, 2), piece(10, 3)]
     pair.ask([row, *beside], max_new_tokens=12, **HOW[how])
-    for prompt in some(followers(row, window, block_size), list(HOW).index(how)):
+    for prompt in some(followers(row, window, block_size), list(HOW).index(how), 3):
         pair.ask([beside[0], prompt], max_new_tokens=5, **HOW[how])
 
 
-def some(asked: dict[str, list[int]], first: int, count: int = 4) -> list[list[int]]:
+def some(asked: dict[str, list[int]], first: int, count: int) -> list[list[int]]:
     """`count` of the prompts, in an order of their own for each `first`."""
     prompts = list(asked.values())
     return [prompts[(first + 3 * at) % len(prompts)] for at in range(count)]
@@ -70,9 +70,9 @@ def some(asked: dict[str, list[int]], first: int, count: int = 4) -> list[list[i
 def test_helpers_that_guess(name, how, window, block_size):
     pair, row = window_pair(name, window, block_size=block_size), piece(13, 1) * 4
     skip_what_stock_refuses(pair.stock, row, GUESSING[how])
-    pair.ask([row], max_new_tokens=16, **GUESSING[how])
-    for prompt in some(followers(row, window, block_size), list(GUESSING).index(how), 3):
-        pair.ask([prompt], max_new_tokens=8, **GUESSING[how])
+    pair.ask([row], max_new_tokens=14, **GUESSING[how])
+    for prompt in some(followers(row, window, block_size), list(GUESSING).index(how), 2):
+        pair.ask([prompt], max_new_tokens=7, **GUESSING[how])
 
 
 def skip_what_stock_refuses(model, row, arguments) -> None:
@@ -144,7 +144,7 @@ def conversation(model, rows, *, turns=3, branches=False, **how) -> list[torch.T
         if branches and turn:
             other = {**inputs, "input_ids": torch.cat([inputs["input_ids"][:, :-1], torch.full((len(rows), 1), 9)], 1)}
             said.append(returned(model, other, copy.deepcopy(cache), max_new_tokens=7).sequences)
-        output = returned(model, inputs, cache, max_new_tokens=12, **how)
+        output = returned(model, inputs, cache, max_new_tokens=9, **how)
         cache = output.past_key_values
         said.append(output.sequences)
         more = torch.tensor([tokens(3, seed=70 + turn)] * len(rows))
@@ -182,12 +182,12 @@ def test_going_on_from_a_returned_cache(name, how, window, block_size):
 @pytest.mark.parametrize("name", [PURE, MIXED])
 def test_a_prompt_is_reused_as_with_full_attention(name, window, block_size):
     pair, row = window_pair(name, window, block_size=block_size), piece(100, 1)
-    pair.ask([row])
+    pair.ask([row], max_new_tokens=2)
     stats = pair.check()
     assert (stats.computed_tokens, stats.reused_tokens, stats.fallbacks) == (100, 0, {})
     for how in ({}, {"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}):
         copies = 3 if how else 1
-        pair.ask([row], **how)
+        pair.ask([row], max_new_tokens=3, **how)
         stats = pair.check()
         assert (stats.computed_tokens, stats.shared_tokens, stats.reused_tokens) == (1, copies - 1, copies * 99), how
 

@@ -76,7 +76,7 @@ def test_generate_far_past_the_window(name, attention, window):
 def test_a_small_budget_carries_a_long_answer(name, window):
     model = stock_model(name, window)
     need = Need.of(model, 8)
-    budget = 3 * need.window + need.everything(8)
+    budget = 2 * need.window + need.everything(8)
     assert budget < 0.7 * need.everything(190)
     cache = PagedCache(model.config, block_size=8, max_memory={"cpu": budget})
     inputs = batch([piece(10, 1)])
@@ -109,7 +109,7 @@ def test_copies_part_far_past_the_window(name):
     caches.feed(1, 1, 12)
 
 
-@pytest.mark.parametrize("remove", [1, 3, 7, 8, 20, 49])
+@pytest.mark.parametrize("remove", [1, 3, 8, 20, 49])
 @pytest.mark.parametrize("window", [5, 20])
 @pytest.mark.parametrize("name", [PURE, MIXED])
 def test_crop_past_the_window_is_right_or_refused(name, window, remove):
@@ -118,12 +118,14 @@ def test_crop_past_the_window_is_right_or_refused(name, window, remove):
     caches.feed(40, 1, 9)
     with pytest.raises(RuntimeError):
         copy.deepcopy(caches.stock).crop(-remove)
+    refusal = None
     try:
         caches.paged.crop(-remove)
     except ValueError as error:
-        assert "window" in str(error), "the message says what is in the way"
-    else:
+        refusal = str(error)
+    if refusal is None:
         caches.text = caches.text[:, : 50 - remove]
+    assert refusal is None or "window" in refusal, "the message says what is in the way"
     assert caches.paged.get_seq_length() == caches.text.shape[1]
     for count in (1, 6, 1, 25):
         caches.feed_paged(count)
