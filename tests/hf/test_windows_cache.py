@@ -8,7 +8,7 @@ from pair import piece
 from prompts import batch, tokens
 from tolerances import assert_close
 from transformers import Cache, DynamicCache
-from windows import MIXED, PURE, WINDOWED, WINDOWS, Need, rotated, stock_model
+from windows import MIXED, PURE, WINDOWED, WINDOWS, Need, spread, stock_model
 
 from hf_paged import PagedCache
 
@@ -60,7 +60,7 @@ class Caches:
         assert_close(actual, self.model(self.text, use_cache=False).logits[:, -count:], f"after {self.text.shape[1]}")
 
 
-@pytest.mark.parametrize(("name", "attention", "window"), rotated(WINDOWED, ATTENTIONS, WINDOWS))
+@pytest.mark.parametrize(("name", "attention", "window"), spread(WINDOWED, ATTENTIONS, WINDOWS))
 def test_generate_far_past_the_window(name, attention, window):
     model = model_with(name, window, attention)
     inputs = batch([piece(2 * window + 7, 1), piece(9, 2)])
@@ -84,7 +84,7 @@ def test_a_small_budget_carries_a_long_answer(name, window):
     assert torch.equal(answer, model.generate(**inputs, do_sample=False, max_new_tokens=180))
 
 
-@pytest.mark.parametrize(("attention", "window", "name"), rotated(ATTENTIONS, WINDOWS, [PURE, "gemma2", MIXED]))
+@pytest.mark.parametrize(("attention", "window", "name"), spread(ATTENTIONS, WINDOWS, [PURE, "gemma2", MIXED]))
 def test_pieces_of_a_text_and_rows_that_move(attention, window, name):
     caches = Caches(name, window, attention, rows=3)
     caches.feed(3 * window + 2, 1, 1, 1)

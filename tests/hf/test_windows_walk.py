@@ -20,7 +20,7 @@ def pair_of(name: str, window: int, block_size: int, rows: float | None):
     return window_pair(name, window, block_size=block_size, max_memory={"cpu": budget})
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     name=st.sampled_from([MIXED, "gemma2", PURE]),
     window=st.sampled_from(WINDOWS),

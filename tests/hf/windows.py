@@ -6,6 +6,8 @@ are smaller than, equal to and larger than a block, and not all of them multiple
 
 import copy
 import functools
+import itertools
+import random
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +37,14 @@ def window_pair(name: str = MIXED, window: int = 8, **overrides) -> Pair:
     return Pair(name, wrap=lambda model: copy.deepcopy(stock_model(name, window)), **overrides)
 
 
-def rotated(*lists) -> list:
-    """Every pair of the first two lists, with the others taken in turn so that all meet all over the table."""
-    first, second, *others = lists
-    cases = []
-    for at, one in enumerate(first):
-        for other_at, other in enumerate(second):
-            turn = at + other_at
-            cases.append((one, other, *(values[(turn + turn // len(values)) % len(values)] for values in others)))
-    return cases
+def spread(first, second, *others) -> list[tuple]:
+    """Every pair of `first` and `second`, with the values of `others` dealt out evenly beside them, in a fixed order."""
+    pairs, columns = list(itertools.product(first, second)), []
+    for seed, values in enumerate(others):
+        column = [values[at % len(values)] for at in range(len(pairs))]
+        random.Random(seed).shuffle(column)
+        columns.append(column)
+    return [(*pair, *rest) for pair, *rest in zip(pairs, *columns, strict=True)]
 
 
 # What is asked
