@@ -154,6 +154,12 @@ class PagedCache(Cache):
         for row in range(len(self.tables)) if rows is None else rows:
             self.pool.manager.index_table(self.tables[row], with_tails)
 
+    def end_prompt(self) -> None:
+        """The rows hold their prompts, and what follows is generated: later calls may begin with them."""
+        self.index_rows(with_tails=False)
+        for table in self.tables:
+            table.prompt_tokens = table.num_tokens
+
     def finish_rows(self, done: Sequence[bool]) -> None:
         """Rows that are done give their blocks back and are left out of later passes; the last one stays.
 
@@ -177,9 +183,18 @@ class PagedCache(Cache):
             self.finished.clear()
 
     def trim(self) -> None:
-        """Give up what has fallen out of the layers' windows, unless a `crop` is still to bring some of it back."""
-        if self._has_windows and not any(layer.record_past for layer in self.layers):
-            self.pool.manager.trim(self.tables)
+        """Give up what has fallen out of the layers' windows, unless a `crop` is still to bring some of it back.
+
+        What a prompt has left stays for later calls with the same prompt, what was generated does not.
+        """
+        if not self._has_windows or any(layer.record_past for layer in self.layers):
+            return
+        manager = self.pool.manager
+        if self.root is not None:
+            ending = [row for row, table in enumerate(self.tables) if manager.ends_prompt(table)]
+            if ending:
+                self.index_rows(ending, with_tails=False)
+        manager.trim(self.tables)
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: forget all."""

@@ -96,7 +96,9 @@ class PagedGenerationMixin:
             obstacle = self._paged_obstacle()
             if obstacle is None:
                 room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-                model_kwargs["past_key_values"] = self.paged.new_cache(room_tokens, salt)
+                model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
+                if generation_config.is_assistant:  # whose guesses will be taken back
+                    cache.activate_past_recording()
             else:
                 self.paged.counters.fall_back(f"stock generate: {obstacle}")
         elif isinstance(model_kwargs.get("past_key_values"), PagedCache):

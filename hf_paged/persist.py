@@ -17,19 +17,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
+from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.chain import Run
-from hf_paged.core.manager import Pin
-from hf_paged.core.plan import StepPlan, Write
-from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import StepPlan, strided_writes
+from hf_paged.core.prefix import Entry, unpack_tokens
+from hf_paged.core.table import BlockTable
 from hf_paged.identity import describe_circumstances, describe_config, fingerprint
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
@@ -107,31 +107,40 @@ def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str],
     `device` is where the layers lie whose memory the pool has not made yet.
     """
     *layers, pieces = [load_file(folder / name) for name in sorted(files)]
-    manager = pool.manager
-    with manager.lock:
-        taken, pins = _take(pool, root, pieces)
+    for index, layer in enumerate(layers):
+        store = pool.stores[index]
+        target = device if store is None else store.keys.device
+        layers[index] = {name: tensor.to(target) for name, tensor in layer.items()}
+    kept = pieces["kept"].repeat_interleave(pieces["lengths"], dim=1)
+    rows = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
+    loaded: set[int] = set()
+    tables: list[BlockTable] = []
     try:
-        for index, layer in enumerate(layers):
-            _fill(pool, index, layer, pieces, taken, device)
-        for piece in taken:
-            manager.add_entry(piece.parent, piece.packed, piece.blocks)
+        for tokens, sources in _sequences(pieces):
+            table = pool.manager.new_table(root)
+            tables.append(table)
+            try:
+                _take(pool, table, tokens, sources, layers, rows)
+            except OutOfBlocks:
+                break
+            loaded.update(sources)
     finally:
-        manager.unpin(pins[::-1])
-    return sum(map(len, (unpack_tokens(piece.packed) for piece in taken)))
+        pool.free(tables[::-1])
+    return len(loaded)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
 def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    number = {entry.key: i for i, entry in enumerate(entries)}
+    number, groups = {entry.key: i for i, entry in enumerate(entries)}, range(len(pool.manager.pools))
     yield (
         "tokens",
         {
             "parents": torch.tensor([number.get(entry.parent, -1) for entry in entries], dtype=torch.long),
             "lengths": torch.tensor([entry.num_tokens for entry in entries], dtype=torch.long),
             "tokens": torch.tensor([t for e in entries for t in unpack_tokens(e.tokens)], dtype=torch.long),
-            "kept": torch.tensor([[e.blocks[group] > 0 for e in entries] for group in range(len(pool.manager.pools))]),
+            "kept": torch.tensor([[e.blocks[group] > 0 for e in entries] for group in groups], dtype=torch.bool),
         },
     )
     for index, store in enumerate(pool.stores):
@@ -229,63 +238,54 @@ def _sum_of_file(path: Path) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-class _Piece(NamedTuple):
-    """A saved piece that has blocks now: one a group, the null block where it has none, and whether these are new."""
-
-    parent: bytes
-    packed: bytes
-    blocks: list[int]
-    is_new: list[bool]
-
-
-def _take(pool: KVPool, root: bytes, pieces: dict[str, torch.Tensor]) -> tuple[list[_Piece], list[Pin]]:
-    """Blocks for the saved pieces, in order, until they do not suffice; and the blocks to unpin."""
-    manager = pool.manager
-    keys: list[bytes] = []
-    taken: list[_Piece] = []
-    pins: list[Pin] = []
-    kept = pieces["kept"].T.tolist()
-    blocks = [NULL_BLOCK] * len(manager.pools)
-    split = torch.split(pieces["tokens"], pieces["lengths"].tolist())
-    for number, (parent, tokens) in enumerate(zip(pieces["parents"].tolist(), split, strict=True)):
-        above, packed = (root if parent < 0 else keys[parent]), pack_tokens(tokens.tolist())
-        keys.append(chain_key(above, packed))
-        try:
-            blocks, is_new = manager.take_entry(above, packed, kept[number], blocks)
-        except OutOfBlocks:
-            break
-        pins += [(group, block) for group, block in enumerate(blocks) if block]
-        taken.append(_Piece(above, packed, blocks, is_new))
-    return taken, pins
+def _sequences(pieces: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[int]]]:
+    """The saved sequences, from pieces that nothing follows back to their roots: token ids, and where they lie."""
+    parents, tokens = pieces["parents"].tolist(), pieces["tokens"].tolist()
+    ends = pieces["lengths"].cumsum(0)
+    starts, ends = (ends - pieces["lengths"]).tolist(), ends.tolist()
+    for leaf in sorted(set(range(len(parents))).difference(parents)):
+        sources: list[int] = []
+        piece = leaf
+        while piece >= 0:
+            sources[:0] = range(starts[piece], ends[piece])
+            piece = parents[piece]
+        yield [tokens[source] for source in sources], sources
 
 
-def _fill(
+def _take(
     pool: KVPool,
-    index: int,
-    layer: dict[str, torch.Tensor],
-    pieces: dict[str, torch.Tensor],
-    taken: Sequence[_Piece],
-    device: torch.device,
+    table: BlockTable,
+    tokens: list[int],
+    sources: list[int],
+    layers: Sequence[dict[str, torch.Tensor]],
+    rows: torch.Tensor,
 ) -> None:
-    """Write one layer's K and V of the pieces whose blocks are new."""
-    group = pool.layer_groups[index]
-    store = pool.stores[index]
-    target = device if store is None else store.keys.device
-    lengths = pieces["lengths"] * pieces["kept"][group]
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    sources: list[Run] = []
-    runs: list[Run] = []
-    for number, piece in enumerate(taken):
-        if piece.is_new[group]:
-            num_tokens = int(lengths[number])
-            sources.append(Run(starts[number], num_tokens))
-            runs.append(Run(piece.blocks[group] * pool.block_size, num_tokens))
-    source = run_slots(sources, torch.device("cpu"))
-    key, value = (layer[name].index_select(1, source).unsqueeze(0).to(target) for name in ("keys", "values"))
-    writes = [Write(at, run.tokens, run.slot, 1) for at, run in zip(_starts(runs), runs, strict=True)]
-    pool.layer(index, key, value).write(StepPlan(key.shape[2], writes, [], [], [], [], 0), key, value)
+    """Fill a table with one sequence, as far as it is not there yet, and index it. Raises `OutOfBlocks`.
+
+    `rows [groups, tokens]` says where each token lies in a layer's K and V, -1 where its group has not kept it.
+    """
+    manager = pool.manager
+    with manager.lock:
+        hit = _match_blocks(manager, table, tokens)
+        manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
+    new = rows[:, sources[hit:]]
+    for index, layer in enumerate(layers):
+        group = pool.layer_groups[index]
+        there = (new[group] >= 0).nonzero().flatten()
+        picked = new[group, there].to(layer["keys"].device)
+        key, value = (layer[name].index_select(1, picked).unsqueeze(0) for name in ("keys", "values"))
+        slots = [table.chains[group].slot(hit + token) for token in there.tolist()]
+        plan = StepPlan(len(slots), strided_writes(slots), [], [], [], [], len(tokens))
+        pool.layer(index, key, value).write(plan, key, value)
+    lost = [{table.whole_blocks(hit + token) for token in (each < 0).nonzero().flatten().tolist()} for each in new]
+    manager.index_table(table, with_tail=True, lost=lost)
 
 
-def _starts(runs: Sequence[Run]) -> list[int]:
-    """Tokens before each run."""
-    return [0, *accumulate(run.tokens for run in runs)][:-1]
+def _match_blocks(manager: BlockManager, table: BlockTable, tokens: list[int]) -> int:
+    """Let an empty table begin with whole blocks that are there; returns their tokens."""
+    hit = manager.match(table, tokens, len(tokens))
+    while table.tail_tokens:
+        whole = hit - table.tail_tokens
+        manager.crop(table, 0)
+        hit = manager.match(table, tokens, whole)
+    return hit

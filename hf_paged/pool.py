@@ -57,7 +57,7 @@ class KVPool:
         most_blocks = (most if max_slots is None else max_slots) // block_size + 1
         self.manager = BlockManager(
             # Each group may need all of the budget.
-            [min(self.budget_bytes // each, most_blocks) for each in block_bytes],
+            [max(1, min(self.budget_bytes // each, most_blocks)) for each in block_bytes],
             block_size,
             kinds,
             block_bytes,

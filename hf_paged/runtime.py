@@ -206,7 +206,7 @@ class PagedRuntime:
             raise
         if cache.prefilling:
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
-            cache.index_rows(with_tails=False)
+            cache.end_prompt()
         cache.trim()
         return outputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -121,7 +121,7 @@ class BlockManager:
             return before
 
     def unpin(self, pins: Sequence[Pin]) -> None:
-        """Let go of blocks that `append`, `assign`, `hold_prefixes` and `take_entries` have pinned."""
+        """Let go of blocks that `append`, `assign` and `hold_prefixes` have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
             for group, block in pins:
@@ -223,6 +223,7 @@ class BlockManager:
             if num_tokens < table.seam_tokens:
                 table.seam_tokens = table.seam_blocks = 0
             table.num_tokens = num_tokens
+            table.prompt_tokens = min(table.prompt_tokens, num_tokens)
             del table.tokens[num_tokens:]
             del table.keys[table.whole_blocks(num_tokens) :]
 
@@ -235,15 +236,23 @@ class BlockManager:
 
     def trim(self, tables: Sequence[BlockTable]) -> None:
         """Give up the blocks that have fallen out of their group's window; those that are indexed stay cached."""
+        for table in tables:
+            for group, gone in self._fallen_out(table):
+                with self.lock:
+                    self._drop(group, table.chains[group].drop_front(gone))
+
+    def ends_prompt(self, table: BlockTable) -> bool:
+        """Whether `trim` would give up the last block of the table's prompt, which may not be indexed yet."""
+        last = table.blocks_for(table.prompt_tokens) - 1
+        return any(table.chains[group].dropped <= last < gone for group, gone in self._fallen_out(table))
+
+    def _fallen_out(self, table: BlockTable) -> Iterator[tuple[int, int]]:
+        """Groups, and the number of blocks before their windows where that is more than were given up already."""
         for group, window in enumerate(self.windows):
-            if window is None:
-                continue
-            for table in tables:
-                chain = table.chains[group]
+            if window is not None:
                 gone = table.whole_blocks(seen_from(table.num_tokens, window))
-                if gone > chain.dropped:
-                    with self.lock:
-                        self._drop(group, chain.drop_front(gone))
+                if gone > table.chains[group].dropped:
+                    yield group, gone
 
     def free(self, table: BlockTable) -> None:
         """Give up the table; freeing twice is harmless."""
@@ -256,7 +265,7 @@ class BlockManager:
         used = [[chain.blocks[i] for chain in table.chains] for i in range(len(table.keys))]
         for group, blocks in enumerate(table.truncate(0)):
             self._drop(group, blocks)
-        table.num_tokens = 0
+        table.num_tokens = table.prompt_tokens = 0
         table.tokens.clear()
         for key, mine in zip(table.keys[::-1], used[::-1], strict=True):
             # Where another block holds the same content, that one was used, ends before roots.
@@ -293,27 +302,24 @@ class BlockManager:
             table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
             return found.num_tokens
 
-    def index_table(self, table: BlockTable, with_tail: bool) -> None:
+    def index_table(self, table: BlockTable, with_tail: bool, lost: Sequence[set[int]] = ()) -> None:
         """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.
 
-        Only for content that is complete in memory.
+        Only for content that is complete in memory: `lost` has the numbers of the blocks that are not, for each group.
         """
         if table.root is None:
             return
         with self.lock:
             parent, whole = table.root, table.whole_blocks(table.num_tokens)
             for i in range(whole):
-                blocks = [chain.blocks[i] for chain in table.chains]
+                blocks = _blocks_at(table, i, lost)
                 if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
-                    table.keys[i:] = [self._index_block(table, i, parent), *table.keys[i + 1 :]]
+                    table.keys[i:] = [self._index_blocks(parent, _packed(table, i), blocks), *table.keys[i + 1 :]]
                 parent = table.keys[i]
             if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
-                self._index_block(table, whole, parent)
+                self._index_blocks(parent, _packed(table, whole), _blocks_at(table, whole, lost))
 
-    def _index_block(self, table: BlockTable, i: int, parent: bytes) -> bytes:
-        return self._index(parent, _packed(table, i), [chain.blocks[i] for chain in table.chains])
-
-    def _index(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
+    def _index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
         """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
         if not any(blocks):
             return chain_key(parent, packed)
@@ -332,33 +338,6 @@ class BlockManager:
                 self.pools[group].share([block])
             self._pinned.update(pins)
             return entries, pins
-
-    def take_entry(
-        self, parent: bytes, packed: bytes, groups: Sequence[bool], after: Sequence[int]
-    ) -> tuple[list[int], list[bool]]:
-        """Blocks for tokens that come from elsewhere, in those of `groups` that have none; pinned until `unpin`.
-
-        Returns one a group, the null block where it is not to have one, and which of them are new. These lie behind the
-        blocks `after` where possible, and go to `add_entry` when their content is there. Raises `OutOfBlocks`.
-        """
-        with self.lock:
-            blocks = list(self.index.blocks_of(chain_key(parent, packed)) or [NULL_BLOCK] * len(self.pools))
-            is_covered = self.index.is_covered(parent, packed)
-            is_new = [wanted and not block and not is_covered for wanted, block in zip(groups, blocks, strict=True)]
-            self.check_room(int(any(is_new)))
-            for pool, block in zip(self.pools, blocks, strict=True):
-                pool.share([block] if block else [])
-            for group, pool in enumerate(self.pools):
-                if is_new[group]:
-                    (blocks[group],), claim = pool.take(1, after[group] or None)
-                    pool.unclaim(claim)
-            self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
-            return blocks, is_new
-
-    def add_entry(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> None:
-        """Let later sequences find the content of `blocks`."""
-        with self.lock:
-            self._index(parent, packed, blocks)
 
     def forget_prefixes(self) -> None:
         """Give up every cached block and forget what the others hold."""
@@ -392,6 +371,15 @@ class BlockManager:
 def _are_plain(tokens: Sequence[int]) -> bool:
     """Whether all are token ids and nothing else."""
     return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
+
+
+def _blocks_at(table: BlockTable, i: int, lost: Sequence[set[int]]) -> list[int]:
+    """Block `i` of each group, the null block where it is gone or its content is lost."""
+    blocks = [chain.blocks[i] for chain in table.chains]
+    for group, numbers in enumerate(lost):
+        if i in numbers:
+            blocks[group] = NULL_BLOCK
+    return blocks
 
 
 def _packed(table: BlockTable, i: int) -> bytes:

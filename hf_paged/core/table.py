@@ -24,6 +24,7 @@ class BlockTable:
         "is_forked",
         "keys",
         "num_tokens",
+        "prompt_tokens",
         "root",
         "seam_blocks",
         "seam_tokens",
@@ -34,6 +35,7 @@ class BlockTable:
         self.block_size = block_size
         self.chains = [BlockChain(self) for _ in range(num_groups)]
         self.num_tokens = 0
+        self.prompt_tokens = 0  # of these, what came with the last prompt and before it
         self.seam_tokens = self.seam_blocks = 0
         # Whether another sequence of the same call began as a copy of this one, or this one as a copy of another.
         self.is_forked = False
@@ -93,6 +95,7 @@ class BlockTable:
         for mine, theirs in zip(self.chains, other.chains, strict=True):
             mine.copy_from(theirs, num_blocks)
         self.num_tokens = num_tokens
+        self.prompt_tokens = min(other.prompt_tokens, num_tokens)
         has_seam = num_tokens >= other.seam_tokens
         self.seam_tokens, self.seam_blocks = (other.seam_tokens, other.seam_blocks) if has_seam else (0, 0)
         self.is_forked = other.is_forked = True

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from hf_paged.core.manager import BlockManager
-from hf_paged.core.prefix import PrefixIndex, root_key
+from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key
 
 ROOT = root_key(b"model", None)
 A, B = list(range(10, 18)), list(range(30, 34))  # two blocks and one
@@ -146,3 +146,77 @@ def test_below_lists_parents_first_and_nothing_of_other_roots():
         parent = index.add(parent, packed, [block])
     index.add(root_key(b"model", "salt"), b"a" * 16, [9])
     assert [entry.blocks for entry in index.below(ROOT)] == [[1], [2], [3]]
+
+
+# -- groups of layers: blocks of 4 tokens, windows in tokens -----------------------------------------------------------
+
+
+def windowed(*windows, num_blocks=40):
+    return BlockManager(num_blocks, 4, windows)
+
+
+def test_a_window_needs_only_its_own_blocks():
+    """All layers have a window of 6: what lies before it may be gone, root included."""
+    manager = windowed(6)
+    leave(manager, [*A, *B])
+    (root_block,) = manager.index.blocks_of(chain_key(ROOT, pack_tokens(A[:4])))
+    manager.index.forget(0, root_block)
+    manager.pools[0].discard(root_block)
+    table = manager.new_table(ROOT)
+    assert manager.match(table, [*A, *B, 1], 12) == 12
+    assert table.chains[0].blocks[0] == 0  # the null block
+    assert len(table.chains[0].held) == 2
+    manager.free(table)
+    manager.check_integrity()
+
+
+def test_layers_that_keep_all_tokens_need_every_block():
+    manager = windowed(None, 6)
+    leave(manager, [*A, *B])
+    manager.pools[0].evict(3)
+    assert leave(manager, [*A, *B]) == 0
+
+
+def test_a_gap_in_a_window_ends_the_hit_before_it():
+    manager = windowed(None, 6)
+    leave(manager, [*A, *B])
+    chain = manager.index.match(ROOT, [*A, *B], 12).blocks[1]
+    assert chain[0] == 0, "the first block lies outside the window"
+    manager.pools[1].discard(chain[1])
+    manager.index.forget(1, chain[1])
+    assert leave(manager, [*A, *B]) == 4
+
+
+def test_what_falls_out_of_a_window_stays_cached_only_if_it_was_indexed():
+    manager = windowed(None, 6)
+    table = manager.new_table(ROOT)
+    manager.append([table], 12, 0, [[*A, *B]])
+    manager.index_table(table, with_tail=False)
+    manager.trim([table])
+    assert (manager.pools[1].in_use, manager.pools[1].cached) == (2, 1)
+    manager.append([table], 12, 0, [[*A, *B]])
+    manager.trim([table])
+    assert (manager.pools[0].in_use, manager.pools[1].in_use, manager.pools[1].cached) == (6, 2, 3)
+    manager.free(table)
+    manager.check_integrity()
+
+
+def test_the_oldest_blocks_of_all_groups_make_room_first():
+    manager = BlockManager(40, 4, (None, 6), (3, 1), 3 * 8 + 8)
+    leave(manager, [*A, *B])
+    leave(manager, [*B, *A])
+    # 24 of 28 are taken by 6 blocks of either group; a third sequence needs 12 more: two ends of the first one go.
+    assert leave(manager, [5, 5, 5, 5, *A]) == 0
+    assert (manager.pools[0].cached, manager.pools[1].cached) == (7, 7)
+    assert leave(manager, [*A, *B]) == 4
+
+
+def test_blocks_whose_content_is_lost_are_not_found():
+    manager = windowed(None, 6)
+    table = manager.new_table(ROOT)
+    manager.append([table], 12, 0, [[*A, *B]])
+    manager.index_table(table, with_tail=True, lost=[set(), {0}])
+    manager.free(table)
+    manager.check_integrity()
+    assert leave(manager, [*A, 1]) == 0, "the window of 6 reaches into the first block"
+    assert leave(manager, [*A, *B]) == 12
