@@ -18,18 +18,17 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
 from hf_paged.core.chain import Run
-from hf_paged.core.manager import BlockManager
+from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.plan import StepPlan, strided_writes
-from hf_paged.core.prefix import Entry, unpack_tokens
-from hf_paged.core.table import BlockTable
+from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
 from hf_paged.identity import describe_circumstances, describe_config, fingerprint
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
@@ -55,7 +54,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
             files[name] = {"sha256": content_sum, "bytes": num_bytes}
     finally:
         pool.manager.unpin(pins[::-1])
-    num_tokens = sum(entry.num_tokens for entry in entries)
+    num_tokens = sum(entry.num_tokens for entry in entries if any(entry.blocks))
     manifest = {
         **_description(model),
         "cache_salt": root.salt,
@@ -113,19 +112,24 @@ def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str],
         layers[index] = {name: tensor.to(target) for name, tensor in layer.items()}
     kept = pieces["kept"].repeat_interleave(pieces["lengths"], dim=1)
     rows = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
+    manager = pool.manager
     loaded: set[int] = set()
-    tables: list[BlockTable] = []
+    pins: list[Pin] = []
     try:
         for tokens, sources in _sequences(pieces):
-            table = pool.manager.new_table(root)
-            tables.append(table)
-            try:
-                _take(pool, table, tokens, sources, layers, rows)
-            except OutOfBlocks:
+            blocks = _take(manager, root, tokens, rows[:, sources])
+            pins += [(group, block) for each in blocks for group, block in enumerate(each.blocks) if block]
+            for index, layer in enumerate(layers):
+                _fill(pool, index, layer, blocks)
+            for each in blocks:
+                manager.index_blocks(each.parent, each.packed, each.blocks)
+                if any(each.blocks):
+                    loaded.update(sources[each.start : each.start + each.rows.shape[1]])
+            manager.index.prune(root if not blocks else chain_key(blocks[-1].parent, blocks[-1].packed))
+            if sum(each.rows.shape[1] for each in blocks) < len(tokens):
                 break
-            loaded.update(sources)
     finally:
-        pool.free(tables[::-1])
+        manager.unpin(pins[::-1])
     return len(loaded)
 
 
@@ -252,40 +256,44 @@ def _sequences(pieces: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], lis
         yield [tokens[source] for source in sources], sources
 
 
-def _take(
-    pool: KVPool,
-    table: BlockTable,
-    tokens: list[int],
-    sources: list[int],
-    layers: Sequence[dict[str, torch.Tensor]],
-    rows: torch.Tensor,
-) -> None:
-    """Fill a table with one sequence, as far as it is not there yet, and index it. Raises `OutOfBlocks`.
+class _Block(NamedTuple):
+    """A block of a saved sequence: its tokens from number `start` on, the blocks of each group, which of them are new.
 
     `rows [groups, tokens]` says where each token lies in a layer's K and V, -1 where its group has not kept it.
     """
-    manager = pool.manager
+
+    parent: bytes
+    packed: bytes
+    start: int
+    rows: torch.Tensor
+    blocks: list[int]
+    is_new: list[bool]
+
+
+def _take(manager: BlockManager, root: bytes, tokens: list[int], rows: torch.Tensor) -> list[_Block]:
+    """Pinned blocks for one sequence, as far as they suffice: in the groups that have kept all that a block holds."""
+    taken: list[_Block] = []
+    parent, blocks = root, [NULL_BLOCK] * len(manager.pools)
     with manager.lock:
-        hit = _match_blocks(manager, table, tokens)
-        manager.append([table], len(tokens) - hit, 0, [tokens[hit:]])
-    new = rows[:, sources[hit:]]
-    for index, layer in enumerate(layers):
-        group = pool.layer_groups[index]
-        there = (new[group] >= 0).nonzero().flatten()
-        picked = new[group, there].to(layer["keys"].device)
-        key, value = (layer[name].index_select(1, picked).unsqueeze(0) for name in ("keys", "values"))
-        slots = [table.chains[group].slot(hit + token) for token in there.tolist()]
-        plan = StepPlan(len(slots), strided_writes(slots), [], [], [], [], len(tokens))
-        pool.layer(index, key, value).write(plan, key, value)
-    lost = [{table.whole_blocks(hit + token) for token in (each < 0).nonzero().flatten().tolist()} for each in new]
-    manager.index_table(table, with_tail=True, lost=lost)
+        for start in range(0, len(tokens), manager.block_size):
+            packed = pack_tokens(tokens[start : start + manager.block_size])
+            here = rows[:, start : start + manager.block_size]
+            try:
+                blocks, is_new = manager.take_blocks(parent, packed, (here >= 0).all(dim=1).tolist(), blocks)
+            except OutOfBlocks:
+                break
+            taken.append(_Block(parent, packed, start, here, blocks, is_new))
+            parent = chain_key(parent, packed)
+    return taken
 
 
-def _match_blocks(manager: BlockManager, table: BlockTable, tokens: list[int]) -> int:
-    """Let an empty table begin with whole blocks that are there; returns their tokens."""
-    hit = manager.match(table, tokens, len(tokens))
-    while table.tail_tokens:
-        whole = hit - table.tail_tokens
-        manager.crop(table, 0)
-        hit = manager.match(table, tokens, whole)
-    return hit
+def _fill(pool: KVPool, index: int, layer: dict[str, torch.Tensor], blocks: Sequence[_Block]) -> None:
+    """Write one layer's K and V of the blocks that are new."""
+    group = pool.layer_groups[index]
+    new = [each for each in blocks if each.is_new[group]]
+    if not new:
+        return
+    picked = torch.cat([each.rows[group] for each in new]).to(layer["keys"].device)
+    key, value = (layer[name].index_select(1, picked).unsqueeze(0) for name in ("keys", "values"))
+    slots = [each.blocks[group] * pool.block_size + i for each in new for i in range(each.rows.shape[1])]
+    pool.layer(index, key, value).write(StepPlan(len(slots), strided_writes(slots), [], [], [], [], 0), key, value)

@@ -45,6 +45,10 @@ class BlockChain:
         """The blocks that are still there."""
         return self.blocks[self.dropped :]
 
+    def has_claimed(self, block: int) -> bool:
+        """Whether room at `block` is kept for this sequence."""
+        return any(block in claim for claim in self.claims)
+
     def extend(self, blocks: Sequence[int]) -> None:
         """Put `blocks` behind the last one; null blocks stand for such as are already given up, and come first."""
         spans, seam_blocks = self._spans, self._table.seam_blocks

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.budget import Budget
+from hf_paged.core.chain import BlockChain
 from hf_paged.core.plan import Copy
 from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
 from hf_paged.core.table import BlockTable
@@ -114,14 +115,15 @@ class BlockManager:
         with self.lock:
             for pool, chain in zip(self.pools, source.chains, strict=True):
                 pool.share(chain.blocks[chain.dropped : num_blocks])
-            self._unclaim(target)
+            for group, chain in enumerate(target.chains):
+                self._unclaim(group, chain)
             before = [(group, block) for group, blocks in enumerate(target.truncate(0)) for block in blocks]
             target.copy_from(source, num_tokens)
             self._pinned.update(before)
             return before
 
     def unpin(self, pins: Sequence[Pin]) -> None:
-        """Let go of blocks that `append`, `assign` and `hold_prefixes` have pinned."""
+        """Let go of blocks that `append`, `assign`, `hold_prefixes` and `take_blocks` have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
             for group, block in pins:
@@ -205,6 +207,9 @@ class BlockManager:
             elif len(chain.blocks) < total_blocks:
                 # Behind a seam all rows look for room of their own, so that they come to lie at equal distance.
                 goes_on = len(chain.blocks) > table.seam_blocks
+                if goes_on and window is not None and not chain.has_claimed(chain.blocks[-1] + 1):
+                    self._unclaim(group, chain)  # its own blocks of before come next, not new ones behind the last
+                    goes_on = False
                 self._extend(table, group, total_blocks, chain.blocks[-1] if goes_on else None, room_blocks)
         table.num_tokens = total
 
@@ -261,7 +266,8 @@ class BlockManager:
                 self._empty(table)
 
     def _empty(self, table: BlockTable) -> None:
-        self._unclaim(table)
+        for group, chain in enumerate(table.chains):
+            self._unclaim(group, chain)
         used = [[chain.blocks[i] for chain in table.chains] for i in range(len(table.keys))]
         for group, blocks in enumerate(table.truncate(0)):
             self._drop(group, blocks)
@@ -277,11 +283,10 @@ class BlockManager:
         """One reference less; a block that is indexed stays cached."""
         self.pools[group].drop(blocks, keep=self.index.by_block[group].__contains__)
 
-    def _unclaim(self, table: BlockTable) -> None:
-        for pool, chain in zip(self.pools, table.chains, strict=True):
-            for claim in chain.claims:
-                pool.unclaim(claim)
-            chain.claims.clear()
+    def _unclaim(self, group: int, chain: BlockChain) -> None:
+        for claim in chain.claims:
+            self.pools[group].unclaim(claim)
+        chain.claims.clear()
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
@@ -302,27 +307,48 @@ class BlockManager:
             table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
             return found.num_tokens
 
-    def index_table(self, table: BlockTable, with_tail: bool, lost: Sequence[set[int]] = ()) -> None:
+    def index_table(self, table: BlockTable, with_tail: bool) -> None:
         """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.
 
-        Only for content that is complete in memory: `lost` has the numbers of the blocks that are not, for each group.
+        Only for content that is complete in memory.
         """
         if table.root is None:
             return
         with self.lock:
             parent, whole = table.root, table.whole_blocks(table.num_tokens)
             for i in range(whole):
-                blocks = _blocks_at(table, i, lost)
+                blocks = [chain.blocks[i] for chain in table.chains]
                 if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
-                    table.keys[i:] = [self._index_blocks(parent, _packed(table, i), blocks), *table.keys[i + 1 :]]
+                    table.keys[i:] = [self.index_blocks(parent, _packed(table, i), blocks), *table.keys[i + 1 :]]
                 parent = table.keys[i]
             if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
-                self._index_blocks(parent, _packed(table, whole), _blocks_at(table, whole, lost))
+                self.index_blocks(parent, _packed(table, whole), [chain.blocks[whole] for chain in table.chains])
+            self.index.prune(parent)
 
-    def _index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
+    def take_blocks(
+        self, parent: bytes, packed: bytes, groups: Sequence[bool], after: Sequence[int]
+    ) -> tuple[list[int], list[bool]]:
+        """Blocks for tokens that come from elsewhere, in those of `groups` that have none; pinned until `unpin`.
+
+        Returns one a group, the null block where it is not to have one, and which of them are new. These lie behind the
+        blocks `after` where possible, and go to `index_blocks` when their content is there. Raises `OutOfBlocks`.
+        """
+        with self.lock:
+            blocks = list(self.index.blocks_of(chain_key(parent, packed)) or [NULL_BLOCK] * len(self.pools))
+            is_covered = self.index.is_covered(parent, packed)
+            is_new = [wanted and not block and not is_covered for wanted, block in zip(groups, blocks, strict=True)]
+            self.check_room(int(any(is_new)))
+            for pool, block in zip(self.pools, blocks, strict=True):
+                pool.share([block] if block else [])
+            for group, pool in enumerate(self.pools):
+                if is_new[group]:
+                    (blocks[group],), claim = pool.take(1, after[group] or None)
+                    pool.unclaim(claim)
+            self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
+            return blocks, is_new
+
+    def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
         """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
-        if not any(blocks):
-            return chain_key(parent, packed)
         for entry in self.index.covered_by(parent, packed):
             for group, block in enumerate(entry.blocks.copy()):
                 self.index.forget(group, block)
@@ -371,15 +397,6 @@ class BlockManager:
 def _are_plain(tokens: Sequence[int]) -> bool:
     """Whether all are token ids and nothing else."""
     return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
-
-
-def _blocks_at(table: BlockTable, i: int, lost: Sequence[set[int]]) -> list[int]:
-    """Block `i` of each group, the null block where it is gone or its content is lost."""
-    blocks = [chain.blocks[i] for chain in table.chains]
-    for group, numbers in enumerate(lost):
-        if i in numbers:
-            blocks[group] = NULL_BLOCK
-    return blocks
 
 
 def _packed(table: BlockTable, i: int) -> bytes:

@@ -55,7 +55,8 @@ def root_key(identity: bytes, salt: str | None) -> bytes:
 class Entry:
     """What one block holds: `tokens` are packed and fill it, or its beginning.
 
-    `blocks` has one id for each group of layers, the null block where that group's has been given up.
+    `blocks` has one id for each group of layers, the null block where that group's has been given up. An entry without
+    any block stays as long as others follow it: their windows may not reach back to it, but their keys do.
     """
 
     key: bytes
@@ -84,10 +85,9 @@ class Match(NamedTuple):
 
 
 class _Hop(NamedTuple):
-    """One block on the way down a prompt: its key, its entry if there is one, and the prompt's tokens up to its end."""
+    """One block on the way down a prompt, and how many of the prompt's tokens end with it."""
 
-    key: bytes
-    entry: Entry | None
+    entry: Entry
     stop: int
     is_whole: bool = True
 
@@ -104,7 +104,6 @@ class PrefixIndex:
         self.block_size = block_size
         self.full_bytes = block_size * _TOKEN_BYTES  # packed tokens of a full block
         self._windows = tuple(windows)
-        self._keeps_all = None in self._windows
         self._entries: dict[bytes, Entry] = {}
         self.by_block: list[dict[int, Entry]] = [{} for _ in windows]  # of each group
         # By parent and first token, oldest first.
@@ -143,11 +142,11 @@ class PrefixIndex:
         hops = self._walk(root, packed, 0)
         plain = self._usable(hops)
         whole = [hop for hop in hops if hop.is_whole]
-        key, at = (whole[-1].key, whole[-1].stop * _TOKEN_BYTES) if whole else (root, 0)
+        key, at = (whole[-1].entry.key, whole[-1].stop * _TOKEN_BYTES) if whole else (root, 0)
         short = self._seam_behind(key, packed[at:])
         if short is not None:
             stop = at + len(short.tokens)
-            seam = _Hop(short.key, short, stop // _TOKEN_BYTES)
+            seam = _Hop(short, stop // _TOKEN_BYTES)
             seamed = self._usable([*whole, seam, *self._walk(short.key, packed, stop)])
             if _stop(seamed) > _stop(plain):
                 return self._match(seamed, len(whole) + 1)
@@ -159,42 +158,33 @@ class PrefixIndex:
         for group, window in enumerate(self._windows):
             first = seen_from(num_tokens, window)
             blocks.append([hop.entry.blocks[group] if hop.stop > first else NULL_BLOCK for hop in hops])
-        keys = [hop.key for hop in hops if hop.is_whole]
+        keys = [hop.entry.key for hop in hops if hop.is_whole]
         return Match(blocks, keys, num_tokens, seam_blocks, hops[seam_blocks - 1].stop if seam_blocks else 0)
 
     def _walk(self, key: bytes, packed: bytes, at: int) -> list[_Hop]:
-        """The blocks behind `key` that hold `packed` from byte `at` on, as far as any is indexed, and the head of one.
-
-        Where all layers have a window, blocks on the way may be missing.
-        """
+        """The blocks behind `key` that hold `packed` from byte `at` on, and the head of one more."""
         width = self.full_bytes
         hops: list[_Hop] = []
-        known, last = 0, (key, at)
         while at + width <= len(packed):
-            key = chain_key(key, packed[at : at + width])
-            entry = self._entries.get(key)
-            if entry is None and self._keeps_all:
+            entry = self._entries.get(chain_key(key, packed[at : at + width]))
+            if entry is None:
                 break
-            at += width
-            hops.append(_Hop(key, entry, at // _TOKEN_BYTES))
-            if entry is not None:
-                known, last = len(hops), (key, at)
-        del hops[known:]
-        key, at = last
+            key, at = entry.key, at + width
+            hops.append(_Hop(entry, at // _TOKEN_BYTES))
         part, common = self._best_part(key, packed[at : at + width])
         if part is not None:
-            hops.append(_Hop(part.key, part, at // _TOKEN_BYTES + common, False))
+            hops.append(_Hop(part, at // _TOKEN_BYTES + common, False))
         return hops
 
     def _usable(self, hops: Sequence[_Hop]) -> Sequence[_Hop]:
         """The longest beginning of `hops` that has the blocks which the token behind it will look at."""
-        if all(hop.entry is not None and NULL_BLOCK not in hop.entry.blocks for hop in hops):
+        if all(NULL_BLOCK not in hop.entry.blocks for hop in hops):
             return hops
         usable = 0
         held_from = [0] * len(self._windows)  # each group has the tokens from there on without a gap
         for count, hop in enumerate(hops, start=1):
             for group in range(len(self._windows)):
-                if hop.entry is None or hop.entry.blocks[group] == NULL_BLOCK:
+                if hop.entry.blocks[group] == NULL_BLOCK:
                     held_from[group] = hop.stop
             if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self._windows))):
                 usable = count
@@ -226,7 +216,7 @@ class PrefixIndex:
         """Index `blocks`, one a group, as those that hold these tokens behind `parent`; returns the key.
 
         Where a group has a block for them already, or the block is indexed for others, nothing changes there; null
-        blocks are passed over.
+        blocks are passed over. Call `prune` once nothing more is to follow.
         """
         key = chain_key(parent, packed)
         entry = self._entries.get(key) or Entry(key, parent, packed, [NULL_BLOCK] * len(blocks))
@@ -234,7 +224,7 @@ class PrefixIndex:
             if block and not entry.blocks[group] and block not in self.by_block[group]:
                 entry.blocks[group] = block
                 self.by_block[group][block] = entry
-        if key not in self._entries and any(entry.blocks):
+        if key not in self._entries:
             self._entries[key] = entry
             self._children.setdefault((parent, packed[:_TOKEN_BYTES]), {})[key] = entry
             self._parents[parent] += 1
@@ -266,17 +256,22 @@ class PrefixIndex:
         if entry is None:
             return
         entry.blocks[group] = NULL_BLOCK
-        if any(entry.blocks):
-            return
-        del self._entries[entry.key]
-        self._parents[entry.parent] -= 1
-        if not self._parents[entry.parent]:
-            del self._parents[entry.parent]
-        place = (entry.parent, entry.tokens[:_TOKEN_BYTES])
-        siblings = self._children[place]
-        del siblings[entry.key]
-        if not siblings:
-            del self._children[place]
+        self.prune(entry.key)
+
+    def prune(self, key: bytes) -> None:
+        """Forget the entry with that key, and those before it, as far as they have no block and nothing follows."""
+        entry = self._entries.get(key)
+        while entry is not None and not any(entry.blocks) and entry.key not in self._parents:
+            del self._entries[entry.key]
+            self._parents[entry.parent] -= 1
+            if not self._parents[entry.parent]:
+                del self._parents[entry.parent]
+            place = (entry.parent, entry.tokens[:_TOKEN_BYTES])
+            siblings = self._children[place]
+            del siblings[entry.key]
+            if not siblings:
+                del self._children[place]
+            entry = self._entries.get(entry.parent)
 
     def clear(self) -> None:
         """Forget every block."""
@@ -296,7 +291,7 @@ class PrefixIndex:
         assert all(self._children.values()), "an empty list of children was kept"
         assert self._parents == Counter(entry.parent for entry in self._entries.values())
         for entry in self._entries.values():
-            assert any(entry.blocks), "an entry without a block was kept"
+            assert any(entry.blocks) or entry.key in self._parents, "an entry was kept for nothing"
             assert entry.key == chain_key(entry.parent, entry.tokens)
             assert 0 < entry.num_tokens <= self.block_size
 

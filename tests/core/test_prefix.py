@@ -211,12 +211,35 @@ def test_the_oldest_blocks_of_all_groups_make_room_first():
     assert leave(manager, [*A, *B]) == 4
 
 
-def test_blocks_whose_content_is_lost_are_not_found():
+def test_blocks_that_come_from_elsewhere_are_found_like_others():
     manager = windowed(None, 6)
+    first, second = (pack_tokens(tokens) for tokens in (A[:4], A[4:]))
+    below = chain_key(ROOT, first)
+    blocks, is_new = manager.take_blocks(ROOT, first, (True, False), (0, 0))
+    assert (is_new, blocks[1]) == ([True, False], 0)
+    others, is_new = manager.take_blocks(below, second, (True, True), blocks)
+    assert is_new == [True, True]
+    assert others[0] == blocks[0] + 1
+    manager.index_blocks(ROOT, first, blocks)
+    manager.index_blocks(below, second, others)
+    assert manager.take_blocks(below, second, (True, True), blocks) == (others, [False, False])
+    manager.unpin([(0, blocks[0]), *enumerate(others), *enumerate(others)])
+    manager.check_integrity()
+    assert manager.in_use == 0
+    assert leave(manager, [*A, 1]) == 0, "the window of 6 reaches into the first block, which it lacks"
+
+
+def test_what_a_long_sequence_leaves_in_a_window_is_connected_to_its_root():
+    manager = windowed(6)
     table = manager.new_table(ROOT)
-    manager.append([table], 12, 0, [[*A, *B]])
-    manager.index_table(table, with_tail=True, lost=[set(), {0}])
+    for token in range(40):
+        manager.append([table], 1, 0, [[token]])
+        manager.trim([table])
+    assert manager.pools[0].high_water <= 2 * (2 + 6 // 4) + 1, "blocks that have fallen out are used again"
+    manager.index_table(table, with_tail=True)
     manager.free(table)
     manager.check_integrity()
-    assert leave(manager, [*A, 1]) == 0, "the window of 6 reaches into the first block"
-    assert leave(manager, [*A, *B]) == 12
+    assert (manager.cached, len(manager.index)) == (2, 10)
+    assert leave(manager, list(range(41))) == 40
+    manager.budget.evict(manager.cached)
+    assert len(manager.index) == 0
