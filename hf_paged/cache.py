@@ -79,7 +79,7 @@ class PagedCache(Cache):
         self.windows = compat.attention_windows(self.model_config) if windows is None else windows
         super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
         self.sequences = Sequences(pool)
-        self._has_windows = any(window is not None for window in self.windows)
+        self.has_windows = any(window is not None for window in self.windows)
         self._finalizer = weakref.finalize(self, self.sequences.free)
         self.room_tokens = DEFAULT_ROOM_TOKENS
         self.dense_len = 0
@@ -187,7 +187,7 @@ class PagedCache(Cache):
 
         What a prompt has left stays for later calls with the same prompt, what was generated does not.
         """
-        if not self._has_windows or any(layer.record_past for layer in self.layers):
+        if not self.has_windows or any(layer.record_past for layer in self.layers):
             return
         manager = self.pool.manager
         if self.root is not None:
@@ -197,14 +197,19 @@ class PagedCache(Cache):
         manager.trim(self.tables)
 
     def roll_back(self, lengths: Sequence[int]) -> None:
-        """A pass has failed: forget its tokens. Where it was to copy blocks, the rows' tails are lost: forget all."""
+        """A pass has failed: forget its tokens.
+
+        Where it was to copy blocks, or has given up what the rows' windows saw, something is lost: forget all.
+        """
         self.step, copying = None, self.is_copying
         self.sequences.unpin()
-        if copying and self.dense_len:
+        counts = [min(num_tokens, table.num_tokens) for table, num_tokens in zip(self.tables, lengths, strict=False)]
+        lost = self.tables and not all(map(self.pool.manager.reaches, self.tables, counts))
+        if (copying and self.dense_len) or lost:
             self.release()
             return
-        for table, num_tokens in zip(self.tables, lengths, strict=False):
-            self.pool.manager.crop(table, min(num_tokens, table.num_tokens))
+        for table, num_tokens in zip(self.tables, counts, strict=False):
+            self.pool.manager.crop(table, num_tokens)
         for layer in self.layers:
             layer.move_to(self.dense_len)
 
@@ -334,7 +339,7 @@ class PagedCache(Cache):
             )
         if keep < self.dense_len:
             self._go_back(tokens_to_remove, keep)
-        if self._has_windows and self.tables:
+        if self.has_windows and self.tables:
             self.pool.manager.trim(self.tables)
         for layer in self.layers:
             layer.move_to(min(layer.seen, keep))

@@ -15,10 +15,7 @@ from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.planner import PackedPlan, plan_decode, plan_packed
-
-# Packed tokens per forward pass: bounds activation memory.
-PACKED_CHUNK_TOKENS = 8192
+from hf_paged.core.planner import plan_decode
 
 # Arguments that the fast paths carry over or replace; any other one that is set means the padded path.
 _KNOWN_ARGUMENTS = frozenset(
@@ -34,7 +31,6 @@ _KNOWN_ARGUMENTS = frozenset(
         "cache_position",
     )
 )
-_NO_TOKEN = 2**62
 _MEANINGLESS_IF_FALSE = (None, False)
 
 
@@ -173,136 +169,9 @@ def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
     )
 
 
-def run_packed(
-    request: ModelCall,
-    cache: PagedCache,
-    backend: AttentionBackend,
-    keeps_logits: bool,
-    windows_seen: dict[int, int | None] | None = None,
-) -> tuple[Any, int, int]:
-    """All new tokens of all rows, each distinct one once, no padding, and nothing that an earlier call has computed.
-
-    Args:
-        request: the call.
-        cache: its cache; rows end up sharing what they have in common.
-        backend: reads the blocks.
-        keeps_logits: whether the model can be told whose logits are wanted.
-        windows_seen: filled with the sliding window of each layer's attention call.
-
-    Returns:
-        The model's outputs with logits as stock would shape them, the number of tokens that went through the model,
-        and the number that earlier calls had computed, every row counted.
-    """
-    if request.kwargs.get("position_ids") is None:  # what the model would take them to be, were the rows not packed
-        positions = torch.arange(cache.dense_len, cache.dense_len + request.tokens, device=request.inputs.device)
-        request.kwargs = {**request.kwargs, "position_ids": positions.unsqueeze(0)}
-    columns = _real_columns(request)
-    sequences = _token_keys(request, cache, columns)
-    keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
-    plan, reused = _plan_packed(cache, sequences, keep)
-    cache.sequences.pins += plan.pins
-    cache.is_copying = any(part.copies for chunk in plan.chunks for part in chunk)
-    columns = [row[hit:] for row, hit in zip(columns, reused, strict=True)]
-    wanted = [[plan.packed_index(row, token) for token in range(len(real))[-keep:]] for row, real in enumerate(columns)]
-    source = _packed_source(plan, columns, request.tokens).to(request.inputs.device)
-    outputs, logits = None, []
-    done = 0
-    for chunk in plan.chunks:
-        num_queries = chunk[0].num_queries
-        here = source[done : done + num_queries]
-        cache.begin(chunk, cache.dense_len + request.tokens, 0, backend=backend)
-        kwargs = _packed_arguments(request, here)
-        indices = sorted({i - done for row in wanted for i in row if done <= i < done + num_queries})
-        picked = torch.tensor(indices or [0], device=here.device)
-        if keeps_logits:
-            kwargs["logits_to_keep"] = picked
-        outputs = request.call(**kwargs)
-        if windows_seen is not None:
-            windows_seen.update(cache.step.windows_seen)
-        if indices:
-            logits.append(outputs.logits[0] if keeps_logits else outputs.logits[0].index_select(0, picked))
-        done += num_queries
-    cache.finish(request.new_columns, request.tokens)
-    order = {index: at for at, index in enumerate(sorted({i for row in wanted for i in row}))}
-    picked = torch.tensor([[order[i] for i in row] for row in wanted], device=source.device)
-    outputs.logits = torch.cat(logits)[picked]
-    return outputs, plan.num_tokens, sum(reused)
-
-
-def _plan_packed(cache: PagedCache, sequences: list[list[int]], keep: int) -> tuple[PackedPlan, list[int]]:
-    """The plan, and how many tokens each row takes from earlier calls; none where the blocks would not suffice then.
-
-    The last `keep` tokens of a row are computed in any case, for their logits; 0 means all.
-    """
-    pool, manager = cache.pool, cache.pool.manager
-    reused = [0] * len(sequences)
-    if cache.root is not None and cache.dense_len == 0 and keep:
-        reused = [
-            manager.match(table, sequence, len(sequence) - keep)
-            for table, sequence in zip(cache.tables, sequences, strict=True)
-        ]
-    chunk_tokens = cache.chunk_tokens or PACKED_CHUNK_TOKENS
-    while True:
-        rest = [sequence[hit:] for sequence, hit in zip(sequences, reused, strict=True)]
-        try:
-            return plan_packed(manager, cache.tables, rest, chunk_tokens, cache.room_tokens), reused
-        except OutOfBlocks as error:
-            if not any(reused):
-                raise pool.memory_error(error, sum(map(len, sequences))) from None
-        for table in cache.tables:
-            manager.crop(table, 0)
-        reused = [0] * len(sequences)
-
-
 def spread_rows(logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Logits of some rows among those of all; zeros for the others."""
     return logits.new_zeros(batch_size, *logits.shape[1:]).index_copy_(0, rows, logits)
-
-
-def _real_columns(request: ModelCall) -> list[list[int]]:
-    if request.new_columns is None:
-        return [list(range(request.tokens))] * request.rows
-    return [row.nonzero().flatten().tolist() for row in request.new_columns]
-
-
-def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]]) -> list[list[int]]:
-    """Per row one int per new token; equal ints (after equal pasts) mean equal KV."""
-    if request.input_name == "input_ids":
-        keys = request.inputs
-    else:
-        # Equal embeddings get equal numbers, none of which could be a token id.
-        flat = request.inputs.flatten(0, 1)
-        keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
-    positions = request.kwargs.get("position_ids")
-    if positions is not None:
-        usual = torch.zeros_like(keys)
-        for row, real in enumerate(columns):
-            usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
-        positions = positions.expand_as(keys)
-        # Custom positions are part of what a token is.
-        keys = torch.where(positions != usual, keys + (2 * positions.abs() + (positions < 0) + 1) * 2**32, keys)
-    listed = keys.tolist()
-    return [[row[column] for column in real] for row, real in zip(listed, columns, strict=True)]
-
-
-def _packed_source(plan: PackedPlan, columns: list[list[int]], tokens: int) -> torch.Tensor:
-    """Index `[packed tokens]` into the flattened `[batch * tokens]` inputs."""
-    return torch.tensor(
-        [row * tokens + column for row, start, stop in plan.sources for column in columns[row][start:stop]]
-    )
-
-
-def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any]:
-    kwargs = dict(request.kwargs)
-    kwargs[request.input_name] = request.inputs.flatten(0, 1).index_select(0, source).unsqueeze(0)
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        positions = positions.expand(request.inputs.shape[:2])
-        kwargs["position_ids"] = positions.reshape(-1).index_select(0, source).unsqueeze(0)
-    kwargs["attention_mask"] = paged_mask(source.device)
-    kwargs.pop("logits_to_keep", None)
-    kwargs.pop("cache_position", None)
-    return kwargs
 
 
 def run_padded(request: ModelCall, cache: PagedCache) -> Any:

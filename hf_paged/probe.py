@@ -13,7 +13,8 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
-from hf_paged.forward import ModelCall, run_decode, run_packed
+from hf_paged.forward import ModelCall, run_decode
+from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
 
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.

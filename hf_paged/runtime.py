@@ -16,7 +16,8 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
-from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_packed, run_padded
+from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
