@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from compare import assert_blocks_given_back
-from pair import Pair, distinct_pieces, piece
+from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
 from test_sharing import watched
 from windows import MIXED, PURE, WINDOWS, EndsAt, Need, spread, stock_model, window_pair
@@ -96,6 +96,17 @@ def test_a_long_answer_fits_although_all_of_its_tokens_would_not(name, window, b
     pair.ask([told + tokens(5, seed=1)])
     assert pair.reused == len(told) - 1, "the last token of an answer is not stored"
     pair.ask([told[:12]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("stored", range(40, 48))
+@pytest.mark.parametrize("window", [5, 8])
+def test_the_last_window_is_enough_wherever_in_a_block_it_ends(window, stored):
+    """Also where it lies in one block that is not full."""
+    pair = window_pair(PURE, window)
+    told = pair.ask([piece(10, 1)], max_new_tokens=stored - 9)[0].tolist()
+    evict(pair, pair.paged.stats().blocks_cached - 3)  # what fell out of the window is the least recently used
+    pair.ask([told + tokens(2, seed=1)], max_new_tokens=2)
+    assert pair.reused == stored
 
 
 @pytest.mark.parametrize("name", [PURE, MIXED])
