@@ -11,6 +11,8 @@ from prompts import batch, tokens
 from transformers import StoppingCriteriaList
 from windows import BLOCK_SIZES, MIXED, PURE, WINDOWED, WINDOWS, EndsAt, followers, near, parted, spread, window_pair
 
+from hf_paged import unpatch_model
+
 LENGTHS = (30, 61, 100, 150)
 
 # Arguments of `generate`; those that are functions are called with each of the two models.
@@ -27,10 +29,15 @@ HOW = {
 }
 GUESSING = {
     "draft model": {"assistant_model": near},
+    "draft model that is not patched": {"assistant_model": lambda model: near(unpatched(model))},
     "draft model of another mind": {"assistant_model": lambda model: copy.deepcopy(model).apply(_shake)},
     "sampling draft": {"assistant_model": near, "do_sample": True},
     "prompt lookup": {"prompt_lookup_num_tokens": 4, "eos_token_id": VOCAB - 1},  # 5.8 asks for an end token
 }
+
+
+def unpatched(model: torch.nn.Module) -> torch.nn.Module:
+    return unpatch_model(copy.deepcopy(model))
 
 
 def _shake(module: torch.nn.Module) -> None:

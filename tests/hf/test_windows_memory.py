@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from compare import assert_blocks_given_back
-from pair import Pair, distinct_pieces, piece
+from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
 from test_sharing import watched
 from windows import MIXED, PURE, WINDOWS, EndsAt, Need, spread, stock_model, window_pair
@@ -93,11 +93,28 @@ def test_a_long_answer_fits_although_all_of_its_tokens_would_not(name, window, b
     """And is found again: a hit needs all tokens in full layers, but only the last window in the others."""
     pair = squeezed(name, window, block_size)
     told = pair.ask([piece(10, 1)], max_new_tokens=LONG - 15)[0].tolist()
-    assert pair.paged.stats().bytes_reserved <= pair.paged.config.budget_bytes("cpu")
     pair.ask([told + tokens(5, seed=1)])
     assert pair.reused == len(told) - 1, "the last token of an answer is not stored"
     pair.ask([told[:12]], max_new_tokens=3)
-    pair.ask([told + tokens(5, seed=1)])
+
+
+@pytest.mark.parametrize("stored", range(40, 48))
+@pytest.mark.parametrize("window", [5, 8])
+def test_the_last_window_is_enough_wherever_in_a_block_it_ends(window, stored):
+    """Also where it lies in one block that is not full."""
+    pair = window_pair(PURE, window)
+    told = pair.ask([piece(10, 1)], max_new_tokens=stored - 9)[0].tolist()
+    evict(pair, pair.paged.stats().blocks_cached - 3)  # what fell out of the window is the least recently used
+    pair.ask([told + tokens(2, seed=1)], max_new_tokens=2)
+    assert pair.reused == stored
+
+
+@pytest.mark.parametrize("name", [PURE, MIXED])
+def test_all_memory_taken_stays_within_the_budget(name):
+    """What one kind of layers has given up must not be held beside what the other kind takes."""
+    pair = squeezed(name)
+    pair.ask([piece(10, 1)], max_new_tokens=LONG)
+    assert 0 < pair.paged.stats().bytes_reserved <= pair.paged.config.budget_bytes("cpu")
 
 
 def pressed(name: str, window: int = 8, num_tokens: int = 136) -> Pair:

@@ -38,7 +38,7 @@ def window_pair(name: str = MIXED, window: int = 8, **overrides) -> Pair:
 
 
 def spread(first, second, *others) -> list[tuple]:
-    """Every pair of `first` and `second`, with the values of `others` dealt out evenly beside them, always alike."""
+    """Every pair of `first` and `second`, the values of `others` dealt out evenly beside them, in a fixed order."""
     pairs, columns = list(itertools.product(first, second)), []
     for seed, values in enumerate(others):
         column = [values[at % len(values)] for at in range(len(pairs))]
