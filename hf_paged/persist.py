@@ -123,8 +123,8 @@ def load_prefixes(pool: KVPool, root: bytes, folder: Path, files: Iterable[str],
                 _fill(pool, index, layer, blocks)
             for each in blocks:
                 manager.index_blocks(each.parent, each.packed, each.blocks)
-                if (each.rows >= 0).any():
-                    loaded.update(sources[each.start : each.start + each.rows.shape[1]])
+                kept = (each.rows >= 0).any(dim=0).tolist()
+                loaded.update(source for source, is_kept in zip(sources[each.start :], kept, strict=False) if is_kept)
             manager.index.prune(root if not blocks else chain_key(blocks[-1].parent, blocks[-1].packed))
             if sum(each.rows.shape[1] for each in blocks) < len(tokens):
                 break

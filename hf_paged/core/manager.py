@@ -350,8 +350,7 @@ class BlockManager:
     def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
         """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
         for entry in self.index.covered_by(parent, packed):
-            for group, block in enumerate(entry.blocks.copy()):
-                self.index.forget(group, block)
+            for group, block in self.index.remove(entry):
                 self.pools[group].discard(block)
         return self.index.add(parent, packed, blocks)
 

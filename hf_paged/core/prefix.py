@@ -105,7 +105,9 @@ class PrefixIndex:
         self.full_bytes = block_size * _TOKEN_BYTES  # packed tokens of a full block
         self._windows = tuple(windows)
         self._entries: dict[bytes, Entry] = {}
-        self.by_block: list[dict[int, Entry]] = [{} for _ in windows]  # of each group
+        # Of each group. A block may stand for several entries: for all that it holds, and for a beginning behind which
+        # another sequence has parted.
+        self.by_block: list[dict[int, list[Entry]]] = [{} for _ in windows]
         # By parent and first token, oldest first.
         self._children: dict[tuple[bytes, bytes], dict[bytes, Entry]] = {}
         self._parents: Counter[bytes] = Counter()  # how many entries follow each
@@ -120,9 +122,9 @@ class PrefixIndex:
 
     def is_fixed(self, group: int, block: int, num_tokens: int) -> bool:
         """Whether a block may not get more than its first `num_tokens` tokens, because others may find it."""
-        entry = self.by_block[group].get(block)
         # One that others follow is a seam of theirs, which it stays only as it is.
-        return entry is not None and (entry.num_tokens > num_tokens or entry.key in self._parents)
+        entries = self.by_block[group].get(block, ())
+        return any(entry.num_tokens > num_tokens or entry.key in self._parents for entry in entries)
 
     def below(self, root: bytes) -> list[Entry]:
         """All entries that can be reached from `root`, parents before their children."""
@@ -215,15 +217,15 @@ class PrefixIndex:
     def add(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
         """Index `blocks`, one a group, as those that hold these tokens behind `parent`; returns the key.
 
-        Where a group has a block for them already, or the block is indexed for others, nothing changes there; null
-        blocks are passed over. Call `prune` once nothing more is to follow.
+        Where a group has a block for them already, nothing changes there; null blocks are passed over. Call `prune`
+        once nothing more is to follow.
         """
         key = chain_key(parent, packed)
         entry = self._entries.get(key) or Entry(key, parent, packed, [NULL_BLOCK] * len(blocks))
         for group, block in enumerate(blocks):
-            if block and not entry.blocks[group] and block not in self.by_block[group]:
+            if block and not entry.blocks[group]:
                 entry.blocks[group] = block
-                self.by_block[group][block] = entry
+                self.by_block[group].setdefault(block, []).append(entry)
         if key not in self._entries:
             self._entries[key] = entry
             self._children.setdefault((parent, packed[:_TOKEN_BYTES]), {})[key] = entry
@@ -252,11 +254,22 @@ class PrefixIndex:
 
     def forget(self, group: int, block: int) -> None:
         """The block no longer holds what it was indexed for; harmless where it was not."""
-        entry = self.by_block[group].pop(block, None)
-        if entry is None:
-            return
-        entry.blocks[group] = NULL_BLOCK
+        for entry in self.by_block[group].pop(block, ()):
+            entry.blocks[group] = NULL_BLOCK
+            self.prune(entry.key)
+
+    def remove(self, entry: Entry) -> list[tuple[int, int]]:
+        """Forget an entry that nothing follows; returns the groups and blocks that stand for no other one."""
+        idle = []
+        for group, block in enumerate(entry.blocks):
+            if block:
+                self.by_block[group][block].remove(entry)
+                if not self.by_block[group][block]:
+                    del self.by_block[group][block]
+                    idle.append((group, block))
+        entry.blocks[:] = [NULL_BLOCK] * len(entry.blocks)
         self.prune(entry.key)
+        return idle
 
     def prune(self, key: bytes) -> None:
         """Forget the entry with that key, and those before it, as far as they have no block and nothing follows."""
@@ -284,8 +297,10 @@ class PrefixIndex:
     def check_integrity(self) -> None:
         """Prove that the views of the entries agree."""
         for group, known in enumerate(self.by_block):
-            held = {entry.blocks[group]: entry for entry in self._entries.values() if entry.blocks[group]}
-            assert held == known, "entries disagree with the blocks"
+            held = Counter((entry.blocks[group], entry.key) for entry in self._entries.values() if entry.blocks[group])
+            listed = Counter((block, entry.key) for block, entries in known.items() for entry in entries)
+            assert held == listed, "entries disagree with the blocks"
+            assert all(known.values()), "a block is indexed for nothing"
         listed = {key: entry for siblings in self._children.values() for key, entry in siblings.items()}
         assert listed == self._entries, "children disagree with the entries"
         assert all(self._children.values()), "an empty list of children was kept"

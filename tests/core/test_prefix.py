@@ -103,6 +103,23 @@ def test_samples_that_part_behind_a_tail_are_found_again(manager):
     assert leave(manager, A) == 6
 
 
+def test_a_sample_that_parts_inside_a_full_block_of_another_is_found_again(manager):
+    """The block of the longer one stands for its beginning too, behind which the other went on."""
+    first = manager.new_table(ROOT)
+    manager.append([first], 8, 0, [A])
+    second = manager.fork(first, 6)
+    growth = manager.append([second], 3, 0, [[1, 2, 3]], may_part=True)
+    assert (growth.pins, manager.in_use) == ([], 3)
+    for table in (first, second):
+        manager.index_table(table, with_tail=True)
+        manager.free(table)
+    manager.check_integrity()
+    assert leave(manager, [*A[:6], 1, 2, 3, 9]) == 9
+    assert leave(manager, [*A, 9]) == 8
+    manager.budget.evict(manager.cached)
+    assert len(manager.index) == 0
+
+
 def test_least_recently_used_first_and_ends_before_roots(manager):
     leave(manager, [*A, *B])
     leave(manager, [*B, *A])
