@@ -45,7 +45,9 @@ static void score(const AttentionCall &call, const float *query, const typename 
     for (int64_t t = 0; t < block.tokens; t += 4) {
         const typename Type::Storage *key[4];
         for (int i = 0; i < 4; ++i) key[i] = keys + block.keys[t + i];
-        Floats sums[rows][4] = {};
+        Floats sums[rows][4];
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < 4; ++i) sums[r][i] = Floats{};
         for (int64_t d = 0; d < call.key_dim; d += HFP_LANES) {
             Floats q[rows];
             for (int r = 0; r < rows; ++r) q[r] = load(query + r * call.key_dim + d);
@@ -68,11 +70,11 @@ static void weigh_columns(const AttentionCall &call, const float *weights, const
             x[r][j] = load(sums + r * call.value_dim + d + j * HFP_LANES) * splat(scales[r]);
     for (int64_t t = 0; t < block.tokens; ++t) {
         const typename Type::Storage *value = values + block.values[t] + d;
-        Floats v[width];
-        for (int j = 0; j < width; ++j) v[j] = Type::read(value + j * HFP_LANES);
-        for (int r = 0; r < rows; ++r) {
-            Floats weight = splat(weights[r * kMaxBlock + t]);
-            for (int j = 0; j < width; ++j) x[r][j] += weight * v[j];
+        Floats weight[rows];
+        for (int r = 0; r < rows; ++r) weight[r] = splat(weights[r * kMaxBlock + t]);
+        for (int j = 0; j < width; ++j) {
+            const Floats v = Type::read(value + j * HFP_LANES);
+            for (int r = 0; r < rows; ++r) x[r][j] += weight[r] * v;
         }
     }
     for (int r = 0; r < rows; ++r)

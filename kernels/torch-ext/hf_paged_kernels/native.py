@@ -1,0 +1,260 @@
+"""The native CPU kernel: finds the library, says which instruction set runs, checks a call and hands it over.
+
+The library (`kernels/native`, loaded with ctypes) knows neither Python nor torch. It is built when the package is
+installed; without it, or where it is not known to be faster, attention is torch's own. `HF_PAGED_NATIVE=off` switches
+it off, `HF_PAGED_NATIVE=portable` (or another name of a variant) forces one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
+
+import torch  # first, so that its OpenMP runtime is loaded
+
+_LIBRARY = Path(__file__).with_name("_native.so")
+_SWITCH = "HF_PAGED_NATIVE"
+
+# Which variants run unasked, the first that fits; measured against SDPA with `make bench-attention` on AMD EPYC (Zen 3):
+# avx2 is faster at every shape and dtype there. Not here, as nobody has measured them: avx512 (where avx2 runs as well),
+# neon, and portable, which is for the tests.
+_MEASURED = ("avx2",)
+
+_CPU = torch.device("cpu")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As `AttentionCall` and `StoreCall` in native.h.
+_ATTENTION = Struct("=3q7Q14q2d")
+_ERRORS = {
+    1: "a size or dim is out of range",
+    2: "a run reaches beyond the slots",
+    3: "a part names queries or runs that do not exist",
+    4: "the variant does not do this dtype or dim on this CPU",
+    5: "out of memory",
+    6: "a write or copy reaches beyond the slots or the new tokens",
+}
+# A part whose queries see all of its tokens, and one without a window.
+SEES_ALL = UNLIMITED = 2**60
+
+
+class Part(NamedTuple):
+    """Queries `[query, query_stop)` over the tokens of runs `[run, run_stop)`, numbered from 0.
+
+    Query `i` of the part sees token `t` where `first + i - window < t <= first + i`.
+    """
+
+    query: int
+    query_stop: int
+    run: int
+    run_stop: int
+    first: int = SEES_ALL
+    window: int = UNLIMITED
+
+
+class Parts:
+    """What the queries of a call read, laid out for the library: parts, and runs `(slot, tokens)`."""
+
+    __slots__ = ("num_parts", "num_queries", "num_runs", "parts", "pointers", "runs")
+
+    def __init__(self, num_queries: int, parts: Sequence[Part], runs: Sequence[tuple[int, int]]):
+        self.num_queries, self.num_parts, self.num_runs = num_queries, len(parts), len(runs)
+        self.parts = array("q", [x for part in parts for x in part])
+        self.runs = array("q", [x for run in runs for x in run])
+        self.pointers = (
+            self.parts.buffer_info()[0],
+            self.runs.buffer_info()[0],
+            self.num_parts,
+            self.num_runs,
+        )
+
+
+class NativeError(ValueError):
+    """The library has refused a call."""
+
+
+class NativeKernel:
+    """One variant of the library.
+
+    Attributes:
+        name: of the variant.
+        lanes: head dims must be a multiple of this.
+    """
+
+    def __init__(self, library: ctypes.CDLL, index: int, name: str, lanes: int):
+        self.name, self.lanes = name, lanes
+        self._index = index
+        self._attend = library.hf_paged_attend
+
+    def takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether the variant does K and V of these dtypes and dims, on the CPU and contiguous in the last one."""
+        return (
+            key.dtype in _DTYPES
+            and key.dtype == value.dtype
+            and key.device.type == "cpu"
+            and self._takes_dim(key.shape[-1])
+            and self._takes_dim(value.shape[-1])
+        )
+
+    def _takes_dim(self, dim: int) -> bool:
+        return 8 <= dim <= 256 and dim % 8 == 0 and dim % self.lanes == 0
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parts: Parts,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`.
+
+        Returns `[queries, heads, value_dim]`, contiguous. `NativeError` for what the library does not do.
+        """
+        if query.shape[0] != parts.num_queries:
+            raise NativeError(f"query has {query.shape[0]} queries, the parts are for {parts.num_queries}")
+        if keys.shape[:2] != values.shape[:2]:
+            raise NativeError("keys and values differ in heads or slots")
+        return self._call(query, keys, values, parts, keys.shape[1], 0, 0, scale, softcap, sinks)
+
+    def attend_rows(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of `query [rows, heads, key_dim]`, each over all of its `key`, `value [rows, kv_heads, n, dim]`.
+
+        The rows lie equally far apart, a whole number of tokens. Returns `[rows, heads, value_dim]`, contiguous.
+        """
+        rows, tokens = key.shape[0], key.shape[2]
+        step, odd = divmod(key.stride(0), key.shape[3])
+        if key.shape[:3] != value.shape[:3] or query.shape[0] != rows:
+            raise NativeError("query, key and value differ in rows, heads or tokens")
+        if odd or value.stride(0) != step * value.shape[3] or step < 0:
+            raise NativeError("the rows of key and value do not lie equally far apart")
+        slots = (rows - 1) * step + tokens
+        return self._call(query, key[0], value[0], None, slots, tokens, step, scale, softcap, sinks)
+
+    def _call(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parts: Parts | None,
+        slots: int,
+        row_tokens: int,
+        row_step: int,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        queries, heads, key_dim = query.shape
+        kv_heads, _, value_dim = values.shape
+        query_stride, head_stride, last = query.stride()
+        key_stride, value_stride = keys.stride(), values.stride()
+        if last != 1 or key_stride[1:] != (key_dim, 1) or value_stride[1:] != (value_dim, 1):
+            raise NativeError("query, keys or values are not contiguous in their last dims, or differ in dim")
+        dtype = query.dtype
+        if keys.dtype != dtype or values.dtype != dtype or dtype not in _DTYPES or heads % kv_heads:
+            raise NativeError(f"cannot attend {heads} heads in {dtype} to {kv_heads} KV heads in {keys.dtype}")
+        if not (query.device == keys.device == values.device == _CPU):
+            raise NativeError("query, keys or values are not on the CPU")
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+            if sinks.shape != (heads,) or sinks.device != _CPU:
+                raise NativeError(f"sinks must be [{heads}] on the CPU, got {tuple(sinks.shape)} on {sinks.device}")
+        out = torch.empty(queries, heads, value_dim, dtype=dtype)
+        call = _ATTENTION.pack(
+            self._index, _DTYPES[dtype], torch.get_num_threads(),
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(), *((0, 0, 0, 0) if parts is None else parts.pointers),
+            queries, kv_heads, heads // kv_heads, key_dim, value_dim,
+            query_stride, head_stride, key_stride[0], value_stride[0], slots,
+            row_tokens, row_step, scale, softcap or 0.0,
+        )  # fmt: skip
+        error = self._attend(call, len(call))
+        if error:
+            raise NativeError(_ERRORS[error])
+        return out
+
+
+class Availability(NamedTuple):
+    """The variants that this CPU runs and nobody has switched off, in order of preference, and what to tell people."""
+
+    kernels: tuple[NativeKernel, ...]
+    reason: str
+
+    def kernel_for(self, key: torch.Tensor, value: torch.Tensor) -> NativeKernel | None:
+        """The variant for K and V `[..., dim]`, `None` where torch's own attention is to be used."""
+        return next((kernel for kernel in self.kernels if kernel.takes(key, value)), None)
+
+
+@functools.cache
+def native() -> Availability:
+    """What of the library can be used; looked at once a process."""
+    return _look(os.environ.get(_SWITCH))
+
+
+def variants() -> dict[str, NativeKernel]:
+    """All variants that this CPU can run, by name; empty without the library."""
+    try:
+        library = _load()
+    except OSError:
+        return {}
+    found: dict[str, NativeKernel] = {}
+    lanes = ctypes.c_int64()
+    index = 0
+    while (name := library.hf_paged_variant(index, ctypes.byref(lanes))) is not None:
+        if lanes.value:
+            found[name.decode()] = NativeKernel(library, index, name.decode(), lanes.value)
+        index += 1
+    return found
+
+
+def _look(switch: str | None) -> Availability:
+    if switch == "off":
+        return Availability((), f"native kernel off: {_SWITCH}=off")
+    if not _LIBRARY.exists():
+        return Availability((), "native kernel not built: no C++ compiler when the package was installed")
+    found = variants()
+    if not found:
+        return Availability((), f"native kernel not usable: {_LIBRARY.name} cannot be loaded here")
+    if switch:
+        if switch not in found:
+            return Availability((), f"native kernel off: {_SWITCH}={switch} is none of {', '.join(found)}")
+        return Availability((found[switch],), f"native kernel, {switch} ({_SWITCH})")
+    kernels = tuple(found[name] for name in _MEASURED if name in found)
+    if not kernels:
+        return Availability((), f"native kernel off: not measured on this CPU ({', '.join(found)})")
+    return Availability(kernels, f"native kernel, {kernels[0].name}")
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_LIBRARY))
+    library.hf_paged_attend.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    library.hf_paged_attend.restype = ctypes.c_int64
+    library.hf_paged_variant.argtypes = (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
+    library.hf_paged_variant.restype = ctypes.c_char_p
+    library.hf_paged_use_threads.argtypes = (ctypes.c_void_p,)
+    library.hf_paged_use_threads.restype = None
+    library.hf_paged_use_threads(_openmp_entry())
+    return library
+
+
+def _openmp_entry() -> ctypes.c_void_p | None:
+    """Where the OpenMP runtime that torch has loaded starts threads; `None`: the library uses one thread."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # another runtime; Windows has no global namespace
+        return None
