@@ -20,6 +20,8 @@ COMPILE_ARGS = (
     "-fno-math-errno",
     "-ffp-contract=fast",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # gcc's own headers of AVX-512
+    "-Wno-uninitialized",
 )
 
 

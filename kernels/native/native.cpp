@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "store.h"
 #include "variants.h"
 
 namespace hfp {
@@ -265,4 +266,8 @@ HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, int64_t bytes
     if (!call->parts) return hfp::attend_rows(*call);
     const hfp::Error error = hfp::check(*call);
     return error ? error : hfp::attend(*call);
+}
+
+HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, int64_t bytes) {
+    return bytes == sizeof *call ? hfp::store(*call) : hfp::kBadSize;
 }

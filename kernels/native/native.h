@@ -54,12 +54,13 @@ struct StoreSide {
     int64_t token_bytes, head_stride, fresh_row_stride, fresh_head_stride, fresh_token_stride;
 };
 
+// Without `writes`, all new tokens go to `slot, slot + step, ...`.
 struct StoreCall {
     StoreSide sides[2];
     int64_t heads, num_slots, row_tokens, num_tokens;
     const Write *writes;
     const Copy *copies;
-    int64_t num_writes, num_copies;
+    int64_t num_writes, num_copies, slot, step;
 };
 
 // The largest head dim, and the most tokens that are scored before their values are read.

@@ -30,6 +30,7 @@ _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As `AttentionCall` and `StoreCall` in native.h.
 _ATTENTION = Struct("=3q7Q14q2d")
+_STORE = Struct("=2Q5q2Q5q4q2Q4q")
 _ERRORS = {
     1: "a size or dim is out of range",
     2: "a run reaches beyond the slots",
@@ -38,8 +39,9 @@ _ERRORS = {
     5: "out of memory",
     6: "a write or copy reaches beyond the slots or the new tokens",
 }
-# A part whose queries see all of its tokens, and one without a window.
-SEES_ALL = UNLIMITED = 2**60
+# `first` of a part whose queries see all of its tokens, and `window` of one without.
+SEES_ALL = 2**60
+UNLIMITED = 2**61
 
 
 class Part(NamedTuple):
@@ -73,6 +75,22 @@ class Parts:
         )
 
 
+class Writes:
+    """Where new tokens go, laid out for the library.
+
+    Args:
+        writes: `(source, tokens, slot, step)`: new tokens `[source, source + tokens)` go to `slot, slot + step, ...`.
+        copies: `(source, target, tokens)`: slots that are copied after that, in order.
+    """
+
+    __slots__ = ("_copies", "_writes", "pointers")
+
+    def __init__(self, writes: Sequence[tuple[int, int, int, int]], copies: Sequence[tuple[int, int, int]]):
+        self._writes = array("q", [x for write in writes for x in write])
+        self._copies = array("q", [x for copy in copies for x in copy])
+        self.pointers = (self._writes.buffer_info()[0], self._copies.buffer_info()[0], len(writes), len(copies), 0, 1)
+
+
 class NativeError(ValueError):
     """The library has refused a call."""
 
@@ -90,18 +108,9 @@ class NativeKernel:
         self._index = index
         self._attend = library.hf_paged_attend
 
-    def takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether the variant does K and V of these dtypes and dims, on the CPU and contiguous in the last one."""
-        return (
-            key.dtype in _DTYPES
-            and key.dtype == value.dtype
-            and key.device.type == "cpu"
-            and self._takes_dim(key.shape[-1])
-            and self._takes_dim(value.shape[-1])
-        )
-
-    def _takes_dim(self, dim: int) -> bool:
-        return 8 <= dim <= 256 and dim % 8 == 0 and dim % self.lanes == 0
+    def takes(self, dtype: torch.dtype, *dims: int) -> bool:
+        """Whether the variant does K and V of this dtype and these dims."""
+        return dtype in _DTYPES and all(8 <= dim <= 256 and dim % 8 == dim % self.lanes == 0 for dim in dims)
 
     def attend(
         self,
@@ -188,21 +197,75 @@ class NativeKernel:
         return out
 
 
+class NativeStore:
+    """The library's store of new tokens, for any dtype."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._store = library.hf_paged_store
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, writes: Writes
+    ) -> None:
+        """Write new K and V `[rows, kv_heads, n, dim]`, numbered row by row, to `keys`, `values [kv_heads, slots, dim]`."""
+        self._call(keys, values, key, value, writes.pointers)
+
+    def write_rows(
+        self, keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slot: int, step: int
+    ) -> None:
+        """The same, token `i` to slot `slot + i * step`."""
+        self._call(keys, values, key, value, (0, 0, 0, 0, slot, step))
+
+    def _call(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        where: tuple[int, int, int, int, int, int],
+    ) -> None:
+        heads, slots, _ = keys.shape
+        rows, _, tokens, _ = key.shape
+        if values.shape[:2] != (heads, slots) or value.shape[:3] != key.shape[:3]:
+            raise NativeError("keys and values, or key and value, differ in rows, heads or tokens")
+        call = _STORE.pack(
+            *self._side(keys, key), *self._side(values, value), heads, slots, tokens, rows * tokens, *where
+        )
+        error = self._store(call, len(call))
+        if error:
+            raise NativeError(_ERRORS[error])
+
+    @staticmethod
+    def _side(memory: torch.Tensor, new: torch.Tensor) -> tuple[int, int, int, int, int, int, int]:
+        """`StoreSide`: pointers and strides in bytes."""
+        heads, _, dim = memory.shape
+        head_stride, *dense = memory.stride()
+        row, head, token, last = new.stride()
+        if dense != [dim, 1] or (last != 1 and dim != 1) or new.shape[1] != heads or new.shape[3] != dim:
+            raise NativeError("new tokens do not fit the memory, or one of the two is not contiguous in its last dims")
+        if new.dtype != memory.dtype or not (new.device == memory.device == _CPU):
+            raise NativeError(f"new tokens in {new.dtype} on {new.device}, memory in {memory.dtype} on {memory.device}")
+        size = memory.element_size()
+        return memory.data_ptr(), new.data_ptr(), dim * size, head_stride * size, row * size, head * size, token * size
+
+
 class Availability(NamedTuple):
     """The variants that this CPU runs and nobody has switched off, in order of preference, and what to tell people."""
 
     kernels: tuple[NativeKernel, ...]
     reason: str
-
-    def kernel_for(self, key: torch.Tensor, value: torch.Tensor) -> NativeKernel | None:
-        """The variant for K and V `[..., dim]`, `None` where torch's own attention is to be used."""
-        return next((kernel for kernel in self.kernels if kernel.takes(key, value)), None)
+    store: NativeStore | None = None
 
 
 @functools.cache
 def native() -> Availability:
     """What of the library can be used; looked at once a process."""
     return _look(os.environ.get(_SWITCH))
+
+
+@functools.cache
+def kernel_for(dtype: torch.dtype, key_dim: int, value_dim: int) -> NativeKernel | None:
+    """The variant for K and V on the CPU, `None` where torch's own attention is to be used."""
+    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim)), None)
 
 
 def variants() -> dict[str, NativeKernel]:
@@ -229,14 +292,15 @@ def _look(switch: str | None) -> Availability:
     found = variants()
     if not found:
         return Availability((), f"native kernel not usable: {_LIBRARY.name} cannot be loaded here")
+    store = NativeStore(_load())
     if switch:
         if switch not in found:
             return Availability((), f"native kernel off: {_SWITCH}={switch} is none of {', '.join(found)}")
-        return Availability((found[switch],), f"native kernel, {switch} ({_SWITCH})")
+        return Availability((found[switch],), f"native kernel, {switch} ({_SWITCH})", store)
     kernels = tuple(found[name] for name in _MEASURED if name in found)
     if not kernels:
         return Availability((), f"native kernel off: not measured on this CPU ({', '.join(found)})")
-    return Availability(kernels, f"native kernel, {kernels[0].name}")
+    return Availability(kernels, f"native kernel, {kernels[0].name}", store)
 
 
 @functools.cache
@@ -244,6 +308,8 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_LIBRARY))
     library.hf_paged_attend.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     library.hf_paged_attend.restype = ctypes.c_int64
+    library.hf_paged_store.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    library.hf_paged_store.restype = ctypes.c_int64
     library.hf_paged_variant.argtypes = (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
     library.hf_paged_variant.restype = ctypes.c_char_p
     library.hf_paged_use_threads.argtypes = (ctypes.c_void_p,)
