@@ -13,7 +13,7 @@ from hf_paged.backends.native import kernel_of, parts_for
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore, strided_view
-from hf_paged_kernels import attend_all, attend_partial, merge_partial
+from hf_paged_kernels import attend_all, attend_partial, merge_partial, native
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 
@@ -42,6 +42,10 @@ class CPUBackend(AttentionBackend):
 
     name = "cpu"
     reads_rows = True
+
+    def describe(self) -> str:
+        """The name, and which native kernel runs or why none does."""
+        return f"{self.name} ({native().reason})"
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         kernel = kernel_of(store.keys, store.values)
