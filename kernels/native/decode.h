@@ -115,8 +115,13 @@ static float soften(const AttentionCall &call, float *scores, int64_t tokens, in
     float highest = largest_of(top);
     if (!(highest > *most)) highest = *most;
     if (highest == -INFINITY) {
-        for (int64_t t = 0; t < padded; t += HFP_LANES) store(scores + t, Floats{});
-        return 1.0f;
+        bool is_nan = false;  // NaN is larger than nothing, but must show in the result
+        for (int64_t t = 0; t < tokens; ++t) is_nan |= scores[t] != scores[t];
+        if (!is_nan) {
+            for (int64_t t = 0; t < padded; t += HFP_LANES) store(scores + t, Floats{});
+            return 1.0f;
+        }
+        highest = 0;
     }
     Floats sums = {};
     for (int64_t t = 0; t < padded; t += HFP_LANES) {
