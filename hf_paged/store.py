@@ -39,7 +39,7 @@ class LayerStore:
         self.keys = self._allocate(num_slots, block_size, key)
         self.values = self._allocate(num_slots, block_size, value)
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
-        self._native = native().store if self.keys.device.type == self.values.device.type == "cpu" else None
+        self._native = native().store_for(self.keys, self.values)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class LayerStore:
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
         if self._native is not None and plan.num_queries <= MAX_NATIVE_WRITE_TOKENS and _has_dense_tokens(key, value):
-            self._native.write(self.keys, self.values, key, value, _native_writes(plan))
+            self._native.write(key, value, _native_writes(plan))
             return
         for memory, new in ((self.keys, key), (self.values, value)):
             heads, slots, dim = memory.shape
@@ -94,7 +94,7 @@ class LayerStore:
         _, slot, step, tokens = span
         last = slot + tokens - 1
         if self._native is not None and _has_dense_tokens(key, value):
-            self._native.write_rows(self.keys, self.values, key, value, last, step or 1)
+            self._native.write_rows(key, value, last, step or 1)
         else:
             newest = span._replace(slot=last, tokens=1)
             span_view(self.keys, newest).copy_(key)

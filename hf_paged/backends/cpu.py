@@ -27,8 +27,7 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cal
         key, value = key[:, :, -call.window :], value[:, :, -call.window :]
     kernel = kernel_of(key, value)
     if kernel is not None:
-        out = kernel.attend_rows(query.squeeze(2), key, value, call.scale, call.softcap, call.sinks)
-        return out.unsqueeze(1)
+        return kernel.attend_rows(query, key, value, call.scale, call.softcap, call.sinks)
     if call.softcap is None and call.sinks is None:
         return attend_all(query, key, value, call.scale).transpose(1, 2)
     out, lse = attend_partial(query, key, value, call.scale, softcap=call.softcap)

@@ -16,7 +16,7 @@ struct Cursor {
     int64_t skip, left;
 };
 
-static void next_block(const AttentionCall &call, Cursor &at, int64_t most, Block &block) {
+static void next_block(const Attention &call, Cursor &at, int64_t most, Block &block) {
     block.tokens = at.left < most ? at.left : most;
     at.left -= block.tokens;
     for (int64_t i = 0; i < block.tokens;) {
@@ -40,7 +40,7 @@ static void fetch(const char *row, int64_t bytes) {
 
 // Scores of `rows` rows against a block's tokens, to `scores[row * kMaxBlock + token]`.
 template <class Type, int rows>
-static void score(const AttentionCall &call, const float *query, const typename Type::Storage *keys,
+static void score(const Attention &call, const float *query, const typename Type::Storage *keys,
                   const Block &block, float *scores) {
     for (int64_t t = 0; t < block.tokens; t += 4) {
         const typename Type::Storage *key[4];
@@ -62,7 +62,7 @@ static void score(const AttentionCall &call, const float *query, const typename 
 
 // Adds weights times values to `sums`, which are scaled first: `width` vectors from dim `d` on.
 template <class Type, int rows, int width>
-static void weigh_columns(const AttentionCall &call, const float *weights, const float *scales,
+static void weigh_columns(const Attention &call, const float *weights, const float *scales,
                           const typename Type::Storage *values, const Block &block, int64_t d, float *sums) {
     Floats x[rows][width];
     for (int r = 0; r < rows; ++r)
@@ -82,7 +82,7 @@ static void weigh_columns(const AttentionCall &call, const float *weights, const
 }
 
 template <class Type, int rows>
-static void weigh(const AttentionCall &call, const float *weights, const float *scales,
+static void weigh(const Attention &call, const float *weights, const float *scales,
                   const typename Type::Storage *values, const Block &block, float *sums) {
     constexpr int width = rows == 1 ? 8 : 4;
     int64_t d = 0;
@@ -96,7 +96,7 @@ static void weigh(const AttentionCall &call, const float *weights, const float *
 
 // Scores to weights of one row, and the running softmax: largest score and sum of weights, both in powers of two.
 // Tokens outside `[visible, visible_stop)` of the block get weight 0. Returns the factor for what was summed before.
-static float soften(const AttentionCall &call, float *scores, int64_t tokens, int64_t visible, int64_t visible_stop,
+static float soften(const Attention &call, float *scores, int64_t tokens, int64_t visible, int64_t visible_stop,
                     float *most, float *total) {
     const float cap = (float)(call.softcap * 1.4426950408889634);
     const Floats factor = splat((float)(call.softcap > 0 ? call.scale / call.softcap * 2.8853900817779268
@@ -155,7 +155,7 @@ static HFP_INLINE void in_tiles(int64_t count, const Step &step) {
 
 template <class Type>
 struct Scoring {
-    const AttentionCall &call;
+    const Attention &call;
     const float *query;
     const typename Type::Storage *keys;
     const Block &block;
@@ -168,7 +168,7 @@ struct Scoring {
 
 template <class Type>
 struct Weighing {
-    const AttentionCall &call;
+    const Attention &call;
     const float *weights, *scales;
     const typename Type::Storage *values;
     const Block &block;
@@ -182,7 +182,7 @@ struct Weighing {
 // Rows come query by query, the heads of the group inside. `partial` holds sums `[rows, value_dim]`, then the largest
 // scores `[rows]`, then the sums of weights `[rows]`.
 template <class Type>
-static void attend_strip(const AttentionCall &call, const Strip &strip, int64_t head, float *partial,
+static void attend_strip(const Attention &call, const Strip &strip, int64_t head, float *partial,
                          const Scratch &scratch) {
     typedef typename Type::Storage Storage;
     const int64_t rows = (strip.query_stop - strip.query) * call.group;
@@ -227,7 +227,7 @@ static void attend_strip(const AttentionCall &call, const Strip &strip, int64_t 
 }
 
 template <class Type>
-static void merge_partials(const AttentionCall &call, int64_t query, int64_t head, const PartialRows *partials,
+static void merge_partials(const Attention &call, int64_t query, int64_t head, const PartialRows *partials,
                            int64_t count) {
     typedef typename Type::Storage Storage;
     for (int64_t g = 0; g < call.group; ++g) {

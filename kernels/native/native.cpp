@@ -29,7 +29,7 @@ static const int64_t kMostRows = 96;
 
 static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 == 0; }
 
-static Error check(const AttentionCall &call) {
+static Error check(const Attention &call) {
     if (call.variant < 0 || call.variant >= kNumVariants || call.dtype < 0 || call.dtype >= kDtypes) return kNoVariant;
     const Variant &variant = kVariants[call.variant];
     if (!variant.is_supported() || call.key_dim % variant.lanes || call.value_dim % variant.lanes) return kNoVariant;
@@ -50,7 +50,7 @@ static Error check(const AttentionCall &call) {
     return kOk;
 }
 
-static int64_t tokens_of(const AttentionCall &call, const Part &part) {
+static int64_t tokens_of(const Attention &call, const Part &part) {
     int64_t tokens = 0;
     for (int64_t run = part.run; run < part.run_stop; ++run) tokens += call.runs[run].tokens;
     return tokens;
@@ -58,7 +58,7 @@ static int64_t tokens_of(const AttentionCall &call, const Part &part) {
 
 // How a call is spread: strips, and per query the strips that it has partial results in.
 struct Layout {
-    const AttentionCall *call;
+    const Attention *call;
     const Kernel *kernel;
     int64_t num_strips, partial_floats, next_task, next_thread, scratch_rows;
     Strip *strips;
@@ -69,13 +69,13 @@ struct Layout {
     PartialRows *rows;   // [threads, num_strips]
 };
 
-static int64_t queries_per_strip(const AttentionCall &call) {
+static int64_t queries_per_strip(const Attention &call) {
     const int64_t queries = kMostRows / call.group;
     return queries > 1 ? queries : 1;
 }
 
 // Tokens per strip: such that all threads have several.
-static int64_t strip_tokens(const AttentionCall &call) {
+static int64_t strip_tokens(const Attention &call) {
     if (call.threads == 1) return INT64_MAX;
     int64_t total = 0;
     for (int64_t i = 0; i < call.num_parts; ++i) total += tokens_of(call, call.parts[i]);
@@ -84,7 +84,7 @@ static int64_t strip_tokens(const AttentionCall &call) {
 }
 
 // Cuts the parts into strips; only counts them where `strips` is null. Returns their number.
-static int64_t cut(const AttentionCall &call, int64_t most_tokens, Strip *strips, int64_t *partial_floats) {
+static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, int64_t *partial_floats) {
     int64_t count = 0, floats = 0;
     const int64_t most_queries = queries_per_strip(call);
     for (int64_t i = 0; i < call.num_parts; ++i) {
@@ -121,7 +121,7 @@ static int64_t head_floats(const Layout &layout, const Strip &strip) {
 }
 
 static void merge(Layout &layout, int64_t query, int64_t head, PartialRows *rows) {
-    const AttentionCall &call = *layout.call;
+    const Attention &call = *layout.call;
     int64_t count = 0;
     for (int64_t i = layout.first_of[query]; i < layout.first_of[query + 1]; ++i) {
         const Strip &strip = layout.strips[layout.of_query[i]];
@@ -136,7 +136,7 @@ static void merge(Layout &layout, int64_t query, int64_t head, PartialRows *rows
 // What every thread does: strips of one KV head each until none is left.
 static void work(void *data) {
     Layout &layout = *(Layout *)data;
-    const AttentionCall &call = *layout.call;
+    const Attention &call = *layout.call;
     const int64_t thread = __atomic_fetch_add(&layout.next_thread, 1, __ATOMIC_RELAXED);
     float *mine = layout.scratch + thread * layout.scratch_rows * (call.key_dim + kMaxBlock + 1);
     const Scratch scratch = {mine, mine + layout.scratch_rows * call.key_dim,
@@ -158,7 +158,7 @@ static void work(void *data) {
 
 // Says which strips each query is in, and settles the queries that see nothing at all.
 static void index_queries(Layout &layout) {
-    const AttentionCall &call = *layout.call;
+    const Attention &call = *layout.call;
     memset(layout.first_of, 0, sizeof(int64_t) * (call.num_queries + 2));
     int64_t *count = layout.first_of + 2;
     for (int64_t i = 0; i < layout.num_strips; ++i)
@@ -176,7 +176,7 @@ static void index_queries(Layout &layout) {
     }
 }
 
-static int64_t total_work(const AttentionCall &call) {
+static int64_t total_work(const Attention &call) {
     int64_t total = 0;
     for (int64_t i = 0; i < call.num_parts; ++i)
         total += tokens_of(call, call.parts[i]) * (call.parts[i].query_stop - call.parts[i].query);
@@ -192,7 +192,7 @@ static void take(char **at, int64_t *total, T **into, int64_t count) {
 }
 
 static void carve(Layout &layout, int64_t entries, char *memory, int64_t *total) {
-    const AttentionCall &call = *layout.call;
+    const Attention &call = *layout.call;
     take(&memory, total, &layout.strips, layout.num_strips);
     take(&memory, total, &layout.first_of, call.num_queries + 2);
     take(&memory, total, &layout.of_query, entries);
@@ -202,7 +202,7 @@ static void carve(Layout &layout, int64_t entries, char *memory, int64_t *total)
     take(&memory, total, &layout.rows, call.threads * layout.num_strips);
 }
 
-static Error attend(AttentionCall call) {
+static Error attend(Attention call) {
     if (call.threads > 1 && (!run_parallel || total_work(call) < kSerialWork)) call.threads = 1;
     Layout layout = {};
     layout.call = &call;
@@ -225,7 +225,7 @@ static Error attend(AttentionCall call) {
 }
 
 // A call without parts: query `i` reads `row_tokens` slots from `i * row_step` on.
-static Error attend_rows(AttentionCall call) {
+static Error attend_rows(Attention call) {
     if (call.row_tokens < 1 || call.row_step < 0 || call.num_queries < 1 || call.num_queries > call.num_slots)
         return kBadSize;
     const int64_t each = sizeof(Part) + sizeof(Run);
@@ -261,13 +261,19 @@ HFP_PUBLIC const char *hf_paged_variant(int64_t index, int64_t *lanes) {
     return variant.name;
 }
 
-HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, int64_t bytes) {
-    if (bytes != sizeof *call) return hfp::kBadSize;
-    if (!call->parts) return hfp::attend_rows(*call);
-    const hfp::Error error = hfp::check(*call);
-    return error ? error : hfp::attend(*call);
+HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *query, const void *keys,
+                                   const void *values, void *out, const float *sinks, int64_t threads) {
+    const hfp::Attention attention = {*call, query, keys, values, out, sinks, threads};
+    if (!call->parts) return hfp::attend_rows(attention);
+    const hfp::Error error = hfp::check(attention);
+    return error ? error : hfp::attend(attention);
 }
 
-HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, int64_t bytes) {
-    return bytes == sizeof *call ? hfp::store(*call) : hfp::kBadSize;
+// Without `writes`, all new tokens go to `slot, slot + step, ...`.
+HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, const char *value,
+                                  const hfp::Write *writes, const hfp::Copy *copies, int64_t num_writes,
+                                  int64_t num_copies, int64_t slot, int64_t step) {
+    const hfp::Write all = {0, call->num_tokens, slot, step};
+    if (!writes) writes = &all, num_writes = 1;
+    return hfp::store({*call, {key, value}, writes, copies, num_writes, num_copies});
 }

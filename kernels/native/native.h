@@ -24,17 +24,22 @@ struct Run {
 // One layer's attention. Strides are in elements; K and V are `[kv_heads, slots, dim]` with adjacent slots, `out` is
 // `[queries, kv_heads * group, value_dim]`. Without `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
 struct AttentionCall {
-    int64_t variant, dtype, threads;
-    const void *query, *keys, *values;
-    void *out;
-    const float *sinks;
+    int64_t variant, dtype;
     const Part *parts;
     const Run *runs;
     int64_t num_parts, num_runs;
     int64_t num_queries, kv_heads, group, key_dim, value_dim;
-    int64_t query_stride, query_head_stride, key_head_stride, value_head_stride, num_slots;
-    int64_t row_tokens, row_step;
+    int64_t query_stride, query_head_stride, key_head_stride, value_head_stride;
+    int64_t num_slots, row_tokens, row_step;
     double scale, softcap;  // softcap 0: none
+};
+
+// The same with what differs from layer to layer.
+struct Attention : AttentionCall {
+    const void *query, *keys, *values;
+    void *out;
+    const float *sinks;
+    int64_t threads;
 };
 
 // New tokens `[source, source + tokens)`, numbered row by row, go to slots `slot, slot + step, ...`.
@@ -50,17 +55,20 @@ struct Copy {
 // K or V of one layer: memory `[heads, slots, dim]`, new tokens `[rows, heads, row_tokens, dim]`. Strides in bytes.
 struct StoreSide {
     char *memory;
-    const char *fresh;
     int64_t token_bytes, head_stride, fresh_row_stride, fresh_head_stride, fresh_token_stride;
 };
 
-// Without `writes`, all new tokens go to `slot, slot + step, ...`.
 struct StoreCall {
     StoreSide sides[2];
     int64_t heads, num_slots, row_tokens, num_tokens;
+};
+
+// The same with what differs from layer to layer and step to step.
+struct Store : StoreCall {
+    const char *fresh[2];
     const Write *writes;
     const Copy *copies;
-    int64_t num_writes, num_copies, slot, step;
+    int64_t num_writes, num_copies;
 };
 
 // The largest head dim, and the most tokens that are scored before their values are read.
@@ -87,8 +95,8 @@ struct Scratch {
 };
 
 struct Kernel {
-    void (*attend)(const AttentionCall &, const Strip &, int64_t head, float *partial, const Scratch &);
-    void (*merge)(const AttentionCall &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
+    void (*attend)(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
+    void (*merge)(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
 };
 
 struct Variant {

@@ -5,7 +5,7 @@
 
 namespace hfp {
 
-static Error check(const StoreCall &call) {
+static Error check(const Store &call) {
     if (call.heads < 1 || call.num_slots < 1 || call.row_tokens < 1 || call.num_tokens < 1 || call.num_writes < 0 ||
         call.num_copies < 0)
         return kBadSize;
@@ -25,9 +25,10 @@ static Error check(const StoreCall &call) {
     return kOk;
 }
 
-static void store_head(const StoreCall &call, const StoreSide &side, int64_t head) {
+static void store_head(const Store &call, int number, int64_t head) {
+    const StoreSide &side = call.sides[number];
     char *memory = side.memory + head * side.head_stride;
-    const char *fresh = side.fresh + head * side.fresh_head_stride;
+    const char *fresh = call.fresh[number] + head * side.fresh_head_stride;
     for (int64_t i = 0; i < call.num_writes; ++i) {
         const Write &write = call.writes[i];
         for (int64_t token = 0; token < write.tokens; ++token) {
@@ -45,12 +46,10 @@ static void store_head(const StoreCall &call, const StoreSide &side, int64_t hea
     }
 }
 
-static Error store(StoreCall call) {
-    const Write all = {0, call.num_tokens, call.slot, call.step};
-    if (!call.writes) call.writes = &all, call.num_writes = 1;
+static Error store(const Store &call) {
     const Error error = check(call);
     if (error) return error;
-    for (const StoreSide &side : call.sides)
+    for (int side = 0; side < 2; ++side)
         for (int64_t head = 0; head < call.heads; ++head) store_head(call, side, head);
     return kOk;
 }

@@ -13,7 +13,6 @@ from hf_paged_kernels.native import (
     Part,
     Parts,
     Writes,
-    _load,
     _look,
     native,
     variants,
@@ -130,9 +129,9 @@ def test_rows_of_a_span_agree_with_float64(kernel, tokens, threads):
     threads(2)
     memory = torch.randn(2, 3 * tokens + 40, 32)
     key = memory.as_strided((3, 2, tokens, 32), ((tokens + 5) * 32, memory.stride(0), 32, 1), 64)
-    query = torch.randn(3, 6, 32)
-    actual = kernel.attend_rows(query, key, key, 0.2)
-    scores = torch.einsum("rhd,rhtd->rht", query.double(), key.double().repeat_interleave(3, 1)) * 0.2
+    query = torch.randn(3, 6, 1, 32)
+    actual = kernel.attend_rows(query, key, key, 0.2).squeeze(1)
+    scores = torch.einsum("rhd,rhtd->rht", query.squeeze(2).double(), key.double().repeat_interleave(3, 1)) * 0.2
     expected = torch.einsum("rht,rhtd->rhd", scores.softmax(-1), key.double().repeat_interleave(3, 1))
     assert (actual - expected).abs().max() < 2e-6 * expected.abs().max().clamp(min=1)
 
@@ -197,7 +196,7 @@ def test_addresses_beyond_32_bits(kernel):
     far = kernel.attend(query, memory, memory, Parts(1, [Part(0, 1, 0, 1)], [(slots - 32, 32)]), 0.1)
     near = memory[:, -32:].contiguous()
     assert torch.equal(far, kernel.attend(query, near, near, Parts(1, [Part(0, 1, 0, 1)], [(0, 32)]), 0.1))
-    NativeStore(_load()).write_rows(memory, memory, query.view(1, 1, 1, 64), query.view(1, 1, 1, 64), slots - 1, 1)
+    NativeStore(memory, memory).write_rows(query.view(1, 1, 1, 64), query.view(1, 1, 1, 64), slots - 1, 1)
     assert torch.equal(memory[0, -1], query[0, 0])
 
 
@@ -265,7 +264,7 @@ def test_bad_tensors_are_refused(kernel, query, keys, values, more):
 
 
 def test_rows_that_are_no_span_are_refused(kernel):
-    query, memory = torch.randn(2, 4, 16), torch.randn(10000)
+    query, memory = torch.randn(2, 4, 1, 16), torch.randn(10000)
     good = memory.as_strided((2, 2, 5, 16), (320, 160, 16, 1))
     odd = memory.as_strided((2, 2, 5, 16), (321, 160, 16, 1))
     for key, value in ((odd, good), (good, odd), (odd, odd), (good[:, :, :4], good), (good[:1], good[:1])):
@@ -275,7 +274,7 @@ def test_rows_that_are_no_span_are_refused(kernel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_store_writes_what_torch_would(dtype):
-    rng, store = random.Random(0), NativeStore(_load())
+    rng = random.Random(0)
     for _ in range(30):
         rows, heads, tokens, slots = rng.choice([1, 3]), rng.choice([1, 2]), rng.choice([1, 5]), 50
         dims = rng.choice([8, 16]), rng.choice([8, 24])
@@ -294,7 +293,7 @@ def test_store_writes_what_torch_would(dtype):
                     memory[:, slot + i * step] = flat[:, source + i]
             for source, target, count in copies:
                 memory[:, target : target + count] = memory[:, source : source + count].clone()
-        store.write(*memories, *new, Writes(writes, copies))
+        NativeStore(*memories).write(*new, Writes(writes, copies))
         assert all(torch.equal(*pair) for pair in zip(memories, expected, strict=True))
 
 
@@ -316,7 +315,7 @@ BAD_WRITES = {
 def test_bad_writes_are_refused_and_change_nothing(what):
     memory, new = torch.zeros(2, 50, 8), torch.ones(1, 2, 3, 8)
     with pytest.raises(NativeError):
-        NativeStore(_load()).write(memory, memory, new, new, Writes(*BAD_WRITES[what]))
+        NativeStore(memory, memory).write(new, new, Writes(*BAD_WRITES[what]))
     assert (memory == 0).all()
 
 
@@ -326,12 +325,12 @@ def test_bad_writes_are_refused_and_change_nothing(what):
 def test_new_tokens_that_do_not_fit_are_refused(new):
     memory = torch.zeros(2, 50, 8)
     with pytest.raises(NativeError):
-        NativeStore(_load()).write_rows(memory, memory, new, new, 0, 1)
+        NativeStore(memory, memory).write_rows(new, new, 0, 1)
 
 
 def test_the_switch():
     assert _look("off").kernels == ()
-    assert _look("off").store is None
+    assert _look("off").store_for(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)) is None
     assert "off" in _look("off").reason
     assert [kernel.name for kernel in _look("portable").kernels] == ["portable"]
     assert _look("no such variant").kernels == ()
