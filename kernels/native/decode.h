@@ -215,7 +215,7 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
         for (int64_t row = 0; row < rows; ++row) {
             // Query `i` sees tokens up to `first + i`, `window` of them.
             int64_t last = strip.first + row / call.group - begin;
-            int64_t visible = last - strip.window + 1;
+            int64_t visible = strip.window > last ? 0 : last - strip.window + 1;
             int64_t visible_stop = last + 1 > block.tokens ? block.tokens : last + 1 < 0 ? 0 : last + 1;
             visible = visible < 0 ? 0 : visible > visible_stop ? visible_stop : visible;
             scratch.scales[row] = soften(call, scratch.weights + row * kMaxBlock, block.tokens, visible, visible_stop,

@@ -21,11 +21,22 @@ typedef void (*RunParallel)(void (*body)(void *), void *data, unsigned threads, 
 static RunParallel run_parallel = nullptr;
 
 // Less work than this, in rows times tokens times dims, is done sooner than a second thread has begun.
-static const int64_t kSerialWork = 200000;
+static const double kSerialWork = 200000;
 // Strips per thread, so that threads that started late or run slowly take fewer, and the least tokens of one.
 static const int64_t kStripsPerThread = 8, kLeastTokens = 128;
 // Rows that share one reading of K and V; their queries and sums stay in the second-level cache.
 static const int64_t kMostRows = 96;
+
+// Sizes beyond these are mistakes, and could overflow what is computed from them.
+static const int64_t kMostHeads = 1 << 16, kMostQueries = 1 << 22, kMostSlots = (int64_t)1 << 36;
+static const int64_t kMostThreads = 1 << 12, kMostTokens = (int64_t)1 << 40, kMostFloats = (int64_t)1 << 40;
+static const int64_t kNeverOverflows = INT64_MAX / 4;
+
+static int64_t tokens_of(const Attention &call, const Part &part) {
+    int64_t tokens = 0;
+    for (int64_t run = part.run; run < part.run_stop; ++run) tokens += call.runs[run].tokens;
+    return tokens;
+}
 
 static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 == 0; }
 
@@ -34,26 +45,26 @@ static Error check(const Attention &call) {
     const Variant &variant = kVariants[call.variant];
     if (!variant.is_supported() || call.key_dim % variant.lanes || call.value_dim % variant.lanes) return kNoVariant;
     if (!is_dim(call.key_dim) || !is_dim(call.value_dim) || call.kv_heads < 1 || call.group < 1 ||
-        call.num_queries < 1 || call.num_slots < 1 || call.threads < 1 || call.num_parts < 0 || call.num_runs < 0)
+        call.num_queries < 1 || call.num_slots < 1 || call.threads < 1 || call.num_parts < 0 || call.num_runs < 0 ||
+        call.kv_heads > kMostHeads || call.group > kMostHeads || call.num_queries > kMostQueries ||
+        call.num_slots > kMostSlots || call.threads > kMostThreads)
         return kBadSize;
     for (int64_t i = 0; i < call.num_runs; ++i) {
         const Run &run = call.runs[i];
         if (run.tokens < 1 || run.slot < 0 || run.tokens > call.num_slots || run.slot > call.num_slots - run.tokens)
             return kBadRun;
     }
+    int64_t tokens = 0;
     for (int64_t i = 0; i < call.num_parts; ++i) {
         const Part &part = call.parts[i];
         if (part.query < 0 || part.query >= part.query_stop || part.query_stop > call.num_queries || part.run < 0 ||
-            part.run > part.run_stop || part.run_stop > call.num_runs || part.window < 1)
+            part.run > part.run_stop || part.run_stop > call.num_runs || part.window < 1 ||
+            part.first > kNeverOverflows || part.first < -kNeverOverflows)
             return kBadPart;
+        for (int64_t run = part.run; run < part.run_stop; ++run)
+            if ((tokens += call.runs[run].tokens) > kMostTokens) return kBadSize;
     }
     return kOk;
-}
-
-static int64_t tokens_of(const Attention &call, const Part &part) {
-    int64_t tokens = 0;
-    for (int64_t run = part.run; run < part.run_stop; ++run) tokens += call.runs[run].tokens;
-    return tokens;
 }
 
 // How a call is spread: strips, and per query the strips that it has partial results in.
@@ -83,7 +94,7 @@ static int64_t strip_tokens(const Attention &call) {
     return tokens > kLeastTokens ? tokens : kLeastTokens;
 }
 
-// Cuts the parts into strips; only counts them where `strips` is null. Returns their number.
+// Cuts the parts into strips; only counts them where `strips` is null. Returns their number, -1 where they are too many.
 static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, int64_t *partial_floats) {
     int64_t count = 0, floats = 0;
     const int64_t most_queries = queries_per_strip(call);
@@ -104,6 +115,7 @@ static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, in
                                              at.slot, at.tokens, begin, end - begin, floats};
                 ++count;
                 floats += (query_stop - query) * call.group * call.kv_heads * (call.value_dim + 2);
+                if (floats > kMostFloats) return -1;
                 for (int64_t skip = end - begin; skip;) {
                     const int64_t rest = call.runs[at.slot].tokens - at.tokens, step = skip < rest ? skip : rest;
                     at.tokens += step, skip -= step;
@@ -176,11 +188,11 @@ static void index_queries(Layout &layout) {
     }
 }
 
-static int64_t total_work(const Attention &call) {
-    int64_t total = 0;
+static double total_work(const Attention &call) {
+    double total = 0;
     for (int64_t i = 0; i < call.num_parts; ++i)
-        total += tokens_of(call, call.parts[i]) * (call.parts[i].query_stop - call.parts[i].query);
-    return total * call.kv_heads * call.group * (call.key_dim + call.value_dim);
+        total += (double)tokens_of(call, call.parts[i]) * (double)(call.parts[i].query_stop - call.parts[i].query);
+    return total * (double)(call.kv_heads * call.group * (call.key_dim + call.value_dim));
 }
 
 // Takes `bytes` from `*at`, in whole cache lines; adds up only, where `*at` is null.
@@ -210,6 +222,7 @@ static Error attend(Attention call) {
     layout.scratch_rows = queries_per_strip(call) * call.group;
     const int64_t most_tokens = strip_tokens(call);
     layout.num_strips = cut(call, most_tokens, nullptr, &layout.partial_floats);
+    if (layout.num_strips < 0) return kNoMemory;
     const int64_t entries = layout.partial_floats / (call.group * call.kv_heads * (call.value_dim + 2));
     int64_t bytes = 64;
     carve(layout, entries, nullptr, &bytes);
@@ -226,7 +239,8 @@ static Error attend(Attention call) {
 
 // A call without parts: query `i` reads `row_tokens` slots from `i * row_step` on.
 static Error attend_rows(Attention call) {
-    if (call.row_tokens < 1 || call.row_step < 0 || call.num_queries < 1 || call.num_queries > call.num_slots)
+    if (call.row_tokens < 1 || call.row_step < 0 || call.row_step > kMostSlots || call.num_queries < 1 ||
+        call.num_queries > kMostQueries)
         return kBadSize;
     const int64_t each = sizeof(Part) + sizeof(Run);
     char *memory = (char *)malloc(call.num_queries * each);

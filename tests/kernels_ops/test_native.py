@@ -62,7 +62,9 @@ class Case:
             start = rng.randrange(self.queries)
             stop = rng.randrange(start, self.queries) + 1
             lengths = [rng.choice([1, 2, 16, 63, 130, 300]) for _ in range(rng.choice([1, 1, 2, 6]))]
-            window = rng.choice([[], [max(0, sum(lengths) - stop + start)], [sum(lengths) // 2, rng.choice([1, 7, 40])]])
+            window = rng.choice(
+                [[], [max(0, sum(lengths) - stop + start)], [sum(lengths) // 2, rng.choice([1, 7, 40])]]
+            )
             self.add(start, stop, lengths, rng, *window)
         self.softcap = rng.choice([None, 3.0])
         self.sinks = rng.choice([None, self.normal(heads)])
