@@ -1,4 +1,4 @@
-"""``python -m benchmarks.attention``: decode attention of one layer, alone, as a multiple of the time to read K and V."""
+"""``python -m benchmarks.attention``: decode attention of one layer alone, in multiples of a read of K and V."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
     else:
         kernel = next(iter(native().kernels), None)
     for shape, dtype, context, batch in product(options.shapes, options.dtypes, options.contexts, options.batches):
-        heads, kv_heads, dim = SHAPES[shape]
+        _, kv_heads, dim = SHAPES[shape]
         if 2 * kv_heads * batch * context * dim * getattr(torch, dtype).itemsize > MOST_BYTES:
             continue
         layers = Layers(shape, getattr(torch, dtype), batch, context)

@@ -38,25 +38,32 @@ static void fetch(const char *row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
 }
 
-// Scores of `rows` rows against a block's tokens, to `scores[row * kMaxBlock + token]`.
+// Scores of `rows` rows against a block's tokens, to `scores[row * kMaxBlock + token]`. Tokens are taken four at a
+// time, or two and two where four rows would need more registers than there are.
 template <class Type, int rows>
-static void score(const Attention &call, const float *query, const typename Type::Storage *keys,
-                  const Block &block, float *scores) {
+static void score(const Attention &call, const float *query, const typename Type::Storage *keys, const Block &block,
+                  float *scores) {
+    constexpr int width = rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
     for (int64_t t = 0; t < block.tokens; t += 4) {
-        const typename Type::Storage *key[4];
-        for (int i = 0; i < 4; ++i) key[i] = keys + block.keys[t + i];
-        Floats sums[rows][4];
-        for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < 4; ++i) sums[r][i] = Floats{};
-        for (int64_t d = 0; d < call.key_dim; d += HFP_LANES) {
-            Floats q[rows];
-            for (int r = 0; r < rows; ++r) q[r] = load(query + r * call.key_dim + d);
-            for (int i = 0; i < 4; ++i) {
-                Floats k = Type::read(key[i] + d);
-                for (int r = 0; r < rows; ++r) sums[r][i] += q[r] * k;
+        Floats pairs[rows][2];
+        for (int begin = 0; begin < 4; begin += width) {
+            const typename Type::Storage *key[width];
+            for (int i = 0; i < width; ++i) key[i] = keys + block.keys[t + begin + i];
+            Floats sums[rows][width];
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < width; ++i) sums[r][i] = Floats{};
+            for (int64_t d = 0; d < call.key_dim; d += HFP_LANES) {
+                Floats q[rows];
+                for (int r = 0; r < rows; ++r) q[r] = load(query + r * call.key_dim + d);
+                for (int i = 0; i < width; ++i) {
+                    const Floats k = Type::read(key[i] + d);
+                    for (int r = 0; r < rows; ++r) sums[r][i] += q[r] * k;
+                }
             }
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < width; i += 2) pairs[r][(begin + i) / 2] = add_pairs(sums[r][i], sums[r][i + 1]);
         }
-        for (int r = 0; r < rows; ++r) store_sums(scores + r * kMaxBlock + t, sums[r]);
+        for (int r = 0; r < rows; ++r) store_sums(scores + r * kMaxBlock + t, pairs[r][0], pairs[r][1]);
     }
 }
 
@@ -84,7 +91,7 @@ static void weigh_columns(const Attention &call, const float *weights, const flo
 template <class Type, int rows>
 static void weigh(const Attention &call, const float *weights, const float *scales,
                   const typename Type::Storage *values, const Block &block, float *sums) {
-    constexpr int width = rows == 1 ? 8 : 4;
+    constexpr int width = rows == 1 ? 8 : rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
     int64_t d = 0;
     for (; d + width * HFP_LANES <= call.value_dim; d += width * HFP_LANES)
         weigh_columns<Type, rows, width>(call, weights, scales, values, block, d, sums);
@@ -140,15 +147,10 @@ template <class Step>
 static HFP_INLINE void in_tiles(int64_t count, const Step &step) {
     int64_t row = 0;
     while (row < count) {
-        int64_t left = count - row;
-#if HFP_REGISTERS >= 32
-        if (left >= 4) {
-            step.template run<4>(row), row += 4;
-            continue;
-        }
-#endif
-        if (left == 3 || left > 4) step.template run<3>(row), row += 3;
-        else if (left >= 2) step.template run<2>(row), row += 2;
+        const int64_t left = count - row;
+        if (left >= 4 && (HFP_REGISTERS >= 32 || left % 3)) step.template run<4>(row), row += 4;
+        else if (left >= 3) step.template run<3>(row), row += 3;
+        else if (left == 2) step.template run<2>(row), row += 2;
         else step.template run<1>(row), row += 1;
     }
 }

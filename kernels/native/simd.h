@@ -17,9 +17,15 @@ static HFP_INLINE void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
 static HFP_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 static HFP_INLINE Words load_halves(const uint16_t *p) {
+#if defined(HFP_F16C) && HFP_LANES == 8  // gcc 12 widens in two halves
+    return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(HFP_F16C) && HFP_LANES == 16
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
     Halves x;
     memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, Words);
+#endif
 }
 static HFP_INLINE void store_halves(uint16_t *p, Words x) {
     Halves narrow = __builtin_convertvector(x, Halves);
@@ -130,11 +136,12 @@ static HFP_INLINE Floats add_quarters(Floats a, Floats b, Indices<i...>) {
     return HFP_SHUFFLE(a, b, quartered(i, 0)) + HFP_SHUFFLE(a, b, quartered(i, 1));
 }
 
-// The sums of four vectors' lanes, to p[0..3].
-static HFP_INLINE void store_sums(float *p, const Floats *x) {
+static HFP_INLINE Floats add_pairs(Floats a, Floats b) { return add_pairs(a, b, Range<HFP_LANES>::Type()); }
+
+// The sums of the lanes of four vectors, of which two pairs went through `add_pairs`, to p[0..3].
+static HFP_INLINE void store_sums(float *p, Floats first_pair, Floats second_pair) {
     typedef float Four __attribute__((vector_size(16)));
-    typename Range<HFP_LANES>::Type lanes;
-    Floats sums = add_quarters(add_pairs(x[0], x[1], lanes), add_pairs(x[2], x[3], lanes), lanes);
+    Floats sums = add_quarters(first_pair, second_pair, Range<HFP_LANES>::Type());
     Four parts[HFP_LANES / 4];
     memcpy(parts, &sums, sizeof sums);
     for (int n = HFP_LANES / 8; n; n /= 2)

@@ -21,9 +21,8 @@ import torch  # first, so that its OpenMP runtime is loaded
 _LIBRARY = Path(__file__).with_name("_native.so")
 _SWITCH = "HF_PAGED_NATIVE"
 
-# Which variants run unasked, the first that fits; measured against SDPA with `make bench-attention` on AMD EPYC (Zen 3):
-# avx2 is faster at every shape and dtype there. Not here, as nobody has measured them: avx512 (where avx2 runs as well),
-# neon, and portable, which is for the tests.
+# Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
+# here, as nobody has measured them: avx512 (where avx2 runs as well) and neon; nor portable, which is for the tests.
 _MEASURED = ("avx2",)
 
 _CPU = torch.device("cpu")
