@@ -4,8 +4,10 @@
 #   make test       the whole suite, and the differential tests on the two older transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
+#   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make lint       ruff; `make format` repairs what it can
-#   make wheel-check, make clean
+#   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
+#   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
 #
 # On a machine without a GPU, TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" saves some gigabytes.
 
@@ -26,10 +28,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-attention sanitize wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -71,6 +73,20 @@ bench: $(VENV)/.demo
 bench-dialogues: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.dialogues
 
+bench-attention: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.attention $(BENCH)
+
+# --- the native kernel ------------------------------------------------------------------------------------------------
+
+FUZZ := $(CXX) -O1 -g -std=gnu++17 -Wno-psabi -pthread -fno-omit-frame-pointer -fno-sanitize-recover=all
+
+sanitize:
+	@mkdir -p build
+	$(FUZZ) -fsanitize=address,undefined tests/native/fuzz.cpp -o build/fuzz-memory
+	$(FUZZ) -fsanitize=thread tests/native/fuzz.cpp -o build/fuzz-threads
+	build/fuzz-memory 500
+	build/fuzz-threads 100
+
 test: $(VENV)/.test
 	@failed=; for part in newest $(OLDER); do \
 		$(MAKE) --no-print-directory test-$$part || failed="$$failed $$part"; \
@@ -93,9 +109,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel-check: $(VENV)/.test
+wheel: $(VENV)/.test
 	@rm -rf build
 	$(PIP) -qq wheel --no-deps --wheel-dir build/wheel .
+	@ls build/wheel
+
+wheel-check: wheel
 	$(BIN)/python .ci/check_wheel.py build/wheel
 
 clean:

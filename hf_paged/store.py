@@ -21,9 +21,12 @@ import torch
 
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
+from hf_paged_kernels import Writes, native
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
+# More tokens at once are copied sooner by torch's threads than by the native store's one.
+MAX_NATIVE_WRITE_TOKENS = 256
 
 # Tests set this: memory that nobody owns then holds NaN, so that reading it shows.
 POISON = os.environ.get("HF_PAGED_POISON") == "1"
@@ -41,6 +44,7 @@ class LayerStore:
         self.keys = self._allocate(num_slots, block_size, key)
         self.values = self._allocate(num_slots, block_size, value)
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
+        self._native = native().store_for(self.keys, self.values)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
@@ -68,6 +72,9 @@ class LayerStore:
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
+        if self._native is not None and plan.num_queries <= MAX_NATIVE_WRITE_TOKENS and _has_dense_tokens(key, value):
+            self._native.write(key, value, _native_writes(plan))
+            return
         for memory, new in ((self.keys, key), (self.values, value)):
             heads, slots, dim = memory.shape
             if len(plan.writes) == 1 and new.shape[0] == 1:  # one row, or packed tokens, in adjacent slots
@@ -89,15 +96,15 @@ class LayerStore:
 
     def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
-        return self._append_rows(self.keys, span, key), self._append_rows(self.values, span, value)
-
-    @staticmethod
-    def _append_rows(memory: torch.Tensor, span: RowSpan, new: torch.Tensor) -> torch.Tensor:
-        rows, slot, step, tokens = span
-        heads, slots, dim = memory.shape
-        strides = (step * dim, slots * dim, dim, 1)
-        memory.as_strided((rows, heads, 1, dim), strides, (slot + tokens - 1) * dim).copy_(new)
-        return memory.as_strided((rows, heads, tokens, dim), strides, slot * dim)
+        _, slot, step, tokens = span
+        last = slot + tokens - 1
+        if self._native is not None and _has_dense_tokens(key, value):
+            self._native.write_rows(key, value, last, step or 1)
+        else:
+            newest = span._replace(slot=last, tokens=1)
+            span_view(self.keys, newest).copy_(key)
+            span_view(self.values, newest).copy_(value)
+        return span_view(self.keys, span), span_view(self.values, span)
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
@@ -109,6 +116,17 @@ class LayerStore:
             memory[:, block * block_size : (block + 1) * block_size] = torch.nan
 
 
+def _has_dense_tokens(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether each token's K and V of a head lie in adjacent elements."""
+    return key.stride(3) == value.stride(3) == 1
+
+
+def _native_writes(plan: StepPlan) -> Writes:
+    if "native writes" not in plan.prepared:
+        plan.prepared["native writes"] = Writes(plan.writes, plan.copies)
+    return plan.prepared["native writes"]
+
+
 def _write_indices(plan: StepPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     key = ("write", device)
     if key not in plan.prepared:
@@ -116,6 +134,13 @@ def _write_indices(plan: StepPlan, device: torch.device) -> tuple[torch.Tensor, 
         target = [w.slot + i * w.step for w in plan.writes for i in range(w.tokens)]
         plan.prepared[key] = torch.tensor([source, target], device=device).unbind(0)
     return plan.prepared[key]
+
+
+def span_view(memory: torch.Tensor, span: RowSpan) -> torch.Tensor:
+    """The rows of a span as a view `[rows, kv_heads, tokens, dim]`."""
+    rows, slot, step, tokens = span
+    heads, slots, dim = memory.shape
+    return memory.as_strided((rows, heads, tokens, dim), (step * dim, slots * dim, dim, 1), slot * dim)
 
 
 def strided_view(memory: torch.Tensor, run: Run) -> torch.Tensor:

@@ -34,6 +34,10 @@ class AttentionBackend(ABC):
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
     reads_rows: bool = False
 
+    def describe(self) -> str:
+        """What runs, for people."""
+        return self.name
+
     def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         """Attention of `query [batch, heads, tokens, dim]`, one row of packed tokens or one token a row.
 

@@ -1,6 +1,7 @@
-"""The `cpu` backend: torch's own flash attention on zero-copy views of adjacent blocks.
+"""The `cpu` backend: the native kernel for decode and short chunks, torch's own flash attention for everything else.
 
-`schedule` says which views, `hf_paged_kernels.partial` does the arithmetic. No compiler is needed.
+Where there is no native kernel, torch's attention reads zero-copy views of adjacent blocks: `schedule` says which,
+`hf_paged_kernels.partial` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
+from hf_paged.backends.native import kernel_of, parts_for
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore, strided_view
-from hf_paged_kernels import attend_all, attend_partial, merge_partial
+from hf_paged_kernels import attend_all, attend_partial, merge_partial, native
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 
@@ -23,6 +25,9 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cal
     """
     if call.window is not None and key.shape[2] > call.window:
         key, value = key[:, :, -call.window :], value[:, :, -call.window :]
+    kernel = kernel_of(key, value)
+    if kernel is not None:
+        return kernel.attend_rows(query, key, value, call.scale, call.softcap, call.sinks)
     if call.softcap is None and call.sinks is None:
         return attend_all(query, key, value, call.scale).transpose(1, 2)
     out, lse = attend_partial(query, key, value, call.scale, softcap=call.softcap)
@@ -32,12 +37,20 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cal
 
 
 class CPUBackend(AttentionBackend):
-    """Own pieces first, one result a query; then shared pieces, read once for all their queries and merged."""
+    """Without a native kernel: own pieces first, one result a query; then shared pieces, read once and merged."""
 
     name = "cpu"
     reads_rows = True
 
+    def describe(self) -> str:
+        """The name, and which native kernel runs or why none does."""
+        return f"{self.name} ({native().reason})"
+
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
+        kernel = kernel_of(store.keys, store.values)
+        parts = None if kernel is None else parts_for(plan, call.window)
+        if parts is not None:
+            return kernel.attend(query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks)
         schedule = schedule_for(plan, call.window)
         out, lse = _attend_own(query, store, schedule, call)
         if schedule.shared:

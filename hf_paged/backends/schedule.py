@@ -54,8 +54,7 @@ class Schedule:
 
 def schedule_for(plan: StepPlan, window: int | None) -> Schedule:
     """The schedule of a plan, kept in `plan.prepared`."""
-    if window is not None and (plan.kv_len <= window or plan.window == window):
-        window = None  # nothing is hidden, or the plan's pieces leave it out already
+    window = plan.still_hiding(window)
     key = ("schedule", window)
     if key not in plan.prepared:
         plan.prepared[key] = _full(plan) if window is None else _windowed(plan, window)

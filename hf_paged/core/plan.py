@@ -90,6 +90,10 @@ class StepPlan:
     order: list[int] | None = None
     prepared: dict[Any, Any] = field(default_factory=dict)
 
+    def still_hiding(self, window: int | None) -> int | None:
+        """`window`, or `None` where it hides nothing that `own` and `shared` do not leave out already."""
+        return None if window is None or self.kv_len <= window or self.window == window else window
+
 
 def row_span(runs: Sequence[Run]) -> RowSpan | None:
     """The runs, one a row, as one span; `None` where they do not form one."""

@@ -9,8 +9,12 @@ from hf_paged.backends import AttentionCall, backend_for
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.planner import plan_decode, plan_packed
 from hf_paged.store import LayerStore
+from hf_paged_kernels.native import kernel_for, native, variants
 
 CPU = torch.device("cpu")
+# Backends as tests name them: `cpu` alone is torch's own attention, the others force a variant of the native kernel.
+BACKENDS = ("cpu", "cpu avx2", "reference")
+OTHER_VARIANTS = ("cpu portable", "cpu avx512", "cpu neon")
 # Largest difference to float64, relative to the largest value: rounding of the result and of the sums before it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -32,6 +36,20 @@ CALLS = {
     "sinks": {"sinks": True},
     "all": {"window": 12, "softcap": 4.0, "sinks": True, "scale": 0.2},
 }
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The backend of a test's parameter, the native kernel switched accordingly."""
+    name, _, variant = request.param.partition(" ")
+    if variant and variant not in variants():
+        pytest.skip("this CPU or build does not have the variant")
+    monkeypatch.setenv("HF_PAGED_NATIVE", variant or "off")
+    for cached in (native, kernel_for):
+        cached.cache_clear()
+    yield name
+    for cached in (native, kernel_for):
+        cached.cache_clear()
 
 
 class Model:
@@ -136,29 +154,50 @@ def story(model):
     model.decode([1, 1, 2, 2])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_and_arguments(shape, call, backend):
     story(Model(shape, torch.float32, CALLS[call], backend))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dtypes(shape, dtype, backend):
     story(Model(shape, dtype, {}, backend))
 
 
+@pytest.mark.parametrize("backend", OTHER_VARIANTS, indirect=True)
+@pytest.mark.parametrize("call", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_variants(dtype, call, backend):
+    story(Model("gqa 3", dtype, CALLS[call], backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
 @pytest.mark.parametrize("call", ["plain", "all"])
 @pytest.mark.parametrize("seed", range(5))
-def test_blocks_in_any_order(seed, call):
-    story(Model("gqa 3", torch.float32, CALLS[call], "cpu", fragmented=True, seed=seed))
+def test_blocks_in_any_order(seed, call, backend):
+    story(Model("gqa 3", torch.float32, CALLS[call], backend, fragmented=True, seed=seed))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("call", ["plain", "window", "all"])
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_short_chunks(fragmented, call, backend):
+    """As many tokens a row as a draft has, on top of what rows share."""
+    model = Model("gqa 3", torch.float32, CALLS[call], backend, fragmented=fragmented)
+    model.packed([[*range(40), 1], [*range(40), 2], [3]])
+    for tokens in (1, 2, 5, 16, 3):
+        model.packed([[100 * row + i for i in range(tokens - row % 2 or 1)] for row in range(3)])
+        model.decode([7, 8, 9])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
 @pytest.mark.parametrize("length", [1, 63, 300, 1000])
-def test_long_prompts(length):
-    model = Model("gqa 4", torch.float32, {}, "cpu", block_size=16)
+def test_long_prompts(length, backend):
+    model = Model("gqa 4", torch.float32, {}, backend, block_size=16)
     model.packed([list(range(length)), [*range(length // 2), -1]], chunk_tokens=256)
     for step in range(20):
         model.decode([step, step])

@@ -1,6 +1,20 @@
-"""Attention over paged KV: plain-torch operations, needing nothing but torch."""
+"""Attention over paged KV: plain-torch operations, and a native kernel for the CPU where it was built."""
 
+from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
 
-__all__ = ["attend_all", "attend_partial", "merge_partial", "paged_attention_reference"]
+__all__ = [
+    "NativeError",
+    "NativeKernel",
+    "NativeStore",
+    "Part",
+    "Parts",
+    "Writes",
+    "attend_all",
+    "attend_partial",
+    "kernel_for",
+    "merge_partial",
+    "native",
+    "paged_attention_reference",
+]

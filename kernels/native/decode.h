@@ -1,0 +1,258 @@
+// Flash decoding of one strip (see native.h) and the merge of partial results. Included after simd.h, once per
+// instruction set.
+//
+// A strip goes through its tokens in blocks that stay in the first-level cache: scores of all rows against the keys,
+// one update of the running softmax, weights times values. Rows are taken a few at a time, as many as there are
+// registers for, so that K and V leave memory once however many rows read them.
+
+// Where the tokens of a block lie, in elements from the head's first slot.
+struct Block {
+    int64_t tokens;
+    int64_t keys[kMaxBlock], values[kMaxBlock];
+};
+
+struct Cursor {
+    const Run *run;
+    int64_t skip, left;
+};
+
+static void next_block(const Attention &call, Cursor &at, int64_t most, Block &block) {
+    block.tokens = at.left < most ? at.left : most;
+    at.left -= block.tokens;
+    for (int64_t i = 0; i < block.tokens;) {
+        int64_t slot = at.run->slot + at.skip;
+        int64_t count = at.run->tokens - at.skip;
+        if (count > block.tokens - i) count = block.tokens - i;
+        for (int64_t end = i + count; i < end; ++i, ++slot) {
+            block.keys[i] = slot * call.key_dim;
+            block.values[i] = slot * call.value_dim;
+        }
+        at.skip += count;
+        if (at.skip == at.run->tokens) ++at.run, at.skip = 0;
+    }
+    // Tokens are scored four at a time; the weights of these are not used.
+    for (int64_t i = block.tokens; i & 3; ++i) block.keys[i] = block.keys[i - 1];
+}
+
+static void fetch(const char *row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
+}
+
+// Scores of `rows` rows against a block's tokens, to `scores[row * kMaxBlock + token]`. Tokens are taken four at a
+// time, or two and two where four rows would need more registers than there are.
+template <class Type, int rows>
+static void score(const Attention &call, const float *query, const typename Type::Storage *keys, const Block &block,
+                  float *scores) {
+    constexpr int width = rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
+    for (int64_t t = 0; t < block.tokens; t += 4) {
+        Floats pairs[rows][2];
+        for (int begin = 0; begin < 4; begin += width) {
+            const typename Type::Storage *key[width];
+            for (int i = 0; i < width; ++i) key[i] = keys + block.keys[t + begin + i];
+            Floats sums[rows][width];
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < width; ++i) sums[r][i] = Floats{};
+            for (int64_t d = 0; d < call.key_dim; d += HFP_LANES) {
+                Floats q[rows];
+                for (int r = 0; r < rows; ++r) q[r] = load(query + r * call.key_dim + d);
+                for (int i = 0; i < width; ++i) {
+                    const Floats k = Type::read(key[i] + d);
+                    for (int r = 0; r < rows; ++r) sums[r][i] += q[r] * k;
+                }
+            }
+            for (int r = 0; r < rows; ++r)
+                for (int i = 0; i < width; i += 2) pairs[r][(begin + i) / 2] = add_pairs(sums[r][i], sums[r][i + 1]);
+        }
+        for (int r = 0; r < rows; ++r) store_sums(scores + r * kMaxBlock + t, pairs[r][0], pairs[r][1]);
+    }
+}
+
+// Adds weights times values to `sums`, which are scaled first: `width` vectors from dim `d` on.
+template <class Type, int rows, int width>
+static void weigh_columns(const Attention &call, const float *weights, const float *scales,
+                          const typename Type::Storage *values, const Block &block, int64_t d, float *sums) {
+    Floats x[rows][width];
+    for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < width; ++j)
+            x[r][j] = load(sums + r * call.value_dim + d + j * HFP_LANES) * splat(scales[r]);
+    for (int64_t t = 0; t < block.tokens; ++t) {
+        const typename Type::Storage *value = values + block.values[t] + d;
+        Floats weight[rows];
+        for (int r = 0; r < rows; ++r) weight[r] = splat(weights[r * kMaxBlock + t]);
+        for (int j = 0; j < width; ++j) {
+            const Floats v = Type::read(value + j * HFP_LANES);
+            for (int r = 0; r < rows; ++r) x[r][j] += weight[r] * v;
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int j = 0; j < width; ++j) store(sums + r * call.value_dim + d + j * HFP_LANES, x[r][j]);
+}
+
+template <class Type, int rows>
+static void weigh(const Attention &call, const float *weights, const float *scales,
+                  const typename Type::Storage *values, const Block &block, float *sums) {
+    constexpr int width = rows == 1 ? 8 : rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + width * HFP_LANES <= call.value_dim; d += width * HFP_LANES)
+        weigh_columns<Type, rows, width>(call, weights, scales, values, block, d, sums);
+    for (; d + 2 * HFP_LANES <= call.value_dim; d += 2 * HFP_LANES)
+        weigh_columns<Type, rows, 2>(call, weights, scales, values, block, d, sums);
+    for (; d < call.value_dim; d += HFP_LANES)
+        weigh_columns<Type, rows, 1>(call, weights, scales, values, block, d, sums);
+}
+
+// Scores to weights of one row, and the running softmax: largest score and sum of weights, both in powers of two.
+// Tokens outside `[visible, visible_stop)` of the block get weight 0. Returns the factor for what was summed before.
+static float soften(const Attention &call, float *scores, int64_t tokens, int64_t visible, int64_t visible_stop,
+                    float *most, float *total) {
+    const float cap = (float)(call.softcap * 1.4426950408889634);
+    const Floats factor = splat((float)(call.softcap > 0 ? call.scale / call.softcap * 2.8853900817779268
+                                                         : call.scale * 1.4426950408889634));
+    const int64_t padded = (tokens + HFP_LANES - 1) / HFP_LANES * HFP_LANES;
+    for (int64_t t = tokens; t < padded; ++t) scores[t] = 0;
+    Floats top = splat(-INFINITY);
+    for (int64_t t = 0; t < padded; t += HFP_LANES) {
+        Floats x = load(scores + t) * factor;
+        if (call.softcap > 0) x = splat(cap) - splat(2 * cap) / (exp2_of(x) + 1.0f);
+        store(scores + t, x);
+    }
+    for (int64_t t = 0; t < visible; ++t) scores[t] = -INFINITY;
+    for (int64_t t = visible_stop; t < padded; ++t) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < padded; t += HFP_LANES) top = larger(top, load(scores + t));
+    float highest = largest_of(top);
+    if (!(highest > *most)) highest = *most;
+    if (highest == -INFINITY) {
+        bool is_nan = false;  // NaN is larger than nothing, but must show in the result
+        for (int64_t t = 0; t < tokens; ++t) is_nan |= scores[t] != scores[t];
+        if (!is_nan) {
+            for (int64_t t = 0; t < padded; t += HFP_LANES) store(scores + t, Floats{});
+            return 1.0f;
+        }
+        highest = 0;
+    }
+    Floats sums = {};
+    for (int64_t t = 0; t < padded; t += HFP_LANES) {
+        Floats weight = exp2_of(load(scores + t) - splat(highest));
+        store(scores + t, weight);
+        sums += weight;
+    }
+    float scale = exp2_of(splat(*most - highest))[0];
+    *total = *total * scale + sum_of(sums);
+    *most = highest;
+    return scale;
+}
+
+// Calls `call.template run<n>(row)` for rows `[0, count)` in steps of as many rows as the registers hold.
+template <class Step>
+static HFP_INLINE void in_tiles(int64_t count, const Step &step) {
+    int64_t row = 0;
+    while (row < count) {
+        const int64_t left = count - row;
+        if (left >= 4 && (HFP_REGISTERS >= 32 || left % 3)) step.template run<4>(row), row += 4;
+        else if (left >= 3) step.template run<3>(row), row += 3;
+        else if (left == 2) step.template run<2>(row), row += 2;
+        else step.template run<1>(row), row += 1;
+    }
+}
+
+template <class Type>
+struct Scoring {
+    const Attention &call;
+    const float *query;
+    const typename Type::Storage *keys;
+    const Block &block;
+    float *weights;
+    template <int rows>
+    HFP_INLINE void run(int64_t row) const {
+        score<Type, rows>(call, query + row * call.key_dim, keys, block, weights + row * kMaxBlock);
+    }
+};
+
+template <class Type>
+struct Weighing {
+    const Attention &call;
+    const float *weights, *scales;
+    const typename Type::Storage *values;
+    const Block &block;
+    float *sums;
+    template <int rows>
+    HFP_INLINE void run(int64_t row) const {
+        weigh<Type, rows>(call, weights + row * kMaxBlock, scales + row, values, block, sums + row * call.value_dim);
+    }
+};
+
+// Rows come query by query, the heads of the group inside. `partial` holds sums `[rows, value_dim]`, then the largest
+// scores `[rows]`, then the sums of weights `[rows]`.
+template <class Type>
+static void attend_strip(const Attention &call, const Strip &strip, int64_t head, float *partial,
+                         const Scratch &scratch) {
+    typedef typename Type::Storage Storage;
+    const int64_t rows = (strip.query_stop - strip.query) * call.group;
+    const Storage *keys = (const Storage *)call.keys + head * call.key_head_stride;
+    const Storage *values = (const Storage *)call.values + head * call.value_head_stride;
+    float *most = partial + rows * call.value_dim, *total = most + rows;
+    memset(partial, 0, sizeof(float) * rows * call.value_dim);
+    for (int64_t row = 0; row < rows; ++row) {
+        const Storage *query = (const Storage *)call.query + (strip.query + row / call.group) * call.query_stride +
+                               (head * call.group + row % call.group) * call.query_head_stride;
+        for (int64_t d = 0; d < call.key_dim; d += HFP_LANES)
+            store(scratch.query + row * call.key_dim + d, Type::read(query + d));
+        most[row] = -INFINITY, total[row] = 0;
+    }
+    const int64_t key_bytes = call.key_dim * sizeof(Storage), value_bytes = call.value_dim * sizeof(Storage);
+    int64_t most_tokens = 16384 / key_bytes;
+    most_tokens = most_tokens > kMaxBlock ? kMaxBlock : most_tokens;
+
+    Block blocks[2];
+    Cursor at = {call.runs + strip.run, strip.skip, strip.tokens};
+    next_block(call, at, most_tokens, blocks[0]);
+    int64_t begin = strip.begin;
+    for (int64_t i = 0; blocks[i & 1].tokens; ++i) {
+        const Block &block = blocks[i & 1];
+        Block &next = blocks[(i + 1) & 1];
+        next_block(call, at, most_tokens, next);
+        for (int64_t t = 0; t < block.tokens; ++t) fetch((const char *)(values + block.values[t]), value_bytes);
+        in_tiles(rows, Scoring<Type>{call, scratch.query, keys, block, scratch.weights});
+        for (int64_t t = 0; t < next.tokens; ++t) fetch((const char *)(keys + next.keys[t]), key_bytes);
+        for (int64_t row = 0; row < rows; ++row) {
+            // Query `i` sees tokens up to `first + i`, `window` of them.
+            int64_t last = strip.first + row / call.group - begin;
+            int64_t visible = strip.window > last ? 0 : last - strip.window + 1;
+            int64_t visible_stop = last + 1 > block.tokens ? block.tokens : last + 1 < 0 ? 0 : last + 1;
+            visible = visible < 0 ? 0 : visible > visible_stop ? visible_stop : visible;
+            scratch.scales[row] = soften(call, scratch.weights + row * kMaxBlock, block.tokens, visible, visible_stop,
+                                         most + row, total + row);
+        }
+        in_tiles(rows, Weighing<Type>{call, scratch.weights, scratch.scales, values, block, partial});
+        begin += block.tokens;
+    }
+}
+
+template <class Type>
+static void merge_partials(const Attention &call, int64_t query, int64_t head, const PartialRows *partials,
+                           int64_t count) {
+    typedef typename Type::Storage Storage;
+    for (int64_t g = 0; g < call.group; ++g) {
+        const int64_t query_head = head * call.group + g;
+        Storage *out = (Storage *)call.out + (query * call.kv_heads * call.group + query_head) * call.value_dim;
+        const float sink = call.sinks ? call.sinks[query_head] * 1.44269504f : -INFINITY;
+        float most = sink, sums[kMaxDim] = {};
+        for (int64_t i = 0; i < count; ++i) most = most > partials[i].most[g] ? most : partials[i].most[g];
+        if (most == -INFINITY) most = 0;  // nothing is seen: the result is 0
+        float total = exp2_of(splat(sink - most))[0];
+        for (int64_t i = 0; i < count; ++i) {
+            const float share = exp2_of(splat(partials[i].most[g] - most))[0];
+            total += partials[i].total[g] * share;
+            for (int64_t d = 0; d < call.value_dim; d += HFP_LANES)
+                store(sums + d, load(sums + d) + load(partials[i].sums + g * call.value_dim + d) * splat(share));
+        }
+        const Floats inverse = splat(total == 0 ? 0 : 1 / total);
+        for (int64_t d = 0; d < call.value_dim; d += HFP_LANES) Type::write(out + d, load(sums + d) * inverse);
+    }
+}
+
+static const Kernel kKernels[kDtypes] = {
+    {attend_strip<Float32>, merge_partials<Float32>},
+    {attend_strip<BFloat16>, merge_partials<BFloat16>},
+    {attend_strip<Float16>, merge_partials<Float16>},
+};

@@ -1,0 +1,293 @@
+// Attention over paged KV and the store of new tokens for the CPU, as a plain C library: no Python, no torch.
+//
+//   attend   cuts the parts of a call into strips, one piece of work per strip and KV head, and merges their partial
+//            results by log-sum-exp as soon as the last one of a query is done
+//   store    copies new tokens to their slots
+//
+// Work is spread over the OpenMP threads that torch has loaded: Python hands over their entry point, so that nothing is
+// linked and there is never a second pool of threads. Every call checks its sizes before it reads through a pointer.
+
+#include "native.h"
+
+#include <cmath>
+#include <cstdlib>
+
+#include "store.h"
+#include "variants.h"
+
+namespace hfp {
+
+typedef void (*RunParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+static RunParallel run_parallel = nullptr;
+
+// Less work than this, in rows times tokens times dims, is done sooner than a second thread has begun.
+static const double kSerialWork = 200000;
+// Strips per thread, so that threads that started late or run slowly take fewer, and the least tokens of one.
+static const int64_t kStripsPerThread = 8, kLeastTokens = 128;
+// Rows that share one reading of K and V; their queries and sums stay in the second-level cache.
+static const int64_t kMostRows = 96;
+
+// Sizes beyond these are mistakes, and could overflow what is computed from them.
+static const int64_t kMostHeads = 1 << 16, kMostQueries = 1 << 22, kMostSlots = (int64_t)1 << 36;
+static const int64_t kMostThreads = 1 << 12, kMostTokens = (int64_t)1 << 40, kMostFloats = (int64_t)1 << 40;
+static const int64_t kNeverOverflows = INT64_MAX / 4;
+
+static int64_t tokens_of(const Attention &call, const Part &part) {
+    int64_t tokens = 0;
+    for (int64_t run = part.run; run < part.run_stop; ++run) tokens += call.runs[run].tokens;
+    return tokens;
+}
+
+static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 == 0; }
+
+static Error check(const Attention &call) {
+    if (call.variant < 0 || call.variant >= kNumVariants || call.dtype < 0 || call.dtype >= kDtypes) return kNoVariant;
+    const Variant &variant = kVariants[call.variant];
+    if (!variant.is_supported() || call.key_dim % variant.lanes || call.value_dim % variant.lanes) return kNoVariant;
+    if (!is_dim(call.key_dim) || !is_dim(call.value_dim) || call.kv_heads < 1 || call.group < 1 ||
+        call.num_queries < 1 || call.num_slots < 1 || call.threads < 1 || call.num_parts < 0 || call.num_runs < 0 ||
+        call.kv_heads > kMostHeads || call.group > kMostHeads || call.num_queries > kMostQueries ||
+        call.num_slots > kMostSlots || call.threads > kMostThreads)
+        return kBadSize;
+    for (int64_t i = 0; i < call.num_runs; ++i) {
+        const Run &run = call.runs[i];
+        if (run.tokens < 1 || run.slot < 0 || run.tokens > call.num_slots || run.slot > call.num_slots - run.tokens)
+            return kBadRun;
+    }
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < call.num_parts; ++i) {
+        const Part &part = call.parts[i];
+        if (part.query < 0 || part.query >= part.query_stop || part.query_stop > call.num_queries || part.run < 0 ||
+            part.run > part.run_stop || part.run_stop > call.num_runs || part.window < 1 ||
+            part.first > kNeverOverflows || part.first < -kNeverOverflows)
+            return kBadPart;
+        for (int64_t run = part.run; run < part.run_stop; ++run)
+            if ((tokens += call.runs[run].tokens) > kMostTokens) return kBadSize;
+    }
+    return kOk;
+}
+
+// How a call is spread: strips, and per query the strips that it has partial results in.
+struct Layout {
+    const Attention *call;
+    const Kernel *kernel;
+    int64_t num_strips, partial_floats, next_task, next_thread, scratch_rows;
+    Strip *strips;
+    int64_t *first_of;   // [num_queries + 1] into `of_query`
+    int64_t *of_query;   // strips, query by query
+    int32_t *unfinished; // [num_queries, kv_heads] strips still to be done
+    float *partials, *scratch;
+    PartialRows *rows;   // [threads, num_strips]
+};
+
+static int64_t queries_per_strip(const Attention &call) {
+    const int64_t queries = kMostRows / call.group;
+    return queries > 1 ? queries : 1;
+}
+
+// Tokens per strip: such that all threads have several.
+static int64_t strip_tokens(const Attention &call) {
+    if (call.threads == 1) return INT64_MAX;
+    int64_t total = 0;
+    for (int64_t i = 0; i < call.num_parts; ++i) total += tokens_of(call, call.parts[i]);
+    const int64_t tokens = total * call.kv_heads / (call.threads * kStripsPerThread);
+    return tokens > kLeastTokens ? tokens : kLeastTokens;
+}
+
+// Cuts the parts into strips; only counts them where `strips` is null. Returns their number, -1 where they are too many.
+static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, int64_t *partial_floats) {
+    int64_t count = 0, floats = 0;
+    const int64_t most_queries = queries_per_strip(call);
+    for (int64_t i = 0; i < call.num_parts; ++i) {
+        const Part &part = call.parts[i];
+        const int64_t tokens = tokens_of(call, part);
+        if (!tokens) continue;
+        const int64_t pieces = 1 + (tokens - 1) / most_tokens;
+        for (int64_t query = part.query; query < part.query_stop; query += most_queries) {
+            const int64_t left = part.query_stop - query;
+            const int64_t query_stop = query + (left < most_queries ? left : most_queries);
+            Run at = {part.run, 0};  // run and token in it
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                // Whole vectors of scores, in as equal pieces as that allows.
+                int64_t begin = tokens * piece / pieces / 16 * 16, end = tokens * (piece + 1) / pieces / 16 * 16;
+                if (piece + 1 == pieces) end = tokens;
+                if (strips) strips[count] = {query, query_stop, part.first + query - part.query, part.window,
+                                             at.slot, at.tokens, begin, end - begin, floats};
+                ++count;
+                floats += (query_stop - query) * call.group * call.kv_heads * (call.value_dim + 2);
+                if (floats > kMostFloats) return -1;
+                for (int64_t skip = end - begin; skip;) {
+                    const int64_t rest = call.runs[at.slot].tokens - at.tokens, step = skip < rest ? skip : rest;
+                    at.tokens += step, skip -= step;
+                    if (at.tokens == call.runs[at.slot].tokens) ++at.slot, at.tokens = 0;
+                }
+            }
+        }
+    }
+    *partial_floats = floats;
+    return count;
+}
+
+static int64_t head_floats(const Layout &layout, const Strip &strip) {
+    return (strip.query_stop - strip.query) * layout.call->group * (layout.call->value_dim + 2);
+}
+
+static void merge(Layout &layout, int64_t query, int64_t head, PartialRows *rows) {
+    const Attention &call = *layout.call;
+    int64_t count = 0;
+    for (int64_t i = layout.first_of[query]; i < layout.first_of[query + 1]; ++i) {
+        const Strip &strip = layout.strips[layout.of_query[i]];
+        const int64_t all = (strip.query_stop - strip.query) * call.group, row = (query - strip.query) * call.group;
+        const float *partial = layout.partials + strip.partial + head * head_floats(layout, strip);
+        const float *most = partial + all * call.value_dim;
+        rows[count++] = {partial + row * call.value_dim, most + row, most + all + row};
+    }
+    layout.kernel->merge(call, query, head, rows, count);
+}
+
+// What every thread does: strips of one KV head each until none is left.
+static void work(void *data) {
+    Layout &layout = *(Layout *)data;
+    const Attention &call = *layout.call;
+    const int64_t thread = __atomic_fetch_add(&layout.next_thread, 1, __ATOMIC_RELAXED);
+    float *mine = layout.scratch + thread * layout.scratch_rows * (call.key_dim + kMaxBlock + 1);
+    const Scratch scratch = {mine, mine + layout.scratch_rows * call.key_dim,
+                             mine + layout.scratch_rows * (call.key_dim + kMaxBlock)};
+    for (;;) {
+        const int64_t task = __atomic_fetch_add(&layout.next_task, 1, __ATOMIC_RELAXED);
+        if (task >= layout.num_strips * call.kv_heads) return;
+        const Strip &strip = layout.strips[task / call.kv_heads];
+        const int64_t head = task % call.kv_heads;
+        layout.kernel->attend(call, strip, head, layout.partials + strip.partial + head * head_floats(layout, strip),
+                              scratch);
+        for (int64_t query = strip.query; query < strip.query_stop; ++query) {
+            int32_t *unfinished = layout.unfinished + query * call.kv_heads + head;
+            if (__atomic_sub_fetch(unfinished, 1, __ATOMIC_ACQ_REL) == 0)
+                merge(layout, query, head, layout.rows + thread * layout.num_strips);
+        }
+    }
+}
+
+// Says which strips each query is in, and settles the queries that see nothing at all.
+static void index_queries(Layout &layout) {
+    const Attention &call = *layout.call;
+    memset(layout.first_of, 0, sizeof(int64_t) * (call.num_queries + 2));
+    int64_t *count = layout.first_of + 2;
+    for (int64_t i = 0; i < layout.num_strips; ++i)
+        for (int64_t q = layout.strips[i].query; q < layout.strips[i].query_stop; ++q) ++count[q];
+    for (int64_t q = 1; q < call.num_queries; ++q) count[q] += count[q - 1];
+    int64_t *at = layout.first_of + 1;  // moves to where the next query begins while `of_query` fills
+    for (int64_t i = 0; i < layout.num_strips; ++i)
+        for (int64_t q = layout.strips[i].query; q < layout.strips[i].query_stop; ++q) layout.of_query[at[q]++] = i;
+    for (int64_t q = 0; q < call.num_queries; ++q) {
+        const int64_t strips = layout.first_of[q + 1] - layout.first_of[q];
+        for (int64_t head = 0; head < call.kv_heads; ++head) {
+            layout.unfinished[q * call.kv_heads + head] = (int32_t)strips;
+            if (!strips) layout.kernel->merge(call, q, head, nullptr, 0);
+        }
+    }
+}
+
+static double total_work(const Attention &call) {
+    double total = 0;
+    for (int64_t i = 0; i < call.num_parts; ++i)
+        total += (double)tokens_of(call, call.parts[i]) * (double)(call.parts[i].query_stop - call.parts[i].query);
+    return total * (double)(call.kv_heads * call.group * (call.key_dim + call.value_dim));
+}
+
+// Takes `bytes` from `*at`, in whole cache lines; adds up only, where `*at` is null.
+template <class T>
+static void take(char **at, int64_t *total, T **into, int64_t count) {
+    const int64_t bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    if (*at) *into = (T *)*at, *at += bytes;
+    *total += bytes;
+}
+
+static void carve(Layout &layout, int64_t entries, char *memory, int64_t *total) {
+    const Attention &call = *layout.call;
+    take(&memory, total, &layout.strips, layout.num_strips);
+    take(&memory, total, &layout.first_of, call.num_queries + 2);
+    take(&memory, total, &layout.of_query, entries);
+    take(&memory, total, &layout.unfinished, call.num_queries * call.kv_heads);
+    take(&memory, total, &layout.partials, layout.partial_floats);
+    take(&memory, total, &layout.scratch, call.threads * layout.scratch_rows * (call.key_dim + kMaxBlock + 1));
+    take(&memory, total, &layout.rows, call.threads * layout.num_strips);
+}
+
+static Error attend(Attention call) {
+    if (call.threads > 1 && (!run_parallel || total_work(call) < kSerialWork)) call.threads = 1;
+    Layout layout = {};
+    layout.call = &call;
+    layout.kernel = &kVariants[call.variant].kernels[call.dtype];
+    layout.scratch_rows = queries_per_strip(call) * call.group;
+    const int64_t most_tokens = strip_tokens(call);
+    layout.num_strips = cut(call, most_tokens, nullptr, &layout.partial_floats);
+    if (layout.num_strips < 0) return kNoMemory;
+    const int64_t entries = layout.partial_floats / (call.group * call.kv_heads * (call.value_dim + 2));
+    int64_t bytes = 64;
+    carve(layout, entries, nullptr, &bytes);
+    char *memory = (char *)malloc(bytes);
+    if (!memory) return kNoMemory;
+    carve(layout, entries, (char *)(((uintptr_t)memory + 63) / 64 * 64), &bytes);
+    cut(call, most_tokens, layout.strips, &layout.partial_floats);
+    index_queries(layout);
+    if (call.threads > 1) run_parallel(work, &layout, (unsigned)call.threads, 0);
+    else work(&layout);
+    free(memory);
+    return kOk;
+}
+
+// A call without parts: query `i` reads `row_tokens` slots from `i * row_step` on.
+static Error attend_rows(Attention call) {
+    if (call.row_tokens < 1 || call.row_step < 0 || call.row_step > kMostSlots || call.num_queries < 1 ||
+        call.num_queries > kMostQueries)
+        return kBadSize;
+    const int64_t each = sizeof(Part) + sizeof(Run);
+    char *memory = (char *)malloc(call.num_queries * each);
+    if (!memory) return kNoMemory;
+    Part *parts = (Part *)memory;
+    Run *runs = (Run *)(parts + call.num_queries);
+    for (int64_t i = 0; i < call.num_queries; ++i) {
+        runs[i] = {i * call.row_step, call.row_tokens};
+        parts[i] = {i, i + 1, i, i + 1, call.row_tokens - 1, INT64_MAX / 4};
+    }
+    call.parts = parts, call.runs = runs;
+    call.num_parts = call.num_runs = call.num_queries;
+    Error error = check(call);
+    if (!error) error = attend(call);
+    free(memory);
+    return error;
+}
+
+}  // namespace hfp
+
+#define HFP_PUBLIC extern "C" __attribute__((visibility("default")))
+
+// `entry` is the address of OpenMP's `GOMP_parallel` in this process, or 0: one thread does everything.
+HFP_PUBLIC void hf_paged_use_threads(void *entry) { hfp::run_parallel = (hfp::RunParallel)entry; }
+
+// Name of variant `index`, null behind the last one; `lanes` is what head dims must be a multiple of, 0 where this CPU
+// cannot run the variant.
+HFP_PUBLIC const char *hf_paged_variant(int64_t index, int64_t *lanes) {
+    if (index < 0 || index >= hfp::kNumVariants) return nullptr;
+    const hfp::Variant &variant = hfp::kVariants[index];
+    *lanes = variant.is_supported() ? variant.lanes : 0;
+    return variant.name;
+}
+
+HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *query, const void *keys,
+                                   const void *values, void *out, const float *sinks, int64_t threads) {
+    const hfp::Attention attention = {*call, query, keys, values, out, sinks, threads};
+    if (!call->parts) return hfp::attend_rows(attention);
+    const hfp::Error error = hfp::check(attention);
+    return error ? error : hfp::attend(attention);
+}
+
+// Without `writes`, all new tokens go to `slot, slot + step, ...`.
+HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, const char *value,
+                                  const hfp::Write *writes, const hfp::Copy *copies, int64_t num_writes,
+                                  int64_t num_copies, int64_t slot, int64_t step) {
+    const hfp::Write all = {0, call->num_tokens, slot, step};
+    if (!writes) writes = &all, num_writes = 1;
+    return hfp::store({*call, {key, value}, writes, copies, num_writes, num_copies});
+}

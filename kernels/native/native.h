@@ -1,0 +1,109 @@
+// What Python hands over, and what the parts of the library share. Every field of the two calls is 8 bytes wide.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace hfp {
+
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
+
+enum Error : int64_t { kOk = 0, kBadSize = 1, kBadRun = 2, kBadPart = 3, kNoVariant = 4, kNoMemory = 5, kBadWrite = 6 };
+
+// Queries `[query, query_stop)` read the tokens of runs `[run, run_stop)`, numbered from 0 in that order. Query number
+// `i` of the part sees token `t` where `first + i - window < t <= first + i`.
+struct Part {
+    int64_t query, query_stop, run, run_stop, first, window;
+};
+
+// `tokens` adjacent slots that begin at `slot`.
+struct Run {
+    int64_t slot, tokens;
+};
+
+// One layer's attention. Strides are in elements; K and V are `[kv_heads, slots, dim]` with adjacent slots, `out` is
+// `[queries, kv_heads * group, value_dim]`. Without `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
+struct AttentionCall {
+    int64_t variant, dtype;
+    const Part *parts;
+    const Run *runs;
+    int64_t num_parts, num_runs;
+    int64_t num_queries, kv_heads, group, key_dim, value_dim;
+    int64_t query_stride, query_head_stride, key_head_stride, value_head_stride;
+    int64_t num_slots, row_tokens, row_step;
+    double scale, softcap;  // softcap 0: none
+};
+
+// The same with what differs from layer to layer.
+struct Attention : AttentionCall {
+    const void *query, *keys, *values;
+    void *out;
+    const float *sinks;
+    int64_t threads;
+};
+
+// New tokens `[source, source + tokens)`, numbered row by row, go to slots `slot, slot + step, ...`.
+struct Write {
+    int64_t source, tokens, slot, step;
+};
+
+// `tokens` slots from `source` on are copied to `target` on, after the writes and in order.
+struct Copy {
+    int64_t source, target, tokens;
+};
+
+// K or V of one layer: memory `[heads, slots, dim]`, new tokens `[rows, heads, row_tokens, dim]`. Strides in bytes.
+struct StoreSide {
+    char *memory;
+    int64_t token_bytes, head_stride, fresh_row_stride, fresh_head_stride, fresh_token_stride;
+};
+
+struct StoreCall {
+    StoreSide sides[2];
+    int64_t heads, num_slots, row_tokens, num_tokens;
+};
+
+// The same with what differs from layer to layer and step to step.
+struct Store : StoreCall {
+    const char *fresh[2];
+    const Write *writes;
+    const Copy *copies;
+    int64_t num_writes, num_copies;
+};
+
+// The largest head dim, and the most tokens that are scored before their values are read.
+constexpr int64_t kMaxDim = 256;
+constexpr int64_t kMaxBlock = 64;
+
+// Work for one thread, once per KV head: queries over `tokens` tokens of one part, from its token `begin` on, that is
+// from token `skip` of run `run` on. `first` is what the first of these queries sees; `partial` says where the results
+// of head 0 lie: per row (a query's head in the group) `value_dim` sums, the largest score and the sum of weights.
+struct Strip {
+    int64_t query, query_stop, first, window, run, skip, begin, tokens, partial;
+};
+
+// Partial results of one query and KV head: sums `[group, value_dim]`, largest scores and sums of weights `[group]`.
+struct PartialRows {
+    const float *sums, *most, *total;
+};
+
+// What a thread works in.
+struct Scratch {
+    float *query;    // [rows, key_dim]
+    float *weights;  // [rows, kMaxBlock]
+    float *scales;   // [rows]
+};
+
+struct Kernel {
+    void (*attend)(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
+    void (*merge)(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
+};
+
+struct Variant {
+    const char *name;
+    int64_t lanes;
+    bool (*is_supported)();
+    const Kernel *kernels;  // [kDtypes]
+};
+
+}  // namespace hfp

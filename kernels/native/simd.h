@@ -1,0 +1,161 @@
+// Vectors of HFP_LANES floats, and how each storage type becomes one. Included once per instruction set, inside a
+// namespace of its own and between target pragmas; everything is inlined there.
+
+
+typedef float Floats __attribute__((vector_size(HFP_LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(HFP_LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(HFP_LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(HFP_LANES * 2)));
+
+static HFP_INLINE Floats splat(float x) { return x - Floats{}; }
+static HFP_INLINE Floats load(const float *p) {
+    Floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static HFP_INLINE void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
+static HFP_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+static HFP_INLINE Words load_halves(const uint16_t *p) {
+#if defined(HFP_F16C) && HFP_LANES == 8  // gcc 12 widens in two halves
+    return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(HFP_F16C) && HFP_LANES == 16
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#else
+    Halves x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, Words);
+#endif
+}
+static HFP_INLINE void store_halves(uint16_t *p, Words x) {
+    Halves narrow = __builtin_convertvector(x, Halves);
+    memcpy(p, &narrow, sizeof narrow);
+}
+
+struct Float32 {
+    typedef float Storage;
+    static HFP_INLINE Floats read(const float *p) { return load(p); }
+    static HFP_INLINE void write(float *p, Floats x) { store(p, x); }
+};
+
+struct BFloat16 {
+    typedef uint16_t Storage;
+    static HFP_INLINE Floats read(const uint16_t *p) { return (Floats)(load_halves(p) << 16); }
+    static HFP_INLINE void write(uint16_t *p, Floats x) {
+        Words bits = (Words)x;
+        Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        store_halves(p, x == x ? rounded : (bits >> 16) | 0x40);
+    }
+};
+
+struct Float16 {
+    typedef uint16_t Storage;
+#if defined(HFP_F16C) && HFP_LANES == 8
+    static HFP_INLINE Floats read(const uint16_t *p) {
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    }
+    static HFP_INLINE void write(uint16_t *p, Floats x) {
+        _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+    }
+#elif defined(HFP_F16C) && HFP_LANES == 16
+    static HFP_INLINE Floats read(const uint16_t *p) {
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+    }
+    static HFP_INLINE void write(uint16_t *p, Floats x) {
+        _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+    }
+#else
+    static HFP_INLINE Floats read(const uint16_t *p) {
+        Words half = load_halves(p);
+        Words magnitude = (half & 0x7fff) << 13;
+        // Multiplying moves the exponent to float32's bias and makes subnormal numbers right on the way.
+        Words finite = (Words)((Floats)magnitude * splat(0x1p112f));
+        Words special = magnitude | 0x7f800000;
+        return (Floats)(((half & 0x8000) << 16) | (magnitude >= 0x0f800000 ? special : finite));
+    }
+    static HFP_INLINE void write(uint16_t *p, Floats x) {
+        Words sign = ((Words)x >> 16) & 0x8000, bits = (Words)x & 0x7fffffff;
+        Words normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+        // Adding 0.5 leaves a subnormal half's bits, rounded, at the low end of the sum.
+        Words subnormal = (Words)((Floats)bits + splat(0.5f)) - 0x3f000000;
+        Words half = bits < 0x38800000 ? subnormal : normal;
+        Words special = bits > 0x7f800000 ? (Words)(Words{} + 0x7e00) : (Words)(Words{} + 0x7c00);
+        store_halves(p, sign | (bits >= 0x477ff000 ? special : half));
+    }
+#endif
+};
+
+// 2 to the power of x, relative error about 1e-7; 0 below -126, which is where weights no longer matter.
+static HFP_INLINE Floats exp2_of(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+    Floats low = splat(-126.0f), high = splat(127.0f);
+    Floats clamped = larger(x, low);
+    clamped = clamped < high ? clamped : high;
+    Floats shifted = clamped + magic;
+    Floats rest = clamped - (shifted - magic);  // [-0.5, 0.5]
+    Ints whole = (Ints)shifted - (Ints)magic;
+    // Taylor series of 2^rest, coefficients ln(2)^n / n!.
+    Floats y = splat(1.5252733e-5f);
+    y = y * rest + 1.5403530e-4f;
+    y = y * rest + 1.3333558e-3f;
+    y = y * rest + 9.6181291e-3f;
+    y = y * rest + 5.5504109e-2f;
+    y = y * rest + 2.4022651e-1f;
+    y = y * rest + 6.9314718e-1f;
+    y = y * rest + 1.0f;
+    Floats scaled = (Floats)((Ints)y + (whole << 23));
+    scaled = x < low ? Floats{} : scaled;
+    return x == x ? scaled : x;
+}
+
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct Range : Range<n - 1, n - 1, i...> {};
+template <int... i>
+struct Range<0, i...> {
+    typedef Indices<i...> Type;
+};
+
+// Lanes of `a` and `b` (numbered on from HFP_LANES) that a step of the transposition below puts at lane `i`.
+constexpr int paired(int i, int odd) { return (i & ~1) + odd + (i & 1) * HFP_LANES; }
+constexpr int quartered(int i, int odd) { return (i & ~3) + (i & 1) + 2 * odd + ((i >> 1) & 1) * HFP_LANES; }
+
+#if defined(__clang__)
+#define HFP_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, index...)
+#else
+#define HFP_SHUFFLE(a, b, index) __builtin_shuffle(a, b, Ints{index...})
+#endif
+
+template <int... i>
+static HFP_INLINE Floats add_pairs(Floats a, Floats b, Indices<i...>) {
+    return HFP_SHUFFLE(a, b, paired(i, 0)) + HFP_SHUFFLE(a, b, paired(i, 1));
+}
+template <int... i>
+static HFP_INLINE Floats add_quarters(Floats a, Floats b, Indices<i...>) {
+    return HFP_SHUFFLE(a, b, quartered(i, 0)) + HFP_SHUFFLE(a, b, quartered(i, 1));
+}
+
+static HFP_INLINE Floats add_pairs(Floats a, Floats b) { return add_pairs(a, b, Range<HFP_LANES>::Type()); }
+
+// The sums of the lanes of four vectors, of which two pairs went through `add_pairs`, to p[0..3].
+static HFP_INLINE void store_sums(float *p, Floats first_pair, Floats second_pair) {
+    typedef float Four __attribute__((vector_size(16)));
+    Floats sums = add_quarters(first_pair, second_pair, Range<HFP_LANES>::Type());
+    Four parts[HFP_LANES / 4];
+    memcpy(parts, &sums, sizeof sums);
+    for (int n = HFP_LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
+    memcpy(p, parts, sizeof(Four));
+}
+
+static HFP_INLINE float sum_of(Floats x) {
+    float sum = 0;
+    for (int i = 0; i < HFP_LANES; ++i) sum += x[i];
+    return sum;
+}
+static HFP_INLINE float largest_of(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < HFP_LANES; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}

@@ -1,0 +1,240 @@
+// Random calls of every variant that this CPU has, under the sanitizers: `make sanitize`. Memory is allocated to the
+// byte, so that a read or write beside it is caught; results are compared with plain loops in double precision, and
+// damaged calls must be refused.
+
+#include "../../kernels/native/native.cpp"
+
+#include <cstdio>
+#include <random>
+#include <vector>
+
+using namespace hfp;
+
+static std::mt19937_64 rng;
+static int64_t upto(int64_t n) { return (int64_t)(rng() % (uint64_t)n); }
+template <class T>
+static T one_of(std::initializer_list<T> list) {
+    return list.begin()[upto((int64_t)list.size())];
+}
+static float normal() { return (float)std::normal_distribution<double>()(rng); }
+
+// The numbers of every dtype are chosen such that they are exact in all of them.
+static void put(std::vector<char> &bytes, int64_t dtype, int64_t at, float x) {
+    if (dtype == kFloat32) {
+        memcpy(&bytes[at * 4], &x, 4);
+    } else if (dtype == kBFloat16) {
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        const uint16_t half = (uint16_t)(bits >> 16);
+        memcpy(&bytes[at * 2], &half, 2);
+    } else {
+        uint16_t half;
+        const _Float16 narrow = (_Float16)x;
+        memcpy(&half, &narrow, 2);
+        memcpy(&bytes[at * 2], &half, 2);
+    }
+}
+static double get(const std::vector<char> &bytes, int64_t dtype, int64_t at) {
+    if (dtype == kFloat32) {
+        float x;
+        memcpy(&x, &bytes[at * 4], 4);
+        return x;
+    }
+    uint16_t half;
+    memcpy(&half, &bytes[at * 2], 2);
+    if (dtype == kBFloat16) {
+        const uint32_t bits = (uint32_t)half << 16;
+        float x;
+        memcpy(&x, &bits, 4);
+        return x;
+    }
+    _Float16 x;
+    memcpy(&x, &half, 2);
+    return (double)x;
+}
+
+struct Case {
+    Attention call = {};
+    std::vector<char> query, keys, values, out;
+    std::vector<float> sinks;
+    std::vector<Part> parts;
+    std::vector<Run> runs;
+
+    Case() {
+        call.dtype = upto(kDtypes);
+        call.kv_heads = 1 + upto(3), call.group = one_of<int64_t>({1, 2, 3, 4, 5, 8, 16});
+        call.key_dim = 8 * (1 + upto(32)), call.value_dim = one_of<int64_t>({call.key_dim, 8 * (1 + upto(32))});
+        call.num_queries = one_of<int64_t>({1, 2, 3, 16, 40}), call.num_slots = 1 + upto(700);
+        call.threads = 1 + upto(4), call.scale = 0.1, call.softcap = one_of<double>({0, 4});
+        for (int64_t left = upto(5); left; --left) add();
+        fill(query, call.num_queries * call.kv_heads * call.group * call.key_dim);
+        fill(keys, call.kv_heads * call.num_slots * call.key_dim);
+        fill(values, call.kv_heads * call.num_slots * call.value_dim);
+        out.resize(call.num_queries * call.kv_heads * call.group * call.value_dim * size());
+        for (int64_t i = 0; i < call.kv_heads * call.group; ++i) sinks.push_back(normal());
+        call.query = query.data(), call.keys = keys.data(), call.values = values.data(), call.out = out.data();
+        call.sinks = upto(2) ? sinks.data() : nullptr;
+        call.query_stride = call.kv_heads * call.group * call.key_dim, call.query_head_stride = call.key_dim;
+        call.key_head_stride = call.num_slots * call.key_dim, call.value_head_stride = call.num_slots * call.value_dim;
+        parts.reserve(parts.size() + 1), runs.reserve(runs.size() + 1);  // no null pointers
+        call.parts = parts.data(), call.runs = runs.data();
+        call.num_parts = (int64_t)parts.size(), call.num_runs = (int64_t)runs.size();
+    }
+
+    int64_t size() const { return call.dtype == kFloat32 ? 4 : 2; }
+
+    void fill(std::vector<char> &bytes, int64_t count) {
+        bytes.resize(count * size());
+        for (int64_t i = 0; i < count; ++i) put(bytes, call.dtype, i, (float)(upto(65) - 32) / 16);
+    }
+
+    void add() {
+        Part part = {upto(call.num_queries), 0, (int64_t)runs.size(), 0, INT64_MAX / 8, INT64_MAX / 4};
+        part.query_stop = part.query + 1 + upto(call.num_queries - part.query);
+        int64_t tokens = 0;
+        for (int64_t left = upto(6); left; --left) {
+            const int64_t slot = upto(call.num_slots), count = 1 + upto(call.num_slots - slot);
+            runs.push_back({slot, count});
+            tokens += count;
+        }
+        part.run_stop = (int64_t)runs.size();
+        if (upto(2)) part.first = upto(tokens + 2) - 1;
+        if (upto(2)) part.window = 1 + upto(tokens + 2);
+        parts.push_back(part);
+    }
+
+    double expected(int64_t query_index, int64_t head, int64_t d) const {
+        std::vector<int64_t> slots;
+        for (const Part &part : parts) {
+            if (query_index < part.query || query_index >= part.query_stop) continue;
+            const int64_t last = part.first + query_index - part.query;
+            int64_t t = 0;
+            for (int64_t run = part.run; run < part.run_stop; ++run)
+                for (int64_t i = 0; i < runs[run].tokens; ++i, ++t)
+                    if (t <= last && t > last - part.window) slots.push_back(runs[run].slot + i);
+        }
+        double total = call.sinks ? std::exp((double)sinks[head]) : 0, sum = 0;
+        const int64_t kv_head = head / call.group;
+        for (const int64_t slot : slots) {
+            double score = 0;
+            for (int64_t i = 0; i < call.key_dim; ++i)
+                score += get(query, call.dtype, query_index * call.query_stride + head * call.key_dim + i) *
+                         get(keys, call.dtype, kv_head * call.key_head_stride + slot * call.key_dim + i);
+            score *= call.scale;
+            if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
+            total += std::exp(score);
+            sum += std::exp(score) *
+                   get(values, call.dtype, kv_head * call.value_head_stride + slot * call.value_dim + d);
+        }
+        return total > 0 ? sum / total : 0;
+    }
+};
+
+static int64_t run(const Attention &call) {
+    return hf_paged_attend(&call, call.query, call.keys, call.values, call.out, call.sinks, call.threads);
+}
+
+static bool is_right(const Case &made) {
+    const double tolerance = made.call.dtype == kFloat32 ? 1e-5 : made.call.dtype == kFloat16 ? 3e-3 : 2e-2;
+    for (int check = 0; check < 20; ++check) {
+        const int64_t query = upto(made.call.num_queries), heads = made.call.kv_heads * made.call.group;
+        const int64_t head = upto(heads), d = upto(made.call.value_dim);
+        const double actual = get(made.out, made.call.dtype, (query * heads + head) * made.call.value_dim + d);
+        const double expected = made.expected(query, head, d);
+        if (!(std::fabs(actual - expected) <= tolerance * (1 + std::fabs(expected)))) {
+            std::printf("query %ld head %ld dim %ld: %g, expected %g\n", (long)query, (long)head, (long)d, actual,
+                        expected);
+            return false;
+        }
+    }
+    return true;
+}
+
+// One field of a good call becomes nonsense; the call must be refused, or be one that was right all the same.
+static bool refuses_damage(Case &made) {
+    const int64_t nonsense = one_of<int64_t>({-1, 0, INT64_MIN, INT64_MAX, INT64_MAX / 2, 7, 1000003});
+    Attention call = made.call;
+    int64_t *const fields[] = {&call.dtype,     &call.variant, &call.num_queries, &call.kv_heads,
+                               &call.key_dim,   &call.value_dim, &call.threads,   &call.group};
+    if (!made.runs.empty() && upto(2)) {
+        Run &damaged = made.runs[upto((int64_t)made.runs.size())];
+        const Run before = damaged;
+        (upto(2) ? damaged.slot : damaged.tokens) = nonsense;
+        const bool is_good = damaged.slot >= 0 && damaged.tokens >= 1 && damaged.slot < call.num_slots &&
+                             damaged.tokens <= call.num_slots - damaged.slot;
+        const int64_t error = run(call);
+        damaged = before;
+        return is_good || error;
+    }
+    int64_t *field = fields[upto(8)];
+    if (nonsense > 0 && nonsense < 2000000) return true;  // may be good by chance, and is not checkable then
+    if (nonsense == 0 && (field == &call.dtype || field == &call.variant)) return true;
+    *field = nonsense;
+    return run(call) != kOk;
+}
+
+static bool store_is_right() {
+    const int64_t heads = 1 + upto(3), slots = 1 + upto(60), tokens = 1 + upto(6), rows = 1 + upto(3);
+    std::vector<char> memory[2], fresh[2];
+    StoreCall call = {};
+    for (int side = 0; side < 2; ++side) {
+        const int64_t bytes = 1 + upto(40);
+        memory[side].resize(heads * slots * bytes), fresh[side].resize(rows * heads * tokens * bytes);
+        for (char &byte : fresh[side]) byte = (char)upto(256);
+        call.sides[side] = {memory[side].data(), bytes, slots * bytes, heads * tokens * bytes, tokens * bytes, bytes};
+    }
+    call.heads = heads, call.num_slots = slots, call.row_tokens = tokens, call.num_tokens = rows * tokens;
+    const int64_t limit = slots + 10;
+    const Write write = {upto(4) - 1, upto(rows * tokens + 2), upto(limit) - 5, upto(9) - 1};
+    const Copy copy = {upto(limit) - 5, upto(limit) - 5, upto(limit)};
+    const bool is_good = write.source >= 0 && write.tokens >= 1 && write.source + write.tokens <= rows * tokens &&
+                         write.slot >= 0 && write.step >= 1 && write.slot + (write.tokens - 1) * write.step < slots &&
+                         copy.tokens >= 1 && copy.source >= 0 && copy.target >= 0 &&
+                         copy.source + copy.tokens <= slots && copy.target + copy.tokens <= slots;
+    const int64_t error = hf_paged_store(&call, fresh[0].data(), fresh[1].data(), &write, &copy, 1, 1, 0, 1);
+    if (is_good != (error == kOk)) return false;
+    if (!is_good || copy.target <= write.slot + (write.tokens - 1) * write.step) return true;
+    const int64_t head = upto(heads), source = write.source, bytes = call.sides[1].token_bytes;
+    return !memcmp(&memory[1][(head * slots + write.slot) * bytes],
+                   &fresh[1][((source / tokens * heads + head) * tokens + source % tokens) * bytes], bytes);
+}
+
+// Stands in for OpenMP: real threads, as the sanitizer of threads wants to see them.
+#include <thread>
+static void run_with_threads(void (*body)(void *), void *data, unsigned threads, unsigned) {
+    std::vector<std::thread> team;
+    for (unsigned i = 1; i < threads; ++i) team.emplace_back(body, data);
+    body(data);
+    for (std::thread &member : team) member.join();
+}
+
+int main(int count, char **arguments) {
+    const int rounds = count > 1 ? atoi(arguments[1]) : 500;
+    hf_paged_use_threads((void *)run_with_threads);
+    int64_t tried = 0, lanes;
+    for (int64_t variant = 0; hf_paged_variant(variant, &lanes); ++variant) {
+        if (!lanes) continue;
+        for (int round = 0; round < rounds; ++round) {
+            rng.seed((uint64_t)(variant * 1000003 + round));
+            Case made;
+            made.call.variant = variant;
+            const int64_t error = run(made.call);
+            const bool fits = made.call.key_dim % lanes == 0 && made.call.value_dim % lanes == 0;
+            if (fits ? error || !is_right(made) : error != kNoVariant) {
+                std::printf("variant %ld, round %d: error %ld\n", (long)variant, round, (long)error);
+                return 1;
+            }
+            if (fits && !refuses_damage(made)) {
+                std::printf("variant %ld, round %d: a damaged call was not refused\n", (long)variant, round);
+                return 1;
+            }
+            if (!store_is_right()) {
+                std::printf("variant %ld, round %d: store\n", (long)variant, round);
+                return 1;
+            }
+            ++tried;
+        }
+    }
+    std::printf("%ld random calls: right, and nothing beside them touched\n", (long)tried);
+    return 0;
+}
