@@ -10,7 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, StoppingCriteriaList
 
 from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
@@ -83,7 +83,12 @@ class PagedGenerationMixin:
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         model_kwargs.pop("cache_salt", None)
         salt = _SALT.get()
@@ -97,13 +102,13 @@ class PagedGenerationMixin:
             if obstacle is None:
                 room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
                 model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
-                if generation_config.is_assistant:  # whose guesses will be taken back
-                    cache.activate_past_recording()
+                if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+                    cache.activate_past_recording()  # guesses will be taken back
             else:
                 self.paged.counters.fall_back(f"stock generate: {obstacle}")
         elif isinstance(model_kwargs.get("past_key_values"), PagedCache):
             self.paged.check_root(model_kwargs["past_key_values"], salt)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _paged_obstacle(self) -> str | None:
         """Why `generate` is left to stock, or `None`."""

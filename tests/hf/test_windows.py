@@ -176,7 +176,9 @@ ROWS = ((50,), (9, 50))
 )
 def test_going_on_from_a_returned_cache(name, how, window, lengths, block_size):
     pair, rows = window_pair(name, window, block_size=block_size), [piece(length, length) for length in lengths]
-    expected, actual = (conversation(model, rows, **how) for model in (pair.stock, pair.model))
+    # Chunks change nothing; but stock 5.8 answers otherwise where it goes on in chunks, without windows too.
+    as_stock = {name: value for name, value in how.items() if name != "prefill_chunk_size"}
+    expected, actual = conversation(pair.stock, rows, **as_stock), conversation(pair.model, rows, **how)
     for turn, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
         assert torch.equal(got, wanted), f"answer {turn}\n  stock   {wanted.tolist()}\n  patched {got.tolist()}"
     assert_blocks_given_back(pair.model)
