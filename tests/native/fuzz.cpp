@@ -166,7 +166,8 @@ static bool refuses_damage(Case &made) {
     if (!made.runs.empty() && upto(2)) {
         Run &damaged = made.runs[upto((int64_t)made.runs.size())];
         const Run before = damaged;
-        (upto(2) ? damaged.slot : damaged.tokens) = nonsense;
+        if (upto(3) == 0) damaged.slot = call.num_slots - damaged.tokens + 1;  // one too far
+        else (upto(2) ? damaged.slot : damaged.tokens) = nonsense;
         const bool is_good = damaged.slot >= 0 && damaged.tokens >= 1 && damaged.slot < call.num_slots &&
                              damaged.tokens <= call.num_slots - damaged.slot;
         const int64_t error = run(call);
