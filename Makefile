@@ -28,7 +28,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-attention sanitize wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
@@ -86,6 +86,12 @@ sanitize:
 	$(FUZZ) -fsanitize=thread tests/native/fuzz.cpp -o build/fuzz-threads
 	build/fuzz-memory 500
 	build/fuzz-threads 100
+
+# The same calls on ARM, emulated: needs g++-aarch64-linux-gnu and qemu-user-static.
+test-arm:
+	@mkdir -p build
+	aarch64-linux-gnu-g++ -O2 -static -std=gnu++17 -Wno-psabi -pthread tests/native/fuzz.cpp -o build/fuzz-arm
+	qemu-aarch64-static build/fuzz-arm 60
 
 test: $(VENV)/.test
 	@failed=; for part in newest $(OLDER); do \

@@ -94,8 +94,9 @@ def _attention_call(
         raise UnsupportedAttentionError("attention is not causal")
     if dropout:
         raise UnsupportedAttentionError("attention dropout")
-    for name, given in kwargs.items():
-        if name not in _KNOWN and given is not None and given is not False:
-            raise UnsupportedAttentionError(f"attention argument {name}")
+    if not kwargs.keys() <= _KNOWN:
+        for name in kwargs.keys() - _KNOWN:
+            if kwargs[name] is not None and kwargs[name] is not False:
+                raise UnsupportedAttentionError(f"attention argument {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return AttentionCall(scale, kwargs.get("softcap"), kwargs.get("sliding_window"), kwargs.get("s_aux"))

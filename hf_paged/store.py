@@ -72,8 +72,8 @@ class LayerStore:
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
-        if self._native is not None and plan.num_queries <= MAX_NATIVE_WRITE_TOKENS and _has_dense_tokens(key, value):
-            self._native.write(key, value, _native_writes(plan))
+        native_store = self._native if plan.num_queries <= MAX_NATIVE_WRITE_TOKENS else None
+        if native_store is not None and native_store.write(key, value, _native_writes(plan)):
             return
         for memory, new in ((self.keys, key), (self.values, value)):
             heads, slots, dim = memory.shape
@@ -98,9 +98,7 @@ class LayerStore:
         """Write one token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
         _, slot, step, tokens = span
         last = slot + tokens - 1
-        if self._native is not None and _has_dense_tokens(key, value):
-            self._native.write_rows(key, value, last, step or 1)
-        else:
+        if self._native is None or not self._native.write_rows(key, value, last, step or 1):
             newest = span._replace(slot=last, tokens=1)
             span_view(self.keys, newest).copy_(key)
             span_view(self.values, newest).copy_(value)
@@ -114,11 +112,6 @@ class LayerStore:
         """Fill a block with NaN."""
         for memory in (self.keys, self.values):
             memory[:, block * block_size : (block + 1) * block_size] = torch.nan
-
-
-def _has_dense_tokens(key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether each token's K and V of a head lie in adjacent elements."""
-    return key.stride(3) == value.stride(3) == 1
 
 
 def _native_writes(plan: StepPlan) -> Writes:

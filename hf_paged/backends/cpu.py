@@ -48,7 +48,8 @@ class CPUBackend(AttentionBackend):
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         kernel = kernel_of(store.keys, store.values)
-        parts = None if kernel is None else parts_for(plan, call.window)
+        group = query.shape[1] // store.keys.shape[0]
+        parts = None if kernel is None else parts_for(plan, call.window, group)
         if parts is not None:
             return kernel.attend(query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks)
         schedule = schedule_for(plan, call.window)

@@ -14,9 +14,14 @@
 
 namespace hfp {
 
+// What every compiler of the platform may assume: SSE2 on x86-64, NEON on ARM.
 namespace portable {
 #define HFP_LANES 4
+#if defined(__aarch64__)
+#define HFP_REGISTERS 32
+#else
 #define HFP_REGISTERS 16
+#endif
 #include "simd.h"
 #include "decode.h"
 #undef HFP_LANES
@@ -32,6 +37,16 @@ static bool always() { return true; }
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
+#if defined(HFP_TEST_WIDE)  // the width of AVX-512, for tests on CPUs that do not have it
+namespace wide {
+#define HFP_LANES 16
+#define HFP_REGISTERS 32
+#include "simd.h"
+#include "decode.h"
+#undef HFP_LANES
+#undef HFP_REGISTERS
+}  // namespace wide
 #endif
 namespace avx2 {
 #define HFP_LANES 8
@@ -77,6 +92,9 @@ static const Variant kVariants[] = {
     {"portable", 4, always, portable::kKernels},
     {"avx2", 8, has_avx2, avx2::kKernels},
     {"avx512", 16, has_avx512, avx512::kKernels},
+#if defined(HFP_TEST_WIDE)
+    {"wide", 16, has_avx2, wide::kKernels},
+#endif
 };
 
 #else
@@ -84,8 +102,9 @@ static const Variant kVariants[] = {
 static const Variant kVariants[] = {
 #if defined(__aarch64__)
     {"neon", 4, always, portable::kKernels},
-#endif
+#else
     {"portable", 4, always, portable::kKernels},
+#endif
 };
 
 #endif

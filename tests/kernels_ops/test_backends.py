@@ -195,6 +195,16 @@ def test_short_chunks(fragmented, call, backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("rows", [12, 40, 50])
+def test_many_rows_share_a_prompt(rows, backend):
+    """Few enough for one pass of the native kernel, for two, and more than it takes."""
+    model = Model("gqa 3", torch.float32, CALLS["plain"], backend, block_size=16)
+    model.packed([[*range(35), row] for row in range(rows)])
+    for step in range(2):
+        model.decode([step] * rows)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
 @pytest.mark.parametrize("length", [1, 63, 300, 1000])
 def test_long_prompts(length, backend):
     model = Model("gqa 4", torch.float32, {}, backend, block_size=16)

@@ -321,13 +321,18 @@ def test_bad_writes_are_refused_and_change_nothing(what):
     assert (memory == 0).all()
 
 
-@pytest.mark.parametrize(
-    "new", [torch.ones(1, 2, 3, 9), torch.ones(1, 3, 3, 8), torch.ones(1, 2, 3, 8).half(), torch.ones(1, 2, 8, 3).mT]
-)
+@pytest.mark.parametrize("new", [torch.ones(1, 2, 3, 9), torch.ones(1, 3, 3, 8), torch.ones(1, 2, 3, 8).half()])
 def test_new_tokens_that_do_not_fit_are_refused(new):
     memory = torch.zeros(2, 50, 8)
     with pytest.raises(NativeError):
         NativeStore(memory, memory).write_rows(new, new, 0, 1)
+
+
+def test_new_tokens_with_gaps_are_left_to_torch():
+    memory, new = torch.zeros(2, 50, 8), torch.ones(1, 2, 8, 3).mT
+    assert not NativeStore(memory, memory).write_rows(new, new, 0, 1)
+    assert not NativeStore(memory, memory).write(new, new, Writes([(0, 3, 0, 1)], []))
+    assert (memory == 0).all()
 
 
 def test_the_switch():

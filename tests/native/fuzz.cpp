@@ -2,6 +2,7 @@
 // byte, so that a read or write beside it is caught; results are compared with plain loops in double precision, and
 // damaged calls must be refused.
 
+#define HFP_TEST_WIDE
 #include "../../kernels/native/native.cpp"
 
 #include <cstdio>
@@ -9,6 +10,12 @@
 #include <vector>
 
 using namespace hfp;
+
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
 
 static std::mt19937_64 rng;
 static int64_t upto(int64_t n) { return (int64_t)(rng() % (uint64_t)n); }
@@ -29,7 +36,7 @@ static void put(std::vector<char> &bytes, int64_t dtype, int64_t at, float x) {
         memcpy(&bytes[at * 2], &half, 2);
     } else {
         uint16_t half;
-        const _Float16 narrow = (_Float16)x;
+        const Half narrow = (Half)x;
         memcpy(&half, &narrow, 2);
         memcpy(&bytes[at * 2], &half, 2);
     }
@@ -48,7 +55,7 @@ static double get(const std::vector<char> &bytes, int64_t dtype, int64_t at) {
         memcpy(&x, &bits, 4);
         return x;
     }
-    _Float16 x;
+    Half x;
     memcpy(&x, &half, 2);
     return (double)x;
 }
@@ -159,7 +166,8 @@ static bool refuses_damage(Case &made) {
     if (!made.runs.empty() && upto(2)) {
         Run &damaged = made.runs[upto((int64_t)made.runs.size())];
         const Run before = damaged;
-        (upto(2) ? damaged.slot : damaged.tokens) = nonsense;
+        if (upto(3) == 0) damaged.slot = call.num_slots - damaged.tokens + 1;  // one too far
+        else (upto(2) ? damaged.slot : damaged.tokens) = nonsense;
         const bool is_good = damaged.slot >= 0 && damaged.tokens >= 1 && damaged.slot < call.num_slots &&
                              damaged.tokens <= call.num_slots - damaged.slot;
         const int64_t error = run(call);

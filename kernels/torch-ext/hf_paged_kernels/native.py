@@ -241,24 +241,30 @@ class NativeStore:
         self._keys, self._values = keys, values
         self._store = _load().hf_paged_store
         self._seen: tuple[Any, ...] | None = None
-        self._call = b""
+        self._call: bytes | None = None
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, writes: Writes) -> None:
-        """Write new K and V `[rows, kv_heads, n, dim]`, numbered row by row, and do the copies."""
-        self._run(key, value, *writes.pointers, 0, 1)
+    def write(self, key: torch.Tensor, value: torch.Tensor, writes: Writes) -> bool:
+        """Write new K and V `[rows, kv_heads, n, dim]`, numbered row by row, and do the copies.
 
-    def write_rows(self, key: torch.Tensor, value: torch.Tensor, slot: int, step: int) -> None:
-        """Write new K and V, token `i` to slot `slot + i * step`."""
-        self._run(key, value, 0, 0, 0, 0, slot, step)
+        Returns False, having done nothing, where a token's elements do not lie side by side.
+        """
+        return self._run(key, value, *writes.pointers, 0, 1)
 
-    def _run(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> None:
+    def write_rows(self, key: torch.Tensor, value: torch.Tensor, slot: int, step: int) -> bool:
+        """The same without copies, token `i` to slot `slot + i * step`."""
+        return self._run(key, value, 0, 0, 0, 0, slot, step)
+
+    def _run(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> bool:
         seen = (key.shape, key.stride(), key.dtype, key.device, value.shape, value.stride(), value.dtype, value.device)
         if seen != self._seen:
-            self._call = self._lay_out(key, value)
+            self._call = self._lay_out(key, value) if key.stride(3) == value.stride(3) == 1 else None
             self._seen = seen
+        if self._call is None:
+            return False
         error = self._store(self._call, key.data_ptr(), value.data_ptr(), *where)
         if error:
             raise NativeError(_ERRORS[error])
+        return True
 
     def _lay_out(self, key: torch.Tensor, value: torch.Tensor) -> bytes:
         """`StoreCall` without what changes from call to call."""
@@ -275,7 +281,7 @@ def _side(memory: torch.Tensor, new: torch.Tensor) -> tuple[int, ...]:
     heads, _, dim = memory.shape
     head_stride, *dense = memory.stride()
     row, head, token, last = new.stride()
-    if dense != [dim, 1] or (last != 1 and dim != 1) or new.shape[1] != heads or new.shape[3] != dim:
+    if dense != [dim, 1] or last != 1 or new.shape[1] != heads or new.shape[3] != dim:
         raise NativeError("new tokens do not fit the memory, or one of the two is not contiguous in its last dims")
     if new.dtype != memory.dtype or not (new.device == memory.device == _CPU):
         raise NativeError(f"new tokens in {new.dtype} on {new.device}, memory in {memory.dtype} on {memory.device}")
@@ -291,8 +297,8 @@ class Availability(NamedTuple):
 
     def store_for(self, keys: torch.Tensor, values: torch.Tensor) -> NativeStore | None:
         """The native store for one layer's memory, `None` where torch is to copy."""
-        on_cpu = keys.device.type == values.device.type == "cpu"
-        return NativeStore(keys, values) if self.kernels and on_cpu else None
+        suits = keys.device == values.device == _CPU and keys.shape[:2] == values.shape[:2]
+        return NativeStore(keys, values) if self.kernels and suits else None
 
 
 @functools.cache
