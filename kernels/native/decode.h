@@ -34,18 +34,29 @@ static void next_block(const Attention &call, Cursor &at, int64_t most, Block &b
     for (int64_t i = block.tokens; i & 3; ++i) block.keys[i] = block.keys[i - 1];
 }
 
-static void fetch(const char *row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
-}
+// What is read next, fetched into the cache meanwhile: the rows of a block's tokens, each with its own token's turn, so
+// that the fetches never queue up.
+struct Ahead {
+    const char *base;
+    const int64_t *elements;
+    int64_t tokens, element_bytes, row_bytes;
+
+    HFP_INLINE void fetch(int64_t token) const {
+        if (token >= tokens) return;
+        const char *row = base + elements[token] * element_bytes;
+        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 3);
+    }
+};
 
 // Scores of `rows` rows against a block's tokens, to `scores[row * kMaxBlock + token]`. Tokens are taken four at a
 // time, or two and two where four rows would need more registers than there are.
 template <class Type, int rows>
 static void score(const Attention &call, const float *query, const typename Type::Storage *keys, const Block &block,
-                  float *scores) {
+                  float *scores, const Ahead &ahead) {
     constexpr int width = rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
     for (int64_t t = 0; t < block.tokens; t += 4) {
         Floats pairs[rows][2];
+        for (int i = 0; i < 4; ++i) ahead.fetch(t + i);
         for (int begin = 0; begin < 4; begin += width) {
             const typename Type::Storage *key[width];
             for (int i = 0; i < width; ++i) key[i] = keys + block.keys[t + begin + i];
@@ -70,7 +81,8 @@ static void score(const Attention &call, const float *query, const typename Type
 // Adds weights times values to `sums`, which are scaled first: `width` vectors from dim `d` on.
 template <class Type, int rows, int width>
 static void weigh_columns(const Attention &call, const float *weights, const float *scales,
-                          const typename Type::Storage *values, const Block &block, int64_t d, float *sums) {
+                          const typename Type::Storage *values, const Block &block, int64_t d, float *sums,
+                          const Ahead &ahead) {
     Floats x[rows][width];
     for (int r = 0; r < rows; ++r)
         for (int j = 0; j < width; ++j)
@@ -78,6 +90,7 @@ static void weigh_columns(const Attention &call, const float *weights, const flo
     for (int64_t t = 0; t < block.tokens; ++t) {
         const typename Type::Storage *value = values + block.values[t] + d;
         Floats weight[rows];
+        ahead.fetch(t);
         for (int r = 0; r < rows; ++r) weight[r] = splat(weights[r * kMaxBlock + t]);
         for (int j = 0; j < width; ++j) {
             const Floats v = Type::read(value + j * HFP_LANES);
@@ -90,15 +103,16 @@ static void weigh_columns(const Attention &call, const float *weights, const flo
 
 template <class Type, int rows>
 static void weigh(const Attention &call, const float *weights, const float *scales,
-                  const typename Type::Storage *values, const Block &block, float *sums) {
+                  const typename Type::Storage *values, const Block &block, float *sums, const Ahead &ahead) {
+    const Ahead nothing = {nullptr, nullptr, 0, 0, 0};
     constexpr int width = rows == 1 ? 8 : rows < 4 || HFP_REGISTERS >= 32 ? 4 : 2;
     int64_t d = 0;
     for (; d + width * HFP_LANES <= call.value_dim; d += width * HFP_LANES)
-        weigh_columns<Type, rows, width>(call, weights, scales, values, block, d, sums);
+        weigh_columns<Type, rows, width>(call, weights, scales, values, block, d, sums, d ? nothing : ahead);
     for (; d + 2 * HFP_LANES <= call.value_dim; d += 2 * HFP_LANES)
-        weigh_columns<Type, rows, 2>(call, weights, scales, values, block, d, sums);
+        weigh_columns<Type, rows, 2>(call, weights, scales, values, block, d, sums, d ? nothing : ahead);
     for (; d < call.value_dim; d += HFP_LANES)
-        weigh_columns<Type, rows, 1>(call, weights, scales, values, block, d, sums);
+        weigh_columns<Type, rows, 1>(call, weights, scales, values, block, d, sums, d ? nothing : ahead);
 }
 
 // Scores to weights of one row, and the running softmax: largest score and sum of weights, both in powers of two.
@@ -162,9 +176,12 @@ struct Scoring {
     const typename Type::Storage *keys;
     const Block &block;
     float *weights;
+    Ahead ahead;
     template <int rows>
     HFP_INLINE void run(int64_t row) const {
-        score<Type, rows>(call, query + row * call.key_dim, keys, block, weights + row * kMaxBlock);
+        const Ahead nothing = {nullptr, nullptr, 0, 0, 0};
+        score<Type, rows>(call, query + row * call.key_dim, keys, block, weights + row * kMaxBlock,
+                          row ? nothing : ahead);
     }
 };
 
@@ -175,9 +192,12 @@ struct Weighing {
     const typename Type::Storage *values;
     const Block &block;
     float *sums;
+    Ahead ahead;
     template <int rows>
     HFP_INLINE void run(int64_t row) const {
-        weigh<Type, rows>(call, weights + row * kMaxBlock, scales + row, values, block, sums + row * call.value_dim);
+        const Ahead nothing = {nullptr, nullptr, 0, 0, 0};
+        weigh<Type, rows>(call, weights + row * kMaxBlock, scales + row, values, block, sums + row * call.value_dim,
+                          row ? nothing : ahead);
     }
 };
 
@@ -211,9 +231,10 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
         const Block &block = blocks[i & 1];
         Block &next = blocks[(i + 1) & 1];
         next_block(call, at, most_tokens, next);
-        for (int64_t t = 0; t < block.tokens; ++t) fetch((const char *)(values + block.values[t]), value_bytes);
-        in_tiles(rows, Scoring<Type>{call, scratch.query, keys, block, scratch.weights});
-        for (int64_t t = 0; t < next.tokens; ++t) fetch((const char *)(keys + next.keys[t]), key_bytes);
+        const int64_t size = sizeof(Storage);
+        const Ahead these_values = {(const char *)values, block.values, block.tokens, size, value_bytes};
+        const Ahead next_keys = {(const char *)keys, next.keys, next.tokens, size, key_bytes};
+        in_tiles(rows, Scoring<Type>{call, scratch.query, keys, block, scratch.weights, these_values});
         for (int64_t row = 0; row < rows; ++row) {
             // Query `i` sees tokens up to `first + i`, `window` of them.
             int64_t last = strip.first + row / call.group - begin;
@@ -223,7 +244,7 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
             scratch.scales[row] = soften(call, scratch.weights + row * kMaxBlock, block.tokens, visible, visible_stop,
                                          most + row, total + row);
         }
-        in_tiles(rows, Weighing<Type>{call, scratch.weights, scratch.scales, values, block, partial});
+        in_tiles(rows, Weighing<Type>{call, scratch.weights, scratch.scales, values, block, partial, next_keys});
         begin += block.tokens;
     }
 }
