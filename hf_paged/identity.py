@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
-from hf_paged.weights import Sample, Tree, held_tensors, parts, tensor_states, unreadable
+from hf_paged.sample import Sample
+from hf_paged.weights import Tree, held_tensors, parts, tensor_states, unreadable
 
 PLAIN_KINDS = (bool, int, float, str, np.generic, type(None))
 # Attributes of modules that `forward` does not compute with in evaluation mode, or that are looked at elsewhere.
@@ -77,7 +78,8 @@ class ModelIdentity:
             if self._changed(tree):
                 self._remember(tree)
             elif self._sample.differs(tree.tensors):
-                self._new_epoch()
+                self._new_epoch()  # first, so that the change is not forgotten whatever is thrown in between
+                self._sample = Sample(tree.tensors)
             terms = self._current_terms(tree)
             if self._terms is None or self._terms != terms:
                 self._terms = copy.deepcopy(terms)
