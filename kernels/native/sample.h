@@ -31,7 +31,7 @@ struct SampleWork {
 static const int64_t kAhead = 32;
 
 static Error check(const SampleCall &call) {
-    if (call.num_reads < 0 || call.kept_bytes < 0 || !call.kept || !call.reads) return kBadSize;
+    if (call.num_reads < 0 || call.kept_bytes < 0 || !call.kept || (call.num_reads && !call.reads)) return kBadSize;
     for (int64_t i = 0; i < call.num_reads; ++i) {
         const Read &read = call.reads[i];
         const bool is_size = read.size == 1 || read.size == 2 || read.size == 4 || read.size == 8;

@@ -21,7 +21,7 @@ _CALL, _READ_FIELDS = Struct("=QqQq"), 5
 
 
 class NativeSample:
-    """`counts[i]` elements of `tensors[i]`, `steps[i]` elements apart from its first one on, as they were when this was made.
+    """What every `steps[i]`th of the first elements of `tensors[i]`, `counts[i]` of them, holds when this is made.
 
     Holds no tensor; is given them anew at each look, in the same order.
     """
@@ -31,19 +31,20 @@ class NativeSample:
         if loaded is None:
             raise NativeError("the native library is not built, or switched off")
         self._run = loaded.hf_paged_sample
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._memory = _memory(storages)
         reads, size = array("q"), 0
-        for tensor, count, step in zip(tensors, counts, steps, strict=True):
+        for tensor, storage, count, step in zip(tensors, storages, counts, steps, strict=True):
             if not takes(tensor):
                 raise NativeError(f"cannot sample a {type(tensor).__name__} in {tensor.dtype} on {tensor.device}")
+            width, offset = tensor.element_size(), tensor.storage_offset()
             if count < 1 or step < 1 or (count - 1) * step >= tensor.numel():
                 raise NativeError(f"{count} elements, {step} apart, are not in a tensor of {tensor.numel()}")
-            width = tensor.element_size()
             size += -size % width
             for first in range(0, count, _MAX_COUNT):
-                length = min(count - first, _MAX_COUNT)
-                reads.extend((tensor.data_ptr() + first * step * width, length, step * width, width, size))
+                length, start = min(count - first, _MAX_COUNT), offset + first * step
+                reads.extend((storage.data_ptr() + start * width, length, step * width, width, size))
                 size += length * width
-        self._memory = _memory([tensor.untyped_storage() for tensor in tensors])
         self._reads, self._kept = reads, ctypes.create_string_buffer(size + 1)  # which the call points into
         self._call = _CALL.pack(reads.buffer_info()[0], len(reads) // _READ_FIELDS, ctypes.addressof(self._kept), size)
         self._sample(tensors, is_recording=True)
