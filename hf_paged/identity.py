@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
-from hf_paged.weights import Sample, Tree, held_tensors, parts, tensor_states, unreadable
+from hf_paged.sample import Sample
+from hf_paged.weights import Tree, held_tensors, parts, tensor_states, unreadable
 
 PLAIN_KINDS = (bool, int, float, str, np.generic, type(None))
 # Attributes of modules that `forward` does not compute with in evaluation mode, or that are looked at elsewhere.
@@ -70,19 +71,17 @@ class ModelIdentity:
     def digest(self) -> bytes:
         """32 bytes; equal digests mean equal K and V for equal tokens.
 
-        Samples the weights: 2 ms for SmolLM2-135M in float32 on one core, 4 ms with cold caches.
+        Samples the weights: FIGURES.
         """
         with self._lock:
+            return self._digest_of(Tree.of(self._model()))
+
+    def look(self) -> tuple[bytes | None, str | None]:
+        """`digest()` and `obstacle()` of one walk; no digest where there is an obstacle."""
+        with self._lock:
             tree = Tree.of(self._model())
-            if self._changed(tree):
-                self._remember(tree)
-            elif self._sample.differs(tree.tensors):
-                self._new_epoch()
-            terms = self._current_terms(tree)
-            if self._terms is None or self._terms != terms:
-                self._terms = copy.deepcopy(terms)
-                self._digest = _blake(epoch=self._epoch, terms=repr(self._terms).encode())
-            return self._digest
+            obstacle = _obstacle(tree)
+            return (self._digest_of(tree), None) if obstacle is None else (None, obstacle)
 
     def renew(self) -> None:
         """The next digest is a new one, whether or not anything can be seen to have changed."""
@@ -96,35 +95,41 @@ class ModelIdentity:
         return self._epoch
 
     def unchanged(self, digest: bytes | None = None) -> bool:
-        """Whether nothing that can be seen without sampling (0.35 ms) has changed since the last `digest()`.
+        """Whether nothing that can be seen without sampling has changed since the last `digest()`: 0.35 ms.
 
         `digest`: what that call must have returned; where several threads generate, the last one may be another's.
         """
         with self._lock:
-            if digest is not None and digest != self._digest:
-                return False
+            return self._stands(Tree.of(self._model()), digest)
+
+    def holds(self, digest: bytes) -> bool:
+        """`unchanged(digest)` and no `obstacle()`, of one walk."""
+        with self._lock:
             tree = Tree.of(self._model())
-            return not self._changed(tree) and self._terms == self._current_terms(tree)
+            return self._stands(tree, digest) and _obstacle(tree) is None
 
     def obstacle(self) -> str | None:
         """Why K and V cannot be told from the weights and the tokens, so that nothing may be reused; or None."""
-        tree = Tree.of(self._model())
-        if any(map(_meddles, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
-            return "global forward hooks of torch.nn"
-        for module, attributes in zip(tree.modules, tree.attributes, strict=True):
-            if attributes["training"] and type(module) is not nn.Identity:
-                return f"{type(module).__name__} in training mode; call model.eval()"
-            if (hooks := attributes["_forward_hooks"]) and _meddles(hooks):
-                return f"{type(module).__name__} with a forward hook"
-            if (hooks := attributes["_forward_pre_hooks"]) and _meddles(hooks):
-                return f"{type(module).__name__} with a forward pre-hook"
-            if "rope_type" in attributes and _rope_depends_on_length(attributes["rope_type"]):
-                return "rotary embedding that depends on the length of the sequence"
-        if any(map(unreadable, tree.tensors)):
-            return "weights offloaded to disk, or in a layout without strides"
-        return None
+        return _obstacle(Tree.of(self._model()))
 
     # -- what is compared ----------------------------------------------------------------------------------------
+
+    def _digest_of(self, tree: Tree) -> bytes:
+        if self._changed(tree):
+            self._remember(tree)
+        elif self._sample.differs(tree.tensors):
+            self._new_epoch()  # first, so that the change is not forgotten whatever is thrown in between
+            self._sample = Sample(tree.tensors)
+        terms = self._current_terms(tree)
+        if self._terms is None or self._terms != terms:
+            self._terms = copy.deepcopy(terms)
+            self._digest = _blake(epoch=self._epoch, terms=repr(self._terms).encode())
+        return self._digest
+
+    def _stands(self, tree: Tree, digest: bytes | None) -> bool:
+        if digest is not None and digest != self._digest:
+            return False
+        return not self._changed(tree) and self._terms == self._current_terms(tree)
 
     def _changed(self, tree: Tree) -> bool:
         """Whether anything is not as at the last `_remember`; the rest only makes sense for the same structure."""
@@ -199,6 +204,23 @@ def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
 def describe_config(model: PreTrainedModel) -> dict[str, Any]:
     """The config without the fields that say where it came from."""
     return {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN_FIELDS}
+
+
+def _obstacle(tree: Tree) -> str | None:
+    if any(map(_meddles, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
+        return "global forward hooks of torch.nn"
+    for module, attributes in zip(tree.modules, tree.attributes, strict=True):
+        if attributes["training"] and type(module) is not nn.Identity:
+            return f"{type(module).__name__} in training mode; call model.eval()"
+        if (hooks := attributes["_forward_hooks"]) and _meddles(hooks):
+            return f"{type(module).__name__} with a forward hook"
+        if (hooks := attributes["_forward_pre_hooks"]) and _meddles(hooks):
+            return f"{type(module).__name__} with a forward pre-hook"
+        if "rope_type" in attributes and _rope_depends_on_length(attributes["rope_type"]):
+            return "rotary embedding that depends on the length of the sequence"
+    if any(map(unreadable, tree.tensors)):
+        return "weights offloaded to disk, or in a layout without strides"
+    return None
 
 
 def _objects(tree: Tree) -> list[Any]:

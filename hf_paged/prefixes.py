@@ -29,7 +29,7 @@ class PrefixRoot:
 
     def holds(self) -> bool:
         """Whether the model is still in that state, as far as a look without sampling can tell."""
-        return self.identity.unchanged(self.digest) and self.identity.obstacle() is None
+        return self.identity.holds(self.digest)
 
 
 class Prefixes:
@@ -56,12 +56,12 @@ class Prefixes:
 
         Forgets what weights have left that are gone for good.
         """
-        obstacle = self.obstacle()
-        if obstacle is not None:
-            if self._enabled:
-                self._counters.fall_back(f"prefixes not reused: {obstacle}")
+        if not self._enabled:
             return None
-        digest = self._identity.digest()
+        digest, obstacle = self._identity.look()
+        if digest is None:
+            self._counters.fall_back(f"prefixes not reused: {obstacle}")
+            return None
         if self._epoch != self._identity.epoch:
             self._epoch = self._identity.epoch
             pool.manager.forget_prefixes()

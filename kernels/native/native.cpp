@@ -1,8 +1,10 @@
-// Attention over paged KV and the store of new tokens for the CPU, as a plain C library: no Python, no torch.
+// Attention over paged KV, the store of new tokens and a look at weights, for the CPU, as a plain C library: no Python,
+// no torch.
 //
 //   attend   cuts the parts of a call into strips, one piece of work per strip and KV head, and merges their partial
 //            results by log-sum-exp as soon as the last one of a query is done
 //   store    copies new tokens to their slots
+//   sample   compares elements of tensors with those it has kept
 //
 // Work is spread over the OpenMP threads that torch has loaded: Python hands over their entry point, so that nothing is
 // linked and there is never a second pool of threads. Every call checks its sizes before it reads through a pointer.
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "sample.h"
 #include "store.h"
 #include "variants.h"
 
@@ -290,4 +293,16 @@ HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, c
     const hfp::Write all = {0, call->num_tokens, slot, step};
     if (!writes) writes = &all, num_writes = 1;
     return hfp::store({*call, {key, value}, writes, copies, num_writes, num_copies});
+}
+
+// Keeps what the reads find where `is_recording`; otherwise says in `differs` whether any of it is not as kept.
+HFP_PUBLIC int64_t hf_paged_sample(const hfp::SampleCall *call, int64_t threads, int64_t is_recording,
+                                   int64_t *differs) {
+    const hfp::Error error = threads < 1 ? hfp::kBadSize : hfp::check(*call);
+    if (error) return error;
+    hfp::SampleWork work = {call, is_recording != 0, 0, 0};
+    if (threads > 1 && hfp::run_parallel) hfp::run_parallel(hfp::sample, &work, (unsigned)threads, 0);
+    else hfp::sample(&work);
+    *differs = work.differs;
+    return hfp::kOk;
 }

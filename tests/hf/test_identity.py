@@ -11,10 +11,23 @@ from families import FAMILIES, stock_model
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import hf_paged.identity
+import hf_paged.sample
 from hf_paged.identity import ModelIdentity, fingerprint
+from hf_paged_kernels import takes
 
 LLAMA = FAMILIES["llama"]
 TOKENS = torch.arange(3, 23)[None]
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def reader(request, monkeypatch) -> str:
+    """What reads the sample: the native library whatever it takes, or torch everything."""
+    if request.param == "torch":
+        monkeypatch.setattr(hf_paged.sample, "takes", lambda tensor: False)
+    elif not takes(torch.zeros(1)):
+        pytest.skip("the native library was not built")
+    return request.param
 
 
 def llama() -> nn.Module:
@@ -364,6 +377,45 @@ def test_dtypes(dtype):
     model.extra.data[250] = torch.ones(5).to(dtype)
     assert identity.digest() != before
     assert fingerprint(model) != content
+
+
+def test_either_reader_reads_all_that_it_can(reader, monkeypatch):
+    def fail(*args):
+        raise AssertionError("this one was not to be asked")
+
+    other = "_TorchSample" if reader == "native" else "_native_sample"
+    monkeypatch.setattr(hf_paged.sample, other, fail)
+    model = llama()
+    ModelIdentity(model).digest()
+
+
+def test_a_change_is_not_lost_where_recording_it_fails(monkeypatch):
+    def interrupt(tensors):
+        raise KeyboardInterrupt
+
+    model = llama()
+    identity = ModelIdentity(model)
+    before = identity.digest()
+    add_to_data(model)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_paged.identity.Sample", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            identity.digest()
+    assert identity.digest() != before
+
+
+def test_conjugates_and_negatives_of_the_same_memory():
+    """Views that only say that the content is to be read otherwise."""
+    model = llama()
+    model.register_buffer("complex", torch.randn(4, 4, dtype=torch.complex64))
+    identity = ModelIdentity(model)
+    digests = [identity.digest()]
+    model.complex.data = model.complex.data.conj()
+    digests.append(identity.digest())
+    weight(model).data = torch._neg_view(weight(model).data)
+    digests.append(identity.digest())
+    assert len(set(digests)) == 3
+    assert identity.digest() == digests[-1]
 
 
 def test_same_bytes_as_another_dtype():
@@ -745,6 +797,46 @@ def test_frequencies_that_depend_on_the_length_are_an_obstacle(rope):
     identity = ModelIdentity(model := LLAMA.build(rope_parameters={"rope_theta": 10000.0, **rope}))
     assert "rotary" in identity.obstacle()
     assert model.model.rotary_emb.rope_type == rope["rope_type"]
+
+
+# One look for a call's begin, one for its end
+
+
+def test_look_is_digest_and_obstacle():
+    model = llama()
+    identity = ModelIdentity(model)
+    digest, obstacle = identity.look()
+    assert obstacle is None
+    assert digest == identity.digest()
+    add_to_data(model)
+    assert identity.look() == (identity.digest(), None) != (digest, None)
+    attention(model).train()
+    assert identity.look() == (None, identity.obstacle()) != (None, None)
+
+
+def test_holds_is_unchanged_and_no_obstacle():
+    model = llama()
+    identity = ModelIdentity(model)
+    digest = identity.digest()
+    assert identity.holds(digest)
+    assert not identity.holds(b"of another thread")
+    handle = hook_a_module(model)
+    assert identity.unchanged(digest)
+    assert not identity.holds(digest)
+    handle.remove()
+    assert identity.holds(digest)
+    add_in_place(model)
+    assert not identity.holds(digest)
+
+
+@by_name("ask", [ModelIdentity.look, lambda identity: identity.holds(b"")])
+def test_one_walk_each(ask, monkeypatch):
+    model, walks = llama(), []
+    identity = ModelIdentity(model)
+    original = hf_paged.identity.Tree.of
+    monkeypatch.setattr("hf_paged.identity.Tree.of", lambda model: walks.append(model) or original(model))
+    ask(identity)
+    assert len(walks) == 1
 
 
 # Fingerprint

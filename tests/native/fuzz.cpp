@@ -207,6 +207,35 @@ static bool store_is_right() {
                    &fresh[1][((source / tokens * heads + head) * tokens + source % tokens) * bytes], bytes);
 }
 
+// Tensors of exactly as many bytes as are read; one bit that is flipped is found where it is read, and nowhere else.
+static bool sample_is_right() {
+    std::vector<std::vector<char>> tensors;
+    std::vector<Read> reads;
+    int64_t kept_bytes = 0;
+    for (int64_t i = 1 + upto(6); i; --i) {
+        const int64_t size = one_of<int64_t>({1, 2, 4, 8}), step = size * (1 + upto(5)), count = 1 + upto(200);
+        tensors.emplace_back((count - 1) * step + size);
+        for (char &byte : tensors.back()) byte = (char)upto(256);
+        kept_bytes += (size - kept_bytes % size) % size;
+        reads.push_back({tensors.back().data(), count, step, size, kept_bytes});
+        kept_bytes += count * size;
+    }
+    std::vector<char> kept(kept_bytes);
+    const SampleCall call = {reads.data(), (int64_t)reads.size(), kept.data(), kept_bytes};
+    const int64_t threads = 1 + upto(4), at = upto((int64_t)reads.size());
+    int64_t differs = 0;
+    if (hf_paged_sample(&call, threads, 1, &differs) || differs) return false;
+    if (hf_paged_sample(&call, threads, 0, &differs) || differs) return false;
+    const int64_t byte = upto((int64_t)tensors[at].size());
+    tensors[at][byte] ^= (char)(1 << upto(8));
+    if (hf_paged_sample(&call, threads, 0, &differs)) return false;
+    if ((differs != 0) != (byte % reads[at].step < reads[at].size)) return false;
+    Read &damaged = reads[at];
+    int64_t *const fields[] = {&damaged.count, &damaged.step, &damaged.size, &damaged.at};
+    *fields[upto(4)] = one_of<int64_t>({-1, INT64_MIN, INT64_MAX / 2 + upto(9)});
+    return damaged.step > 100000 ? true : hf_paged_sample(&call, threads, 0, &differs) == kBadSize;
+}
+
 // Stands in for OpenMP: real threads, as the sanitizer of threads wants to see them.
 #include <thread>
 static void run_with_threads(void (*body)(void *), void *data, unsigned threads, unsigned) {
@@ -238,6 +267,10 @@ int main(int count, char **arguments) {
             }
             if (!store_is_right()) {
                 std::printf("variant %ld, round %d: store\n", (long)variant, round);
+                return 1;
+            }
+            if (!sample_is_right()) {
+                std::printf("variant %ld, round %d: sample\n", (long)variant, round);
                 return 1;
             }
             ++tried;

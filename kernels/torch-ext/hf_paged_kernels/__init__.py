@@ -3,10 +3,12 @@
 from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
+from .sample import NativeSample, takes
 
 __all__ = [
     "NativeError",
     "NativeKernel",
+    "NativeSample",
     "NativeStore",
     "Part",
     "Parts",
@@ -17,4 +19,5 @@ __all__ = [
     "merge_partial",
     "native",
     "paged_attention_reference",
+    "takes",
 ]

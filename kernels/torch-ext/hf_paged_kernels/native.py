@@ -313,6 +313,17 @@ def kernel_for(dtype: torch.dtype, key_dim: int, value_dim: int) -> NativeKernel
     return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim)), None)
 
 
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, for what every CPU runs; `None` where it was not built, cannot be loaded or is switched off."""
+    if os.environ.get(_SWITCH) == "off":
+        return None
+    try:
+        return _load()
+    except OSError:
+        return None
+
+
 def variants() -> dict[str, NativeKernel]:
     """All variants that this CPU can run, by name; empty without the library."""
     try:
@@ -355,6 +366,8 @@ def _load() -> ctypes.CDLL:
     library.hf_paged_attend.restype = ctypes.c_int64
     library.hf_paged_store.argtypes = (ctypes.c_char_p, *[address] * 4, *[integer] * 4)
     library.hf_paged_store.restype = ctypes.c_int64
+    library.hf_paged_sample.argtypes = (ctypes.c_char_p, integer, integer, ctypes.POINTER(integer))
+    library.hf_paged_sample.restype = ctypes.c_int64
     library.hf_paged_variant.argtypes = (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
     library.hf_paged_variant.restype = ctypes.c_char_p
     library.hf_paged_use_threads.argtypes = (ctypes.c_void_p,)

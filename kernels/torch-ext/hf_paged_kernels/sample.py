@@ -1,0 +1,84 @@
+"""A sample of what tensors hold, taken by the native library: compared with at every later look."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from struct import Struct
+
+import torch
+
+from .native import NativeError, library
+
+# Elements per piece of work for a thread. A matrix gives about one per row, so that most tensors are one piece.
+_MAX_COUNT = 4096
+_SIZES = (1, 2, 4, 8)
+_TYPES = (torch.Tensor, torch.nn.Parameter)
+_CPU = torch.device("cpu")
+# As `SampleCall` and `Read` in sample.h.
+_CALL, _READ_FIELDS = Struct("=QqQq"), 5
+
+
+class NativeSample:
+    """What every `steps[i]`th of the first elements of `tensors[i]`, `counts[i]` of them, holds when this is made.
+
+    Holds no tensor; is given them anew at each look, in the same order.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], counts: Sequence[int], steps: Sequence[int]):
+        loaded = library()
+        if loaded is None:
+            raise NativeError("the native library is not built, or switched off")
+        self._run = loaded.hf_paged_sample
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._memory = _memory(storages)
+        reads, size = array("q"), 0
+        for tensor, storage, count, step in zip(tensors, storages, counts, steps, strict=True):
+            if not takes(tensor):
+                raise NativeError(f"cannot sample a {type(tensor).__name__} in {tensor.dtype} on {tensor.device}")
+            width, offset = tensor.element_size(), tensor.storage_offset()
+            if count < 1 or step < 1 or (count - 1) * step >= tensor.numel():
+                raise NativeError(f"{count} elements, {step} apart, are not in a tensor of {tensor.numel()}")
+            size += -size % width
+            for first in range(0, count, _MAX_COUNT):
+                length, start = min(count - first, _MAX_COUNT), offset + first * step
+                reads.extend((storage.data_ptr() + start * width, length, step * width, width, size))
+                size += length * width
+        self._reads, self._kept = reads, ctypes.create_string_buffer(size + 1)  # which the call points into
+        self._call = _CALL.pack(reads.buffer_info()[0], len(reads) // _READ_FIELDS, ctypes.addressof(self._kept), size)
+        self._sample(tensors, is_recording=True)
+
+    def differs(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether any byte is not as it was, or has come to lie elsewhere."""
+        return self._sample(tensors, is_recording=False)
+
+    def _sample(self, tensors: Sequence[torch.Tensor], is_recording: bool) -> bool:
+        storages = [tensor.untyped_storage() for tensor in tensors]  # which keeps the memory until it has been read
+        if _memory(storages) != self._memory or any(map(torch.Tensor.is_neg, tensors)):
+            return True
+        differs = ctypes.c_int64()
+        if self._run(self._call, torch.get_num_threads(), is_recording, differs):
+            raise NativeError("the library finds a size or place out of range")
+        return differs.value != 0
+
+
+def takes(tensor: torch.Tensor) -> bool:
+    """Whether `NativeSample` does this tensor; those whose bytes are not all there is to it are left to torch."""
+    if library() is None or type(tensor) not in _TYPES or tensor.device != _CPU or tensor.layout is not torch.strided:
+        return False
+    width, storage = tensor.element_size(), tensor.untyped_storage()
+    start, stop = tensor.storage_offset() * width, (tensor.storage_offset() + tensor.numel()) * width
+    return (
+        width in _SIZES
+        and tensor.is_contiguous()
+        and not (tensor.is_complex() or tensor.is_neg())
+        and tensor.numel() > 0
+        and stop <= storage.nbytes()
+        and tensor.data_ptr() == storage.data_ptr() + start
+    )
+
+
+def _memory(storages: Sequence[torch.UntypedStorage]) -> tuple[list[int], list[int]]:
+    """Where it begins, and how many bytes."""
+    return [storage.data_ptr() for storage in storages], [storage.nbytes() for storage in storages]
