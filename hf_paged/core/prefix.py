@@ -103,7 +103,7 @@ class PrefixIndex:
     def __init__(self, block_size: int, windows: Sequence[int | None] = (None,)):
         self.block_size = block_size
         self.full_bytes = block_size * _TOKEN_BYTES  # packed tokens of a full block
-        self._windows = tuple(windows)
+        self.windows = tuple(windows)
         self._entries: dict[bytes, Entry] = {}
         # Of each group. A block may stand for several entries: for all that it holds, and for a beginning behind which
         # another sequence has parted.
@@ -157,7 +157,7 @@ class PrefixIndex:
     def _match(self, hops: Sequence[_Hop], seam_blocks: int = 0) -> Match:
         num_tokens = _stop(hops)
         blocks = []
-        for group, window in enumerate(self._windows):
+        for group, window in enumerate(self.windows):
             first = seen_from(num_tokens, window)
             blocks.append([hop.entry.blocks[group] if hop.stop > first else NULL_BLOCK for hop in hops])
         keys = [hop.entry.key for hop in hops if hop.is_whole]
@@ -183,12 +183,12 @@ class PrefixIndex:
         if all(NULL_BLOCK not in hop.entry.blocks for hop in hops):
             return hops
         usable = 0
-        held_from = [0] * len(self._windows)  # each group has the tokens from there on without a gap
+        held_from = [0] * len(self.windows)  # each group has the tokens from there on without a gap
         for count, hop in enumerate(hops, start=1):
-            for group in range(len(self._windows)):
+            for group in range(len(self.windows)):
                 if hop.entry.blocks[group] == NULL_BLOCK:
                     held_from[group] = hop.stop
-            if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self._windows))):
+            if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self.windows))):
                 usable = count
         return hops[:usable]
 
@@ -200,6 +200,11 @@ class PrefixIndex:
             if len(entry.tokens) < self.full_bytes and entry.key in self._parents and packed.startswith(entry.tokens)
         ]
         return max(fitting, key=lambda entry: len(entry.tokens), default=None)
+
+    def longest_short(self, parent: bytes, packed: bytes) -> bytes:
+        """The most tokens that `packed` begins with and that a partly filled block holds behind `parent`."""
+        fitting = [entry.tokens for entry in self._siblings(parent, packed) if packed.startswith(entry.tokens)]
+        return max((tokens for tokens in fitting if len(tokens) < self.full_bytes), key=len, default=b"")
 
     def _best_part(self, parent: bytes, packed: bytes) -> tuple[Entry | None, int]:
         """The block behind `parent` that begins most like `packed`, and how many tokens they have in common."""
