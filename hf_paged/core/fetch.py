@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK
-from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, seen_from, unpack_tokens
+from hf_paged.core.prefix import TOKEN_BYTES, PrefixIndex, chain_key, pack_tokens, seen_from
 from hf_paged.core.tier import Record, TierIndex
 
 # Passes over fewer tokens say more about what a pass costs by itself than about its tokens.
@@ -47,34 +47,38 @@ def find_hops(index: PrefixIndex, tier: TierIndex, root: bytes, tokens: Sequence
     """
     packed = pack_tokens(tokens)
     hops = _full_hops(index, tier, root, packed, 0, limit)
-    key, at = (hops[-1].key, hops[-1].stop) if hops else (root, 0)
-    rest = packed[at * (index.full_bytes // index.block_size) :]
-    short = max(tier.longest_short(key, rest), index.longest_short(key, rest), key=len)
-    if short and at < limit:
-        hops.append(_hop(index, tier, key, short, at))
-        hops += _full_hops(index, tier, hops[-1].key, packed, hops[-1].stop, limit)
-    return hops
+    known = _known(hops)
+    for count in range(len(hops), known - 1, -1):
+        key, at = (hops[count - 1].key, hops[count - 1].stop) if count else (root, 0)
+        rest = packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES]
+        short = max(tier.longest_short(key, rest), index.longest_short(key, rest), key=len)
+        if short and at < limit:
+            seam = _hop(index, tier, key, short, at)
+            behind = _full_hops(index, tier, seam.key, packed, seam.stop, limit)
+            return [*hops[:count], seam, *behind[: _known(behind)]]
+    return hops[:known]
+
+
+def _known(hops: Sequence[Hop]) -> int:
+    """Number of hops up to the last one of which anything is there."""
+    return max((i for i, hop in enumerate(hops, start=1) if any(hop.blocks) or any(hop.records)), default=0)
 
 
 def _full_hops(index: PrefixIndex, tier: TierIndex, key: bytes, packed: bytes, at: int, limit: int) -> list[Hop]:
-    """The full blocks behind `key` that hold the prompt from token `at` on; the last one is known."""
+    """The full blocks behind `key` that would hold the prompt from token `at` on."""
     hops: list[Hop] = []
-    known = 0
-    token_bytes = index.full_bytes // index.block_size
-    while at < limit and (at + index.block_size) * token_bytes <= len(packed):
-        hop = _hop(index, tier, key, packed[at * token_bytes : at * token_bytes + index.full_bytes], at)
+    while at < limit and (at + index.block_size) * TOKEN_BYTES <= len(packed):
+        hop = _hop(index, tier, key, packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES], at)
         hops.append(hop)
         key, at = hop.key, hop.stop
-        if any(hop.blocks) or any(hop.records):
-            known = len(hops)
-    return hops[:known]
+    return hops
 
 
 def _hop(index: PrefixIndex, tier: TierIndex, parent: bytes, packed: bytes, at: int) -> Hop:
     key = chain_key(parent, packed)
     blocks = index.blocks_of(key) or [NULL_BLOCK] * len(index.windows)
     records = [tier.get(group, key) for group in range(len(index.windows))]
-    return Hop(parent, key, packed, at + len(unpack_tokens(packed)), list(blocks), records)
+    return Hop(parent, key, packed, at + len(packed) // TOKEN_BYTES, list(blocks), records)
 
 
 def first_needed(hops: Sequence[Hop], num_tokens: int, window: int | None, start: int = 0) -> int:
