@@ -84,7 +84,7 @@ class DiskTier:
     def clear(self) -> None:
         """Forget everything and give the disk's room back."""
         with self._manager.lock:
-            if self._index is not None and len(self._index) and self._is_usable:
+            if self._index is not None and self._is_usable:
                 self._index.clear()
                 for file in self._folder.files:  # behind what is still being written
                     self._writer.submit(self._try, file.truncate)
