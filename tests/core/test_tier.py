@@ -293,18 +293,21 @@ def test_folders_in_one_place_are_apart_and_go_alone(tmp_path):
 
 def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path):
     script = """
-import os, signal, sys, pathlib
-from hf_paged.core.records import RecordFolder
+import os, pathlib, runpy, signal, sys
+RecordFolder = runpy.run_path(sys.argv[3])["RecordFolder"]  # without torch, which takes seconds to import
 folder = RecordFolder(pathlib.Path(sys.argv[1]), [8])
 print(folder.path, flush=True)
 if sys.argv[2] == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.stdin.read()
 """
+    source = sys.modules[RecordFolder.__module__].__file__
     command = [sys.executable, "-c", script, str(tmp_path)]
-    dead = subprocess.run([*command, "die"], capture_output=True, text=True, check=False)
+    dead = subprocess.run([*command, "die", source], capture_output=True, text=True, check=False)
     assert Path(dead.stdout.strip()).is_dir(), dead.stderr
-    with subprocess.Popen([*command, "live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+    with subprocess.Popen(
+        [*command, "live", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as alive:
         other = Path(alive.stdout.readline().strip())
         RecordFolder(tmp_path, [8]).remove()
         assert list(tmp_path.iterdir()) == [other], "the dead one's is gone, the living one's is not"
