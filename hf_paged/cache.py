@@ -75,6 +75,8 @@ class PagedCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a transformers config (model.config), got {type(config).__name__}")
         self.settings = settings or PagedConfig(block_size=block_size, max_memory=max_memory)
+        if settings is None and self.settings.budget_bytes("disk") is not None:
+            raise ValueError("max_memory['disk'] is for cached prefixes, which a patched model keeps; leave 'disk' out")
         self.model_config = config.get_text_config(decoder=True)
         self.windows = compat.attention_windows(self.model_config) if windows is None else windows
         super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])

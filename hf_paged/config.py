@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -19,9 +20,10 @@ class PagedConfig:
 
     Attributes:
         block_size: tokens per block, a power of two from 8 to 256.
-        max_memory: budget for KV blocks per device as accelerate writes it, `{0: "8GiB", "cpu": "16GiB"}`, ints in
-            bytes. `None`: most of what is free on the model's devices when blocks are needed.
-        offload_folder: where the disk tier keeps its files; not available in this version.
+        max_memory: budget for KV blocks per device as accelerate writes it, `{"cpu": "16GiB", "disk": "50GiB"}`, ints
+            in bytes. `None`: most of what is free on the model's devices when blocks are needed, and no disk. `"disk"`
+            is for cached prefixes of models on the CPU that are evicted from memory.
+        offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype.
         attention_backend: `"auto"`, `"cpu"` or `"reference"` (plain torch operations on any device).
@@ -52,9 +54,11 @@ class PagedConfig:
         for name in ("prefix_caching", "cuda_graphs", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.offload_folder is not None:
-            raise ValueError("offload_folder: the disk tier is not available in this version; leave it at None")
         _check_max_memory(self.max_memory)
+        if self.offload_folder is not None:
+            _check_folder(self.offload_folder)
+            if self.budget_bytes("disk") is None:
+                raise ValueError("offload_folder: nothing may be kept there; set max_memory={'disk': '10GiB'}, too")
 
     @classmethod
     def build(cls, config: PagedConfig | None, overrides: Mapping[str, Any]) -> PagedConfig:
@@ -68,7 +72,7 @@ class PagedConfig:
         return replace(config or cls(), **overrides)
 
     def budget_bytes(self, device: str | int) -> int | None:
-        """Bytes allowed on a device (`"cpu"` or a GPU index), `None` where no budget was set for it."""
+        """Bytes allowed on a device (`"cpu"`, `"disk"` or a GPU index), `None` where no budget was set for it."""
         if self.max_memory is None or device not in self.max_memory:
             return None
         return parse_bytes(self.max_memory[device])
@@ -99,8 +103,15 @@ def _check_max_memory(max_memory: object) -> None:
     if not isinstance(max_memory, Mapping):
         raise ValueError(f"max_memory must be a dict such as {{0: '8GiB', 'cpu': '16GiB'}}, got {max_memory!r}")
     for device, size in max_memory.items():
-        if device == "disk":
-            raise ValueError("max_memory: the disk tier is not available in this version; leave 'disk' out")
-        if device != "cpu" and (not isinstance(device, int) or isinstance(device, bool) or device < 0):
-            raise ValueError(f"max_memory: {device!r} is no device; use a GPU index or 'cpu'")
+        if device not in ("cpu", "disk") and (not isinstance(device, int) or isinstance(device, bool) or device < 0):
+            raise ValueError(f"max_memory: {device!r} is no device; use a GPU index, 'cpu' or 'disk'")
         parse_bytes(size)
+
+
+def _check_folder(folder: object) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"offload_folder must be a path, got {folder!r}")
+    path = Path(folder)
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"offload_folder: {existing} is no folder that can be written to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +62,10 @@ def run_packed(
         order = {index: num_logits + i for i, index in enumerate(indices)}
         places.update({place: order[index] for place, index in wanted.items()})
         source = stretch.source(columns, request.tokens).to(request.inputs.device)
+        begin = time.perf_counter()
         outputs, picked = _forward(request, cache, backend, keeps_logits, stretch.plan, source, indices)
+        if cache.pool.tier is not None:
+            cache.pool.tier.policy.note_computed(stretch.plan.num_tokens, time.perf_counter() - begin)
         logits += picked
         num_logits += len(indices)
         computed_tokens += stretch.plan.num_tokens
@@ -117,7 +121,7 @@ class _Stretches:
         self.reused = [0] * len(sequences)
         if cache.root is not None and cache.dense_len == 0 and keep:
             self.reused = [
-                cache.pool.manager.match(table, sequence, len(sequence) - keep)
+                cache.pool.match(table, sequence, len(sequence) - keep)
                 for table, sequence in zip(cache.tables, sequences, strict=True)
             ]
         self._done = list(self.reused)

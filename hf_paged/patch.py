@@ -36,17 +36,19 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
     settings = PagedConfig.build(config, overrides)
     if is_patched(target):
         if target.paged.config != settings:
+            runtime = PagedRuntime(target, settings)
+            target.paged.release()
             _take_names_back(target)
-            target.__dict__[RUNTIME_ATTRIBUTE] = PagedRuntime(target, settings)
+            target.__dict__[RUNTIME_ATTRIBUTE] = runtime
             _name_attention(target)
         return model
-    original = type(target)
+    original, runtime = type(target), PagedRuntime(target, settings)
     target.__class__ = type(
         original.__name__,
         (PagedGenerationMixin, original),
         {"__module__": original.__module__, "__qualname__": original.__qualname__, "_hf_paged_original": original},
     )
-    target.__dict__[RUNTIME_ATTRIBUTE] = PagedRuntime(target, settings)
+    target.__dict__[RUNTIME_ATTRIBUTE] = runtime
     _name_attention(target)
     return model
 

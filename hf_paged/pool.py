@@ -14,6 +14,7 @@ from hf_paged.core.manager import BlockManager
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
 from hf_paged.store import POISON, LayerStore
+from hf_paged.tiers import DiskTier
 
 # Of the memory that is free when the pool is made; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
@@ -68,6 +69,7 @@ class KVPool:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
         self._is_bounded = max_slots is not None
+        self.tier: DiskTier | None = None
 
     @property
     def token_bytes(self) -> int:
@@ -128,6 +130,20 @@ class KVPool:
             f"{self.budget_bytes} bytes. Raise max_memory[{self.device_key!r}], shorten the input or lower the batch "
             "size."
         )
+
+    def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
+        """`BlockManager.match`, and what the tier below brings back for it."""
+        pins = [] if self.tier is None else self.tier.fetch(table.root, tokens, limit)
+        try:
+            return self.manager.match(table, tokens, limit)
+        finally:
+            self.manager.unpin(pins[::-1])
+
+    def forget_prefixes(self) -> None:
+        """Give up everything that is kept for later calls, on every tier."""
+        self.manager.forget_prefixes()
+        if self.tier is not None:
+            self.tier.clear()
 
     def free(self, tables: Sequence[BlockTable]) -> None:
         """Give up sequences."""

@@ -64,7 +64,7 @@ class Prefixes:
             return None
         if self._epoch != self._identity.epoch:
             self._epoch = self._identity.epoch
-            pool.manager.forget_prefixes()
+            pool.forget_prefixes()
         return PrefixRoot(root_key(digest, salt), digest, salt, self._identity)
 
     def forget(self) -> None:

@@ -24,6 +24,7 @@ from hf_paged.prefixes import Prefixes, PrefixRoot
 from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.tiers import DiskTier
 
 
 class PagedRuntime:
@@ -34,6 +35,9 @@ class PagedRuntime:
     """
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig):
+        # What accelerate has offloaded from memory seems to be on "meta".
+        if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
+            raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -59,6 +63,7 @@ class PagedRuntime:
             blocks_cached=pool.manager.cached,
             bytes_in_use=pool.bytes_in_use,
             bytes_reserved=pool.bytes_reserved,
+            **({} if pool.tier is None else pool.tier.gauges()),
         )
 
     def reset_stats(self) -> None:
@@ -72,16 +77,15 @@ class PagedRuntime:
         """Forget every cached prefix, on every tier."""
         self._prefixes.forget()
         if self._pool is not None:
-            self._pool.manager.forget_prefixes()
+            self._pool.forget_prefixes()
 
     def release(self) -> None:
-        """Give the pool's memory back to the system; the next `generate` takes what it needs again.
+        """Give the pool's memory and its files back to the system; the next `generate` takes what it needs again.
 
         Blocks of caches that are still held stay theirs until they are gone.
         """
         with self._lock:
-            self._pool = self._pool_key = None
-            self._copied_before = self._evicted_before = 0
+            self._drop_pool()
 
     def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
         """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
@@ -151,10 +155,23 @@ class PagedRuntime:
         with self._lock:
             key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
             if self._pool is None or self._pool_key != key:
+                self._drop_pool()
                 self._pool = self._make_pool(model)
+                self._add_tier(self._pool)
                 self._pool_key = key
-                self._copied_before = self._evicted_before = 0
             return self._pool
+
+    def _drop_pool(self) -> None:
+        if self._pool is not None and self._pool.tier is not None:
+            self._pool.tier.close()
+        self._pool = self._pool_key = None
+        self._copied_before = self._evicted_before = 0
+
+    def _add_tier(self, pool: KVPool) -> None:
+        budget_bytes, folder = self.config.budget_bytes("disk"), self.config.offload_folder
+        if budget_bytes:
+            base = None if folder is None else Path(folder)
+            pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         config = model.config.get_text_config(decoder=True)

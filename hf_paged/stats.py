@@ -22,10 +22,15 @@ class PagedStats:
         copied_blocks: blocks copied on write.
         evicted_blocks: cached blocks given up for their memory.
         offloaded_bytes, fetched_bytes: moved to and from lower tiers.
-        fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes.
+        fetch_choices, recompute_choices: how often a lower tier had what a prompt begins with, and it was fetched, or
+            held to be computed in less time.
+        fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes;
+            what went wrong with the disk tier.
         blocks_in_use, bytes_in_use: held by running sequences.
         blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
         bytes_reserved: all memory held for KV on the model's devices.
+        fetch_bytes_per_second, compute_tokens_per_second: the estimates that such choices go by; 0 before anything was
+            measured, which needs a disk tier.
     """
 
     prompt_tokens: int = 0
@@ -37,6 +42,8 @@ class PagedStats:
     evicted_blocks: int = 0
     offloaded_bytes: int = 0
     fetched_bytes: int = 0
+    fetch_choices: int = 0
+    recompute_choices: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     blocks_in_use: int = 0
     blocks_cached: int = 0
@@ -44,6 +51,8 @@ class PagedStats:
     blocks_disk: int = 0
     bytes_in_use: int = 0
     bytes_reserved: int = 0
+    fetch_bytes_per_second: float = 0.0
+    compute_tokens_per_second: float = 0.0
 
 
 class Counters:
@@ -70,13 +79,13 @@ class Counters:
             self._counts.clear()
             self._fallbacks.clear()
 
-    def snapshot(self, **gauges: int) -> PagedStats:
+    def snapshot(self, **gauges: float) -> PagedStats:
         """The counters as they are, with `gauges` beside them."""
         with self._lock:
             return PagedStats(**self._counts, fallbacks=dict(self._fallbacks), **gauges)
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     """`count` bytes for a person to read."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -102,6 +111,14 @@ def format_table(stats: PagedStats, title: str) -> str:
         ("bytes in use / reserved", f"{format_bytes(stats.bytes_in_use)} / {format_bytes(stats.bytes_reserved)}"),
         ("blocks copied on write / evicted", f"{stats.copied_blocks:,} / {stats.evicted_blocks:,}"),
     ]
+    if stats.blocks_disk or stats.offloaded_bytes:
+        moved = map(format_bytes, (stats.offloaded_bytes, stats.fetched_bytes))
+        speeds = f"{format_bytes(stats.fetch_bytes_per_second)}/s / {stats.compute_tokens_per_second:,.0f} tokens/s"
+        rows += [
+            ("bytes offloaded / fetched", " / ".join(moved)),
+            ("prefixes fetched / computed anew", f"{stats.fetch_choices:,} / {stats.recompute_choices:,}"),
+            ("speed of fetching / computing", speeds),
+        ]
     rows += [(f"fallback: {reason}", f"{calls:,} calls") for reason, calls in sorted(stats.fallbacks.items())]
     if not stats.fallbacks:
         rows.append(("fallbacks", "none"))

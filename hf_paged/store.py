@@ -104,6 +104,12 @@ class LayerStore:
             span_view(self.values, newest).copy_(value)
         return span_view(self.keys, span), span_view(self.values, span)
 
+    def blocks(self, first: int, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of adjacent blocks as views `[count, kv_heads, block_size, dim]`."""
+        slots = slice(first * block_size, (first + count) * block_size)
+        keys, values = (m[:, slots].unflatten(1, (count, block_size)).transpose(0, 1) for m in (self.keys, self.values))
+        return keys, values
+
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
         return self.keys.index_select(1, slots), self.values.index_select(1, slots)

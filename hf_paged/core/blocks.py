@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from hf_paged.core.budget import Budget
 
@@ -84,10 +85,9 @@ class BlockPool:
         ids = self.num_blocks - 1 - self._in_use
         return max(0, min(ids, self._budget.free_bytes // self.block_bytes))
 
-    @property
-    def oldest(self) -> int:
-        """When the least recently used cached block was used."""
-        return next(iter(self._cached.values()))
+    def oldest_first(self) -> Iterable[tuple[int, int]]:
+        """The cached blocks, and when each was last used."""
+        return self._cached.items()
 
     def limit_ids(self, num_blocks: int) -> None:
         """Hand out no ids from `num_blocks` on, unless some were handed out already."""
@@ -113,7 +113,7 @@ class BlockPool:
         if count > self.available:
             raise OutOfBlocks(count, self.available)
         self._budget.make_room(count * self.block_bytes)
-        self.evict(self._in_use + self.cached + count - (self.num_blocks - 1))
+        self.make_room(count)
         self._in_use += count
         claim = range(0)
         blocks = self._own(self._run_behind(after, count)) if after is not None else []
@@ -183,16 +183,23 @@ class BlockPool:
             else:
                 self._free(block)
 
+    def make_room(self, count: int) -> None:
+        """Give up cached blocks until there are ids for `count` more."""
+        self.evict(self._in_use + self.cached + count - (self.num_blocks - 1))
+
     def evict(self, count: int) -> int:
         """Give up the content of the `count` least recently used cached blocks; returns how many there were."""
-        given_up = max(0, min(count, len(self._cached)))
-        for _ in range(given_up):
-            block, _ = self._cached.popitem(last=False)
-            self._free(block)
-            if self._on_evict is not None:
-                self._on_evict(block)
-        self.evicted += given_up
-        return given_up
+        victims = [(self, block) for block in islice(self._cached, max(0, count))]
+        self._budget.give_up(victims)
+        return len(victims)
+
+    def give_up(self, block: int) -> None:
+        """Give up the content of one cached block for its memory; called through the budget."""
+        del self._cached[block]
+        self._free(block)
+        if self._on_evict is not None:
+            self._on_evict(block)
+        self.evicted += 1
 
     def touch(self, block: int) -> None:
         """A cached block counts as the most recently used; no effect on others."""

@@ -123,7 +123,7 @@ class BlockManager:
             return before
 
     def unpin(self, pins: Sequence[Pin]) -> None:
-        """Let go of blocks that `append`, `assign`, `hold_prefixes` and `take_blocks` have pinned."""
+        """Let go of blocks that `append`, `assign`, `hold_prefixes`, `hold` and the like have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
             for group, block in pins:
@@ -184,9 +184,19 @@ class BlockManager:
             return growth
 
     def check_room(self, num_blocks: int) -> None:
-        """Raise `OutOfBlocks` where fewer than `num_blocks` are available."""
+        """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available.
+
+        All at once and before anything else changes, because giving up may take time and be interrupted.
+        """
         if num_blocks and num_blocks > self.available:
             raise OutOfBlocks(num_blocks, self.available)
+        self._make_room([num_blocks] * len(self.pools))
+
+    def _make_room(self, counts: Sequence[int]) -> None:
+        """Give up cached blocks until there is room for `counts[group]` more blocks in each pool."""
+        self.budget.make_room(sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)))
+        for count, pool in zip(counts, self.pools, strict=True):
+            pool.make_room(count)
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
@@ -295,7 +305,7 @@ class BlockManager:
 
         Returns the number of tokens that need not be computed.
         """
-        if table.root is None or not _are_plain(tokens):
+        if table.root is None or not are_plain(tokens):
             return 0
         with self.lock:
             found = self.index.match(table.root, tokens, limit)
@@ -347,6 +357,32 @@ class BlockManager:
             self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
             return blocks, is_new
 
+    def hold(self, pins: Sequence[Pin]) -> None:
+        """Pin blocks that are there until `unpin`."""
+        with self.lock:
+            for group, block in pins:
+                self.pools[group].share([block])
+            self._pinned.update(pins)
+
+    def take_runs(self, counts: Sequence[int], after: Sequence[int], room: int) -> list[list[int]]:
+        """`counts[group]` new blocks of each group, pinned until `unpin`, behind block `after[group]` where possible.
+
+        `room` more blocks are expected behind them. Raises `OutOfBlocks` and changes nothing.
+        """
+        with self.lock:
+            free_bytes, taken = self.budget.free_bytes, []
+            if any(count > pool.available for count, pool in zip(counts, self.pools, strict=True)) or free_bytes < sum(
+                count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)
+            ):
+                raise OutOfBlocks(max(counts), self.available)
+            self._make_room(counts)
+            for pool, count, before in zip(self.pools, counts, after, strict=True):
+                blocks, claim = pool.take(count, before or None, room)
+                pool.unclaim(claim)
+                taken.append(blocks)
+            self._pinned.update((group, block) for group, blocks in enumerate(taken) for block in blocks)
+            return taken
+
     def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
         """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
         for entry in self.index.covered_by(parent, packed):
@@ -393,7 +429,7 @@ class BlockManager:
             assert spent <= self.budget.limit_bytes, "over the budget"
 
 
-def _are_plain(tokens: Sequence[int]) -> bool:
+def are_plain(tokens: Sequence[int]) -> bool:
     """Whether all are token ids and nothing else."""
     return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
 
@@ -404,7 +440,7 @@ def _packed(table: BlockTable, i: int) -> bytes:
 
 
 def _track(table: BlockTable, tokens: Sequence[int] | None) -> None:
-    if tokens is None or not _are_plain(tokens):
+    if tokens is None or not are_plain(tokens):
         table.untrack()
     else:
         table.tokens.extend(tokens)

@@ -25,7 +25,7 @@ from hf_paged.core.blocks import NULL_BLOCK
 KEY_BYTES = 32
 # Token ids are hashed as unsigned ints of this width; a number that does not fit is no plain token.
 TOKEN_LIMIT = 2**32
-_TOKEN_CODE, _TOKEN_BYTES = "I", 4
+_TOKEN_CODE, TOKEN_BYTES = "I", 4
 # Blocks that are compared token by token where a prompt parts from all of them; the newest ones.
 _MAX_COMPARED = 32
 
@@ -67,7 +67,7 @@ class Entry:
     @property
     def num_tokens(self) -> int:
         """Tokens in the block."""
-        return len(self.tokens) // _TOKEN_BYTES
+        return len(self.tokens) // TOKEN_BYTES
 
 
 class Match(NamedTuple):
@@ -102,8 +102,8 @@ class PrefixIndex:
 
     def __init__(self, block_size: int, windows: Sequence[int | None] = (None,)):
         self.block_size = block_size
-        self.full_bytes = block_size * _TOKEN_BYTES  # packed tokens of a full block
-        self._windows = tuple(windows)
+        self.full_bytes = block_size * TOKEN_BYTES  # packed tokens of a full block
+        self.windows = tuple(windows)
         self._entries: dict[bytes, Entry] = {}
         # Of each group. A block may stand for several entries: for all that it holds, and for a beginning behind which
         # another sequence has parted.
@@ -144,11 +144,11 @@ class PrefixIndex:
         hops = self._walk(root, packed, 0)
         plain = self._usable(hops)
         whole = [hop for hop in hops if hop.is_whole]
-        key, at = (whole[-1].entry.key, whole[-1].stop * _TOKEN_BYTES) if whole else (root, 0)
+        key, at = (whole[-1].entry.key, whole[-1].stop * TOKEN_BYTES) if whole else (root, 0)
         short = self._seam_behind(key, packed[at:])
         if short is not None:
             stop = at + len(short.tokens)
-            seam = _Hop(short, stop // _TOKEN_BYTES)
+            seam = _Hop(short, stop // TOKEN_BYTES)
             seamed = self._usable([*whole, seam, *self._walk(short.key, packed, stop)])
             if _stop(seamed) > _stop(plain):
                 return self._match(seamed, len(whole) + 1)
@@ -157,7 +157,7 @@ class PrefixIndex:
     def _match(self, hops: Sequence[_Hop], seam_blocks: int = 0) -> Match:
         num_tokens = _stop(hops)
         blocks = []
-        for group, window in enumerate(self._windows):
+        for group, window in enumerate(self.windows):
             first = seen_from(num_tokens, window)
             blocks.append([hop.entry.blocks[group] if hop.stop > first else NULL_BLOCK for hop in hops])
         keys = [hop.entry.key for hop in hops if hop.is_whole]
@@ -172,10 +172,10 @@ class PrefixIndex:
             if entry is None:
                 break
             key, at = entry.key, at + width
-            hops.append(_Hop(entry, at // _TOKEN_BYTES))
+            hops.append(_Hop(entry, at // TOKEN_BYTES))
         part, common = self._best_part(key, packed[at : at + width])
         if part is not None:
-            hops.append(_Hop(part, at // _TOKEN_BYTES + common, False))
+            hops.append(_Hop(part, at // TOKEN_BYTES + common, False))
         return hops
 
     def _usable(self, hops: Sequence[_Hop]) -> Sequence[_Hop]:
@@ -183,12 +183,12 @@ class PrefixIndex:
         if all(NULL_BLOCK not in hop.entry.blocks for hop in hops):
             return hops
         usable = 0
-        held_from = [0] * len(self._windows)  # each group has the tokens from there on without a gap
+        held_from = [0] * len(self.windows)  # each group has the tokens from there on without a gap
         for count, hop in enumerate(hops, start=1):
-            for group in range(len(self._windows)):
+            for group in range(len(self.windows)):
                 if hop.entry.blocks[group] == NULL_BLOCK:
                     held_from[group] = hop.stop
-            if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self._windows))):
+            if all(map(operator.le, held_from, (seen_from(hop.stop, window) for window in self.windows))):
                 usable = count
         return hops[:usable]
 
@@ -201,6 +201,11 @@ class PrefixIndex:
         ]
         return max(fitting, key=lambda entry: len(entry.tokens), default=None)
 
+    def longest_short(self, parent: bytes, packed: bytes) -> bytes:
+        """The most tokens that `packed` begins with and that a partly filled block holds behind `parent`."""
+        fitting = [entry.tokens for entry in self._siblings(parent, packed) if packed.startswith(entry.tokens)]
+        return max((tokens for tokens in fitting if len(tokens) < self.full_bytes), key=len, default=b"")
+
     def _best_part(self, parent: bytes, packed: bytes) -> tuple[Entry | None, int]:
         """The block behind `parent` that begins most like `packed`, and how many tokens they have in common."""
         whole = [entry for entry in self._siblings(parent, packed) if NULL_BLOCK not in entry.blocks]
@@ -209,7 +214,7 @@ class PrefixIndex:
 
     def _siblings(self, parent: bytes, packed: bytes) -> Iterable[Entry]:
         """Entries behind `parent` that begin with the first token of `packed`, the newest ones first."""
-        siblings = self._children.get((parent, packed[:_TOKEN_BYTES]), {}) if packed else {}
+        siblings = self._children.get((parent, packed[:TOKEN_BYTES]), {}) if packed else {}
         return islice(reversed(siblings.values()), _MAX_COMPARED)
 
     # -- changing ------------------------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ class PrefixIndex:
                 self.by_block[group].setdefault(block, []).append(entry)
         if key not in self._entries:
             self._entries[key] = entry
-            self._children.setdefault((parent, packed[:_TOKEN_BYTES]), {})[key] = entry
+            self._children.setdefault((parent, packed[:TOKEN_BYTES]), {})[key] = entry
             self._parents[parent] += 1
         return key
 
@@ -279,7 +284,7 @@ class PrefixIndex:
             self._parents[entry.parent] -= 1
             if not self._parents[entry.parent]:
                 del self._parents[entry.parent]
-            place = (entry.parent, entry.tokens[:_TOKEN_BYTES])
+            place = (entry.parent, entry.tokens[:TOKEN_BYTES])
             siblings = self._children[place]
             del siblings[entry.key]
             if not siblings:
@@ -324,6 +329,6 @@ def seen_from(num_tokens: int, window: int | None) -> int:
 def _common_tokens(a: bytes, b: bytes) -> int:
     """How many packed tokens two blocks begin with in common."""
     if a == b:
-        return len(a) // _TOKEN_BYTES
+        return len(a) // TOKEN_BYTES
     first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return first // _TOKEN_BYTES
+    return first // TOKEN_BYTES

@@ -1,0 +1,198 @@
+"""``python -m benchmarks.disk``: more prompts in rotation than memory has room for, with a disk below and without.
+
+One model, one filled tier: ways of choosing between fetching and computing take turns on it, and the same prompts are
+computed without a tier. ``--read-rate`` slows reading down, for the case in which computing is quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_paged import paged, patch_model
+from hf_paged.core.fetch import Choice, FetchPolicy, Option
+from hf_paged.core.records import RecordFile
+
+from . import environment, report, smollm2, text
+from .dialogues import RESULTS
+
+BLOCK_SIZE, NEW = 16, 4
+# The choice may take this much longer than the better of always and never: what two runs of one of them differ by.
+NOISE = 1.05
+
+
+class AlwaysFetch(FetchPolicy):
+    """Reads whatever there is."""
+
+    def choose(self, options: Sequence[Option]) -> Choice | None:
+        return Choice(options[-1], False)
+
+
+class NeverFetch(FetchPolicy):
+    """Computes everything."""
+
+    def choose(self, options: Sequence[Option]) -> Choice | None:
+        return None
+
+
+POLICIES = {"by estimate": FetchPolicy, "always": AlwaysFetch, "never": NeverFetch}
+
+
+@dataclass(frozen=True)
+class Round:
+    """All prompts once: seconds, tokens that went through the model, what was read, and both estimates at the end."""
+
+    way: str
+    seconds: float
+    computed_tokens: int
+    fetched_bytes: int
+    fetch_choices: int
+    recompute_choices: int
+    fetch_bytes_per_second: float
+    compute_tokens_per_second: float
+    answers_equal: bool = True
+
+
+def play(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Ask every prompt once; returns the answers."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        answers.append(out[0].tolist())
+    return answers
+
+
+def timed(way: str, model: PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]) -> Round:
+    """One round."""
+    model.paged.reset_stats()
+    begin = time.perf_counter()
+    answers = play(model, prompts)
+    seconds = time.perf_counter() - begin
+    stats = model.paged.stats()
+    return Round(
+        way,
+        seconds,
+        *(getattr(stats, name) for name in list(Round.__annotations__)[2:-1]),
+        answers_equal=answers == expected,
+    )
+
+
+@contextmanager
+def reading_at(bytes_per_second: float | None) -> Iterator[None]:
+    """Reading takes at least as long as on a disk of that speed."""
+    read = RecordFile.read
+
+    def slow(self: RecordFile, slot: int, into: memoryview, checksum: int) -> bool:
+        time.sleep(len(into) / bytes_per_second)
+        return read(self, slot, into, checksum)
+
+    if bytes_per_second is None:
+        yield
+    else:
+        with mock.patch.object(RecordFile, "read", slow):
+            yield
+
+
+def rounds(options: argparse.Namespace) -> Iterator[Round]:
+    """Fill the tier, then play every way that was asked for."""
+    model = smollm2.load_model(torch.float32)
+    model.generation_config.eos_token_id = None
+    tokens = text.corpus(smollm2.load_tokenizer())
+    # Each prompt begins with another token, so that none has a beginning in common with another.
+    prompts = [[100 + i, *tokens[i * 397 :][: options.tokens - 1]] for i in range(options.prompts)]
+    config = model.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    blocks = options.fits * -(-(options.tokens + NEW) // BLOCK_SIZE) + 1
+    memory = {"cpu": blocks * BLOCK_SIZE * token_bytes}
+    with paged(model, block_size=BLOCK_SIZE, max_memory=memory):
+        play(model, prompts[:1])
+        model.paged.clear()
+        expected = play(model, prompts) if "no tier" not in options.ways else None
+        if expected is None:
+            model.paged.reset_stats()
+            begin = time.perf_counter()
+            expected = play(model, prompts)
+            seconds = time.perf_counter() - begin
+            yield Round("no tier", seconds, model.paged.stats().computed_tokens, 0, 0, 0, 0.0, 0.0)
+    with tempfile.TemporaryDirectory() as folder, reading_at(options.read_rate and options.read_rate * 1e6):
+        patch_model(model, block_size=BLOCK_SIZE, max_memory=memory | {"disk": "100GiB"}, offload_folder=folder)
+        yield timed("filling the tier", model, prompts, expected)
+        for way in options.ways:
+            if way in POLICIES:
+                tier = model.paged._pool.tier
+                tier.flush()
+                fresh = POLICIES[way]()
+                fresh.tokens_computed = tier.policy.tokens_computed  # known from filling; reading is yet to be tried
+                tier.policy = fresh
+                yield timed(way, model, prompts, expected)
+        model.paged.release()
+
+
+def table(played: list[Round]) -> Table:
+    """Return the rounds for people."""
+    made = Table(title="Prompts in rotation", title_justify="left")
+    made.add_column("fetching", no_wrap=True)
+    for name in ("seconds", "tokens computed", "MB read", "fetched", "computed anew", "read MB/s", "tokens/s"):
+        made.add_column(name, justify="right")
+    made.add_column("answers equal")
+    for each in played:
+        made.add_row(
+            each.way,
+            f"{each.seconds:.2f}",
+            f"{each.computed_tokens:,}",
+            f"{each.fetched_bytes / report.MEGABYTE:,.0f}",
+            str(each.fetch_choices),
+            str(each.recompute_choices),
+            f"{each.fetch_bytes_per_second / report.MEGABYTE:,.0f}",
+            f"{each.compute_tokens_per_second:,.0f}",
+            "yes" if each.answers_equal else "[bold red]NO[/]",
+        )
+    return made
+
+
+def main() -> int:
+    """Run everything. The exit status is 1 where an answer differs, or the choice is slower than the better of two."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.disk", description=__doc__)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=800, help="of each prompt")
+    parser.add_argument("--fits", type=int, default=10, help="prompts that memory has room for")
+    parser.add_argument("--ways", nargs="+", choices=[*POLICIES, "no tier"], default=["no tier", *POLICIES])
+    parser.add_argument("--read-rate", type=float, help="MB/s; as fast as it goes by default")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    described = environment.describe()
+    played = list(rounds(options))
+    by_way = {each.way: each.seconds for each in played}
+    asked = {name: value for name, value in vars(options).items() if name != "out"}
+    console = report.console()
+    console.print(table(played), environment.summary(described), asked)
+    complete = options.read_rate is None and set(options.ways) == {"no tier", *POLICIES}
+    path = options.out / ("disk.json" if complete else "partial.disk.json")
+    content = {"environment": described, "settings": asked, "rounds": [asdict(each) for each in played]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    console.print(f"Written: {path}")
+    others = [by_way[way] for way in ("always", "never") if way in by_way]
+    is_slower = "by estimate" in by_way and len(others) == 2 and by_way["by estimate"] > NOISE * min(others)
+    return int(is_slower or not all(each.answers_equal for each in played))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

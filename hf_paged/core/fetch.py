@@ -1,0 +1,174 @@
+"""Fetch or compute: how far down a prompt blocks of a lower tier go, and whether reading them is quicker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hf_paged.core.blocks import NULL_BLOCK
+from hf_paged.core.prefix import TOKEN_BYTES, PrefixIndex, chain_key, pack_tokens, seen_from
+from hf_paged.core.tier import Record, TierIndex
+
+# Passes over fewer tokens say more about what a pass costs by itself than about its tokens.
+MIN_MEASURED_TOKENS = 32
+# What is read to find out how quick reading is; after so many choices in favour of computing that is asked again.
+TRIAL_BYTES = 4 * 2**20
+TRIAL_EVERY = 16
+
+
+class Hop(NamedTuple):
+    """One block down a prompt: its tokens, and where each group's part of it is, in memory or on the tier.
+
+    `stop`: the prompt's tokens that end with it.
+    """
+
+    parent: bytes
+    key: bytes
+    packed: bytes
+    stop: int
+    blocks: list[int]
+    records: list[Record | None]
+
+
+class Option(NamedTuple):
+    """Begin with the first `num_hops` hops: `gained_tokens` need not be computed, `num_bytes` have to be read."""
+
+    num_hops: int
+    gained_tokens: int
+    num_bytes: int
+
+
+def find_hops(index: PrefixIndex, tier: TierIndex, root: bytes, tokens: Sequence[int], limit: int) -> list[Hop]:
+    """The blocks that the first `limit` tokens of a prompt may begin with, as far as any is known.
+
+    Those between them that nobody has any more are among them: a window may lie behind them. One block on the way may
+    be partly filled, as in the prefix index.
+    """
+    packed = pack_tokens(tokens)
+    hops = _full_hops(index, tier, root, packed, 0, limit)
+    known = _known(hops)
+    for count in range(len(hops), known - 1, -1):
+        key, at = (hops[count - 1].key, hops[count - 1].stop) if count else (root, 0)
+        rest = packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES]
+        short = max(tier.longest_short(key, rest), index.longest_short(key, rest), key=len)
+        if short and at < limit:
+            seam = _hop(index, tier, key, short, at)
+            behind = _full_hops(index, tier, seam.key, packed, seam.stop, limit)
+            return [*hops[:count], seam, *behind[: _known(behind)]]
+    return hops[:known]
+
+
+def _known(hops: Sequence[Hop]) -> int:
+    """Number of hops up to the last one of which anything is there."""
+    return max((i for i, hop in enumerate(hops, start=1) if any(hop.blocks) or any(hop.records)), default=0)
+
+
+def _full_hops(index: PrefixIndex, tier: TierIndex, key: bytes, packed: bytes, at: int, limit: int) -> list[Hop]:
+    """The full blocks behind `key` that would hold the prompt from token `at` on."""
+    hops: list[Hop] = []
+    while at < limit and (at + index.block_size) * TOKEN_BYTES <= len(packed):
+        hop = _hop(index, tier, key, packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES], at)
+        hops.append(hop)
+        key, at = hop.key, hop.stop
+    return hops
+
+
+def _hop(index: PrefixIndex, tier: TierIndex, parent: bytes, packed: bytes, at: int) -> Hop:
+    key = chain_key(parent, packed)
+    blocks = index.blocks_of(key) or [NULL_BLOCK] * len(index.windows)
+    records = [tier.get(group, key) for group in range(len(index.windows))]
+    return Hop(parent, key, packed, at + len(packed) // TOKEN_BYTES, list(blocks), records)
+
+
+def first_needed(hops: Sequence[Hop], num_tokens: int, window: int | None, start: int = 0) -> int:
+    """The first hop from number `start` on that the token behind `num_tokens` tokens still looks at."""
+    seen = seen_from(num_tokens, window)
+    while start < len(hops) and hops[start].stop <= seen:
+        start += 1
+    return start
+
+
+def find_options(
+    hops: Sequence[Hop], windows: Sequence[int | None], record_bytes: Sequence[int], in_memory: int, limit: int
+) -> list[Option]:
+    """Every beginning of `hops` that is whole between memory and tier, and longer than the `in_memory` tokens there."""
+    options: list[Option] = []
+    firsts = [0] * len(windows)
+    lost = [[0] for _ in windows]  # by group and number of hops: neither in memory nor on the tier
+    read = [[0] for _ in windows]  # on the tier only
+    for count, hop in enumerate(hops, start=1):
+        num_tokens, num_bytes, is_whole = min(hop.stop, limit), 0, True
+        for group, window in enumerate(windows):
+            block, record = hop.blocks[group], hop.records[group]
+            lost[group].append(lost[group][-1] + (not block and record is None))
+            read[group].append(read[group][-1] + (not block and record is not None))
+            first = firsts[group] = first_needed(hops, num_tokens, window, firsts[group])
+            is_whole &= lost[group][count] == lost[group][min(first, count)]
+            num_bytes += (read[group][count] - read[group][min(first, count)]) * record_bytes[group]
+        if is_whole and num_bytes and num_tokens > in_memory:
+            options.append(Option(count, num_tokens - in_memory, num_bytes))
+    return options
+
+
+class Rate:
+    """A running estimate of units a second. What was measured fades as `memory` units more are."""
+
+    def __init__(self, memory: float):
+        self._memory = memory
+        self._units = self._seconds = 0.0
+
+    def add(self, units: float, seconds: float) -> None:
+        """So many units have taken so long."""
+        fade = math.exp(-units / self._memory)
+        self._units = self._units * fade + units
+        self._seconds = self._seconds * fade + max(seconds, 1e-9)
+
+    @property
+    def per_second(self) -> float:
+        """The estimate; 0 where nothing was measured."""
+        return self._units / self._seconds if self._seconds else 0.0
+
+
+class Choice(NamedTuple):
+    """What to fetch, and whether only to see how long that takes: then ask again."""
+
+    option: Option
+    is_trial: bool
+
+
+class FetchPolicy:
+    """Fetches what is read in less time than it is computed, by running estimates of both."""
+
+    def __init__(self) -> None:
+        self.tokens_computed = Rate(8192)
+        self.bytes_fetched = Rate(256 * 2**20)
+        self._declined = 0
+
+    def note_computed(self, num_tokens: int, seconds: float) -> None:
+        """A pass over so many prompt tokens has taken so long."""
+        if num_tokens >= MIN_MEASURED_TOKENS:
+            self.tokens_computed.add(num_tokens, seconds)
+
+    def note_fetched(self, num_bytes: int, seconds: float) -> None:
+        """So many bytes were fetched in this time."""
+        self.bytes_fetched.add(num_bytes, seconds)
+        self._declined = 0
+
+    def choose(self, options: Sequence[Option]) -> Choice | None:
+        """One of the options (there is at least one), or `None` to compute."""
+        speed = self.bytes_fetched.per_second
+        if not speed or self._declined >= TRIAL_EVERY:
+            small = [option for option in options if option.num_bytes <= TRIAL_BYTES]
+            return Choice(small[-1] if small else min(options, key=lambda each: each.num_bytes), True)
+        if not self.tokens_computed.per_second:
+            return Choice(options[-1], False)
+        best = max(options, key=self._seconds_saved)
+        if self._seconds_saved(best) > 0:
+            return Choice(best, False)
+        self._declined += 1
+        return None
+
+    def _seconds_saved(self, option: Option) -> float:
+        to_compute = option.gained_tokens / self.tokens_computed.per_second
+        return to_compute - option.num_bytes / self.bytes_fetched.per_second

@@ -1,0 +1,152 @@
+"""What a lower tier holds: which record has the KV of which block, where it lies, and whose place is taken next.
+
+    key of a block, one dict a group          records of one size, one file a group
+    ┌────────────────────────────┐            ┌────────┬────────┬────────┬────────┬─
+    │ oldest  k7 ─▶ slot 2       │            │ slot 0 │ slot 1 │ slot 2 │ slot 3 │ …
+    │         k3 ─▶ slot 0       │            │   k3   │  free  │   k7   │   k9   │
+    │ newest  k9 ─▶ slot 3       │            └────────┴────────┴────────┴────────┴─
+    └────────────────────────────┘
+
+Keys are those of the prefix index: equal keys mean equal content, whenever it was written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from hf_paged.core.prefix import chain_key
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One block of one group: the KV of `tokens` (packed) behind `parent`.
+
+    `checksum` is that of the content, `None` until it has been written whole; `written` is done when that has been
+    tried, `None` until somebody is about to.
+    """
+
+    parent: bytes
+    tokens: bytes
+    slot: int
+    written: Future[None] | None = None
+    checksum: int | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the content never came to lie where it was to."""
+        return self.checksum is None and (self.written is None or self.written.done())
+
+
+class TierIndex:
+    """Key to record, least recently used first. Knows nothing of files.
+
+    Args:
+        num_groups: groups of layers; each has slots of its own.
+        num_slots: of each group. All groups get as many, because a token takes one block in each of them.
+        full_bytes: packed tokens of a block that is full.
+    """
+
+    def __init__(self, num_groups: int, num_slots: int, full_bytes: int):
+        self._num_slots = num_slots
+        self._limits = [num_slots] * num_groups
+        self._full_bytes = full_bytes
+        self._records: list[OrderedDict[bytes, Record]] = [OrderedDict() for _ in range(num_groups)]
+        self._free: list[list[int]] = [[] for _ in range(num_groups)]
+        self._retired: list[list[int]] = [[] for _ in range(num_groups)]
+        self._high_water = [0] * num_groups
+        # Blocks that are not full, by parent: they cannot be found by the key of what a prompt has in their place.
+        self._short: dict[bytes, Counter[bytes]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._records))
+
+    def get(self, group: int, key: bytes) -> Record | None:
+        """The record of a block, if there is one and it has not been lost."""
+        record = self._records[group].get(key)
+        return None if record is None or record.is_lost else record
+
+    def longest_short(self, parent: bytes, packed: bytes) -> bytes:
+        """The most tokens that `packed` begins with and that a block which is not full holds behind `parent`."""
+        return max(filter(packed.startswith, self._short.get(parent, ())), key=len, default=b"")
+
+    def add(self, group: int, parent: bytes, tokens: bytes) -> Record | None:
+        """A new record for a block, in place of the least recently used one where no slot is free.
+
+        `None` where there is no room for any.
+        """
+        records, free, key = self._records[group], self._free[group], chain_key(parent, tokens)
+        self.remove(group, key)
+        if not free and self._high_water[group] == self._limits[group]:
+            if not records:
+                return None
+            self.remove(group, next(iter(records)))
+        if free:
+            slot = free.pop()
+        else:
+            slot = self._high_water[group]
+            self._high_water[group] += 1
+        record = records[key] = Record(parent, tokens, slot)
+        if len(tokens) < self._full_bytes:
+            self._short.setdefault(parent, Counter())[tokens] += 1
+        return record
+
+    def touch(self, group: int, keys: Iterable[bytes]) -> None:
+        """These records, as far as they exist, count as the most recently used, the last one most of all."""
+        records = self._records[group]
+        for key in keys:
+            if key in records:
+                records.move_to_end(key)
+
+    def remove(self, group: int, key: bytes) -> None:
+        """Forget a record; harmless where there is none."""
+        record = self._records[group].pop(key, None)
+        if record is None:
+            return
+        self._free[group].append(record.slot)
+        if len(record.tokens) < self._full_bytes:
+            siblings = self._short[record.parent]
+            siblings[record.tokens] -= 1
+            if not siblings[record.tokens]:
+                del siblings[record.tokens]
+            if not siblings:
+                del self._short[record.parent]
+
+    def discard(self, group: int, record: Record) -> bool:
+        """Forget this very record; whether it was still there."""
+        key = chain_key(record.parent, record.tokens)
+        if self._records[group].get(key) is not record:
+            return False
+        self.remove(group, key)
+        return True
+
+    def retire(self, group: int, record: Record) -> None:
+        """Forget a record for which the disk had no room: its slot is not used again, and no more are begun."""
+        if self.discard(group, record):
+            self._retired[group].append(self._free[group].pop())
+            self._limits[group] = self._high_water[group]
+
+    def clear(self) -> None:
+        """Forget every record."""
+        for group, records in enumerate(self._records):
+            records.clear()
+            self._free[group].clear()
+            self._retired[group].clear()
+            self._high_water[group], self._limits[group] = 0, self._num_slots
+        self._short.clear()
+
+    def check_integrity(self) -> None:
+        """Prove that every slot is taken once or free."""
+        short: dict[bytes, Counter[bytes]] = {}
+        for group, records in enumerate(self._records):
+            taken = [record.slot for record in records.values()]
+            slots = sorted([*self._free[group], *self._retired[group], *taken])
+            assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
+            assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
+            for key, record in records.items():
+                assert key == chain_key(record.parent, record.tokens), "a record has a key that is not its own"
+                if len(record.tokens) < self._full_bytes:
+                    short.setdefault(record.parent, Counter())[record.tokens] += 1
+        assert short == self._short, "blocks that are not full are listed wrongly"
