@@ -16,6 +16,7 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
+from hf_paged.footprint import footprint
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -157,9 +158,8 @@ class PagedRuntime:
             return self._pool
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        config = model.config.get_text_config(decoder=True)
-        token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
-        return KVPool(self.config, self.windows(), token_bytes, model.device, max_slots)
+        layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+        return KVPool(self.config, self.windows(), layer_bytes, model.device, max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
