@@ -57,12 +57,14 @@ class KVPool:
         block_bytes = [group.block_bytes(block_size) for group in groups]
         most_blocks = (most_slots(device.type) if max_slots is None else max_slots) // block_size + 1
         self.manager = BlockManager(
-            # Each group may need all of the budget.
-            [max(1, min(self.budget_bytes // each, most_blocks)) for each in block_bytes],
+            # Each group may need all of the budget. A given number of slots is the only bound.
+            [
+                most_blocks if max_slots is not None else max(1, min(self.budget_bytes // each, most_blocks))
+                for each in block_bytes
+            ],
             block_size,
             kinds,
             block_bytes,
-            # A given number of slots is the only bound then.
             self.budget_bytes if max_slots is None else most_blocks * sum(block_bytes),
         )
         if POISON:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 _ANY_LENGTH = 2**62
 
 
@@ -90,7 +89,9 @@ class Capacity:
         return budget_bytes // self.sequence_bytes(num_tokens)
 
     def _ids(self, budget_bytes: int, group: GroupCost) -> int:
-        return max(0, min(budget_bytes // group.block_bytes(self.block_size), self.most_tokens // self.block_size + 1) - 1)
+        return max(
+            0, min(budget_bytes // group.block_bytes(self.block_size), self.most_tokens // self.block_size + 1) - 1
+        )
 
 
 def stock_bytes(groups: Sequence[GroupCost], num_tokens: int, rows: int = 1) -> int:

@@ -1,12 +1,15 @@
 """What `hf-paged plan` computes, against what caches of every family really hold and what budgets really carry."""
 
+import copy
+
 import pytest
 import torch
 from compare import BLOCK_SIZE, copy_of, every_family
 from families import FAMILIES, stock_model
-from prompts import batch
 from pair import piece
+from prompts import batch
 from transformers import DynamicCache
+from windows import PURE
 from windows import stock_model as windowed_model
 
 from hf_paged import PagedCache, PagedMemoryError, compat, patch_model
@@ -91,19 +94,35 @@ def patched(model, budget_bytes: int, block_size: int = BLOCK_SIZE):
 def ask(model, rows: int, prompt: int, stored: int) -> None:
     """Generate so that each row's cache holds `stored` tokens at the end."""
     inputs = batch([piece(prompt, name) for name in range(rows)])
-    model.generate(**inputs, do_sample=False, max_new_tokens=stored - prompt + 1)
+    # MPT asks for no cache by itself.
+    model.generate(**inputs, do_sample=False, max_new_tokens=stored - prompt + 1, use_cache=True)
 
 
 @pytest.mark.parametrize("prompt", [5, 70])
-@pytest.mark.parametrize("family", every_family(keeps_blocks))
+@pytest.mark.parametrize("family", every_family(lambda family: keeps_blocks(family) and family.name != PURE))
 def test_the_longest_sequence_fits_and_no_longer_one(family, prompt):
     capacity = capacity_of(stock_model(family.name))
     budget = capacity.null_bytes + capacity.sequence_bytes(83)
     longest = capacity.longest(budget)
-    for stored in (83,) if longest is None else (longest,):
-        ask(patched(copy_of(family), budget), 1, prompt, stored)
+    assert longest == 88, "what 83 tokens take is filled to the last slot"
+    ask(patched(copy_of(family), budget), 1, prompt, longest)
     with pytest.raises(PagedMemoryError):
-        ask(patched(copy_of(family), budget if longest else budget - 1), 1, prompt, (longest or 83) + 1)
+        ask(patched(copy_of(family), budget), 1, prompt, longest + 1)
+
+
+def test_window_layers_alone_carry_any_length():
+    capacity = capacity_of(stock_model(PURE))
+    enough = capacity.null_bytes + capacity.sequence_bytes(1000)
+    assert capacity.longest(enough) is None
+    ask(patched(copy_of(FAMILIES[PURE]), enough), 1, 5, 250)
+    assert capacity.longest(enough - 1) == BLOCK_SIZE, "less than a window, but not nothing"
+
+
+def test_a_budget_of_a_few_blocks_does_not_keep_models_off_the_fast_path():
+    capacity = capacity_of(stock_model(PURE))
+    model = patched(copy_of(FAMILIES[PURE]), capacity.null_bytes + capacity.sequence_bytes(1000))
+    ask(model, 1, 5, 20)
+    assert model.paged.stats().fallbacks == {}
 
 
 @pytest.mark.parametrize("block_size", [8, 16])
@@ -117,15 +136,9 @@ def test_windows_take_what_is_predicted(name, window, block_size):
     assert capacity.blocks(group, MOST) * block_size <= window + 2 * block_size
     budget = capacity.null_bytes + capacity.sequence_bytes(100)
     for prompt in (4, 90):
-        ask(patched(windowed_copy(name, window), budget, block_size), 1, prompt, 100)
+        ask(patched(copy.deepcopy(build), budget, block_size), 1, prompt, 100)
         with pytest.raises(PagedMemoryError):
-            ask(patched(windowed_copy(name, window), budget - 1, block_size), 1, prompt, 100)
-
-
-def windowed_copy(name, window):
-    import copy
-
-    return copy.deepcopy(windowed_model(name, window))
+            ask(patched(copy.deepcopy(build), budget - 1, block_size), 1, prompt, 100)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "falcon_rotary", "gemma3", "mistral_sliding"])
