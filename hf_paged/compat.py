@@ -73,14 +73,18 @@ def load_config(source: str, **kwargs: Any) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
 
 
+def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype of the weights as far as the config, or that of its decoder, names it."""
+    named = config.dtype or config.get_text_config(decoder=True).dtype
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
 def generating_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers that a config's weights are generated with, or `None`: encoders, classifiers."""
     if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
         return None
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    if not named:
-        named = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
-    for kind in named:
+    named = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+    for kind in named or [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]:
         if isinstance(kind, type) and issubclass(kind, GenerationMixin) and kind.can_generate():
             return kind
     return None

@@ -65,11 +65,11 @@ def test_pool_knows_the_bytes_before_the_first_token(family):
 
 
 def test_random_numbers_of_the_process_are_left_alone():
-    config = FAMILIES["llama"].build(intermediate_size=104).config  # of no other test, or it would be remembered
+    model = FAMILIES["llama"].build(intermediate_size=104)  # of no other test, or it would be remembered
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    assert footprint(type(stock_model("llama")), config, torch.float32).estimated is None
+    assert footprint(type(model), model.config, torch.float32).estimated is None
     assert torch.equal(torch.rand(2), expected)
 
 
