@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 
 def can_generate(model: object) -> bool:
@@ -81,10 +81,11 @@ def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 
 def generating_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers that a config's weights are generated with, or `None`: encoders, classifiers."""
-    if getattr(config, "is_decoder", True) is False and not config.is_encoder_decoder:
-        return None
-    named = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
-    for kind in named or [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]:
+    kinds = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
+    if not kinds and not is_encoder:
+        kinds = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
+    for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, GenerationMixin) and kind.can_generate():
             return kind
     return None

@@ -1,1 +1,1 @@
-"""What `hf-paged` does, a module for each command: `add_arguments(parser)`, and `run(args)`, which gives the exit code."""
+"""The commands of `hf-paged`, a module each: `add_arguments(parser)`, and `run(args)`, which gives the exit code."""

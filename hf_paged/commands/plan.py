@@ -138,7 +138,7 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     if getattr(subject.config, "use_cache", True) is False:
         yield "The config switches caches off: pass use_cache=True to generate."
     if len(on_device) > 1:
-        yield "Each GPU is reckoned as if it held all layers; the budget of the first layer's device is the one that counts."
+        yield "Each GPU is reckoned as if it held all layers; the budget of the first layer's device counts."
     for device in on_device:
         capacity = _capacity(subject, device, args)
         if capacity.longest(budget[device]) == capacity.most_tokens:
