@@ -82,8 +82,8 @@ def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
 def generating_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of transformers that a config's weights are generated with, or `None`: encoders, classifiers."""
     kinds = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False
-    if not kinds and not is_encoder:
+    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if not kinds and not (fills_gaps and getattr(config, "is_decoder", True) is False):
         kinds = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, GenerationMixin) and kind.can_generate():
@@ -108,6 +108,16 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """Layers, KV heads and dim, as far as the config names them."""
     names = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
     return tuple(getattr(config, name, None) for name in names)
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's first layer computes: accelerate's hooks bring weights there that lie elsewhere until then."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return model.device
 
 
 def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

@@ -105,7 +105,8 @@ class PagedRuntime:
         root = self._kept_under("load", manifest["cache_salt"])
         if root.digest != before.digest:
             raise ValueError("load: the model has changed meanwhile; nothing was loaded")
-        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], model.device)
+        device = compat.compute_device(model)
+        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
@@ -119,7 +120,7 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, model.device).name
+            backend = backend_for(backend, compat.compute_device(model)).name
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
         )
@@ -150,7 +151,8 @@ class PagedRuntime:
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
-            key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
+            device = compat.compute_device(model)
+            key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
             if self._pool is None or self._pool_key != key:
                 self._pool = self._make_pool(model)
                 self._pool_key = key
@@ -159,7 +161,7 @@ class PagedRuntime:
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
-        return KVPool(self.config, self.windows(), layer_bytes, model.device, max_slots)
+        return KVPool(self.config, self.windows(), layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -167,7 +169,7 @@ class PagedRuntime:
         key = (
             model.training,
             model.dtype,
-            compat.autocast_dtype(model.device),
+            compat.autocast_dtype(compat.compute_device(model)),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )
