@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import transformers
 from compare import copy_of
 from families import FAMILIES, stock_model
@@ -124,13 +123,13 @@ def test_several_gpus_are_reckoned_alone(capsys, folder):
 
 
 def test_a_disk_is_as_good_as_patch_model_takes_it(capsys, folder):
-    output = plan(capsys, folder(), "--max-memory", "cpu=1MiB,disk=1MiB")
+    output, said = plan(capsys, folder(), "--max-memory", "cpu=1MiB,disk=1MiB"), None
     try:
         patch_model(copy_of(FAMILIES["llama"]), max_memory={"cpu": "1MiB", "disk": "1MiB"})
     except ValueError as error:
-        assert str(error) in output
-    else:
-        assert "patch_model says" not in output
+        said = str(error)
+    assert ("patch_model says" in output) == (said is not None)
+    assert said is None or said in output
 
 
 def test_dtypes(capsys, folder):
@@ -160,7 +159,7 @@ def test_estimates_say_that_they_are(capsys, tmp_path):
     config = transformers.JetMoeConfig(num_hidden_layers=2, architectures=["JetMoeForCausalLM"])
     config.save_pretrained(tmp_path)
     output = plan(capsys, str(tmp_path), "--max-memory", "cpu=1GiB", "--dtype", "bfloat16")
-    size = 2 * 2 * config.num_key_value_heads * config.hidden_size // config.num_attention_heads * 2
+    size = 2 * 2 * config.num_key_value_heads * config.kv_channels * 2  # layers, K and V, heads, dim, bytes
     assert row(output, "a token in 2 layers of full attention") == [f"about {size / 1024:.1f} KiB"]
     assert "Estimated from fields of the config" in output
 
@@ -170,11 +169,10 @@ def test_a_config_without_architectures_is_that_of_a_language_model(capsys, fold
     assert "LlamaForCausalLM" in output
 
 
-def test_no_weights_are_made(capsys, folder, monkeypatch):
+def test_no_weights_are_made(capsys, folder):
     """Of a size that no test could load."""
     huge = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
     source = folder(num_attention_heads=64, num_key_value_heads=8, head_dim=128, dtype="bfloat16", **huge)
-    monkeypatch.setattr(torch.Tensor, "normal_", None)
     output = plan(capsys, source, "--max-memory", "0=64GiB")
     assert row(output, "a token in 80 layers of full attention") == ["320.0 KiB"]
 
@@ -233,7 +231,7 @@ def test_folders_that_name_no_model_to_plan(capsys, tmp_path, content, expected)
         (["--max-memory", "cpu=-1"], "'-1' is no size"),
         (["--max-memory", "gpu=8GiB"], "'gpu' is no device"),
         (["--max-memory", "-1=8GiB"], "expected one argument"),
-        (["--max-memory=-1=8GiB"], "'-1=8GiB' is not DEVICE=SIZE"),
+        (["--max-memory=-1=8GiB"], "'-1' is no device"),
         (["--max-memory", "disk=8GiB"], "no device for running sequences"),
         (["--max-memory", "{}"], "no device for running sequences"),
         (["--max-memory", '{"cpu": "8GiB"'], "is no JSON"),
