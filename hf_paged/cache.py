@@ -288,8 +288,8 @@ class PagedCache(Cache):
     def begin_unplanned(self, key: torch.Tensor) -> None:
         """The first layer of a pass that nobody planned: an unpatched model calls `update`."""
         if self.sequences.pool is None:
-            token_bytes = len(self.layers) * 2 * key.shape[1] * key.shape[3] * key.element_size()
-            self.sequences.pool = KVPool(self.settings, self.windows, token_bytes, key.device)
+            layer_bytes = [2 * key.shape[1] * key.shape[3] * key.element_size()] * len(self.layers)
+            self.sequences.pool = KVPool(self.settings, self.windows, layer_bytes, key.device)
         self.ensure_rows(key.shape[0])
         self.sequences.unpin()
         self.trim()

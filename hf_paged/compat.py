@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 
 def can_generate(model: object) -> bool:
@@ -58,18 +60,64 @@ def uses_dynamic_cache(model: PreTrainedModel) -> bool:
     return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
 
 
-def kv_token_bytes(config: PreTrainedConfig, element_bytes: int) -> int:
-    """Estimate of the bytes of K and V of one token in all layers, from the usual config fields."""
+def estimated_kv_elements(config: PreTrainedConfig) -> int:
+    """Estimate of the elements of K and V of one token in one layer, from the usual config fields."""
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or heads * 64) // heads
-    return 2 * config.num_hidden_layers * kv_heads * dim * element_bytes
+    return 2 * kv_heads * dim
+
+
+def load_config(source: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config that a hub id, a folder or a file names; code that comes with it is not run."""
+    return AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype of the weights as far as the config, or that of its decoder, names it."""
+    named = config.dtype or config.get_text_config(decoder=True).dtype
+    return getattr(torch, named) if isinstance(named, str) else named
+
+
+def generating_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a config's weights are generated with, or `None`: encoders, classifiers."""
+    kinds = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+    fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if not kinds and not (fills_gaps and getattr(config, "is_decoder", True) is False):
+        kinds = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, GenerationMixin) and kind.can_generate():
+            return kind
+    return None
+
+
+def is_transformers_class(kind: type) -> bool:
+    """Whether making an object of the class does what transformers' models do and nothing else."""
+    return kind.__module__.startswith("transformers.models.")
+
+
+def build_on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model in bfloat16 without weights or memory; attention that every model has, in a config of its own."""
+    own = copy.deepcopy(config)
+    own._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return kind(own).eval().to(torch.bfloat16)
 
 
 def kv_shape(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """Layers, KV heads and dim, as far as the config names them."""
     names = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
     return tuple(getattr(config, name, None) for name in names)
+
+
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's first layer computes: accelerate's hooks bring weights there that lie elsewhere until then."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return model.device
 
 
 def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

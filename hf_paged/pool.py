@@ -10,6 +10,7 @@ import torch
 
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.capacity import group_costs
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
@@ -32,8 +33,8 @@ class KVPool:
         settings: block size and memory budget.
         windows: the sliding window of each layer that keeps KV, in tokens; `None` where it keeps all. Layers of equal
             windows form a group, with blocks of its own.
-        token_bytes: estimate of the bytes of K and V of one token in all layers; the true figure replaces it
-            when the first tokens are written.
+        layer_bytes: estimate of the bytes of K and V of one token in each layer; the true figures replace it when the
+            first tokens are written.
         device: where the first layer's KV lies; its budget counts.
         max_slots: no more slots than these, whatever the budget.
     """
@@ -42,7 +43,7 @@ class KVPool:
         self,
         settings: PagedConfig,
         windows: Sequence[int | None],
-        token_bytes: int,
+        layer_bytes: Sequence[int],
         device: torch.device,
         max_slots: int | None = None,
     ):
@@ -51,18 +52,20 @@ class KVPool:
         budget_bytes = settings.budget_bytes(self.device_key)
         self.budget_bytes = int(free_bytes(device) * FREE_MEMORY_SHARE) if budget_bytes is None else budget_bytes
         self.stores: list[LayerStore | None] = [None] * len(windows)
-        kinds = sorted(set(windows), key=lambda window: (window is not None, window))
+        groups = group_costs(layer_bytes, windows)
+        kinds = [group.window for group in groups]
         self.layer_groups = [kinds.index(window) for window in windows]
-        block_bytes = [max(1, token_bytes * windows.count(kind) // len(windows)) * block_size for kind in kinds]
-        most = MAX_SLOTS_POISONED if POISON else MAX_SLOTS if device.type == "cpu" else MAX_SLOTS_ALLOCATED
-        most_blocks = (most if max_slots is None else max_slots) // block_size + 1
+        block_bytes = [group.block_bytes(block_size) for group in groups]
+        most_blocks = (most_slots(device.type) if max_slots is None else max_slots) // block_size + 1
         self.manager = BlockManager(
-            # Each group may need all of the budget.
-            [max(1, min(self.budget_bytes // each, most_blocks)) for each in block_bytes],
+            # Each group may need all of the budget. A given number of slots is the only bound.
+            [
+                most_blocks if max_slots is not None else max(1, min(self.budget_bytes // each, most_blocks))
+                for each in block_bytes
+            ],
             block_size,
             kinds,
             block_bytes,
-            # A given number of slots is the only bound then.
             self.budget_bytes if max_slots is None else most_blocks * sum(block_bytes),
         )
         if POISON:
@@ -155,6 +158,13 @@ class KVPool:
         for layer in self.stores:
             if layer is not None and layer.group == group and layer.keys.dtype.is_floating_point:
                 layer.poison(block, self.block_size)
+
+
+def most_slots(device_type: str) -> int:
+    """Tokens that a pool keeps at most, whatever the budget."""
+    if POISON:
+        return MAX_SLOTS_POISONED
+    return MAX_SLOTS if device_type == "cpu" else MAX_SLOTS_ALLOCATED
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
+from hf_paged.footprint import footprint
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -108,7 +109,8 @@ class PagedRuntime:
         root = self._kept_under("load", manifest["cache_salt"])
         if root.digest != before.digest:
             raise ValueError("load: the model has changed meanwhile; nothing was loaded")
-        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], model.device)
+        device = compat.compute_device(model)
+        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
@@ -122,7 +124,7 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, model.device).describe()
+            backend = backend_for(backend, compat.compute_device(model)).describe()
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
         )
@@ -153,7 +155,8 @@ class PagedRuntime:
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
-            key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
+            device = compat.compute_device(model)
+            key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
             if self._pool is None or self._pool_key != key:
                 self._drop_pool()
                 self._pool = self._make_pool(model)
@@ -174,9 +177,8 @@ class PagedRuntime:
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        config = model.config.get_text_config(decoder=True)
-        token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
-        return KVPool(self.config, self.windows(), token_bytes, model.device, max_slots)
+        layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+        return KVPool(self.config, self.windows(), layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -184,7 +186,7 @@ class PagedRuntime:
         key = (
             model.training,
             model.dtype,
-            compat.autocast_dtype(model.device),
+            compat.autocast_dtype(compat.compute_device(model)),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )

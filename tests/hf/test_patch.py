@@ -477,34 +477,6 @@ def test_peft_merge():
     assert torch.equal(merged.generate(**prompts.shared_prefix(), **GREEDY), expected)
 
 
-@pytest.mark.parametrize("first", ["patch", "accelerate"])
-@pytest.mark.parametrize("how", ["dispatch_model", "cpu_offload"])
-def test_accelerate(how, first):
-    accelerate = pytest.importorskip("accelerate")
-
-    def wrap(model):
-        if how == "cpu_offload":
-            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-            return model
-        device_map = {name: "cpu" for name, _ in model.named_children()}
-        return accelerate.dispatch_model(model, device_map, force_hooks=True)
-
-    model = copy_of(LLAMA)
-    model = (
-        wrap(patch_model(model, block_size=BLOCK_SIZE))
-        if first == "patch"
-        else patch_model(wrap(model), block_size=BLOCK_SIZE)
-    )
-    assert hasattr(model, "_hf_hook"), "accelerate has put its hooks in"
-    assert_generates_as_stock(model)
-    stats = model.paged.stats()
-    assert stats.blocks_in_use == 0
-    assert stats.prompt_tokens > 0
-    unpatch_model(model)
-    assert hasattr(model, "_hf_hook"), "unpatching left accelerate's hooks alone"
-    assert_generates_as_stock(model)
-
-
 # Pipelines
 
 

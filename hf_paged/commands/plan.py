@@ -1,0 +1,170 @@
+"""How much fits: tokens and sequences for a memory budget, in blocks and on stock's cache; no weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+from hf_paged.commands.arguments import Budget, block_size, count_of, memory_budget, merged
+from hf_paged.commands.subject import DTYPES, Subject, find_subject
+from hf_paged.config import PagedConfig
+from hf_paged.core.capacity import Capacity, GroupCost, stock_bytes
+from hf_paged.pool import most_slots
+from hf_paged.stats import format_bytes
+
+DEFAULT_LENGTH = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-paged plan`."""
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG", help="hub id, folder or config.json")
+    parser.add_argument(
+        "--max-memory",
+        required=True,
+        action="append",
+        type=memory_budget,
+        metavar="DEVICE=SIZE[,...]",
+        help='for KV, as in accelerate: 0=8GiB,cpu=16GiB,disk=50GiB, or JSON: \'{"cpu": "16GiB"}\'; may be repeated',
+    )
+    parser.add_argument(
+        "--length",
+        type=count_of("tokens"),
+        default=DEFAULT_LENGTH,
+        metavar="N",
+        help="tokens of a sequence, prompt and answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=count_of("sequences"), default=1, metavar="N", help="sequences at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the config says)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    budget = merged("--max-memory", args.max_memory)
+    subject = find_subject(args.model, DTYPES.get(args.dtype))
+    print("\n".join(_lines(subject, budget, args)))
+    return 0
+
+
+def _lines(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterator[str]:
+    dtype = str(subject.dtype).removeprefix("torch.")
+    yield f"{subject.source}: {subject.kind.__name__}, {dtype}, {args.block_size} tokens a block"
+    yield ""
+    yield from _aligned(_costs(subject, args))
+    yield ""
+    yield from _aligned(_tiers(subject, budget, args))
+    yield ""
+    yield from (f"- {note}" for note in _notes(subject, budget, args))
+
+
+# What things take
+
+
+def _costs(subject: Subject, args: argparse.Namespace) -> Iterator[Sequence[str]]:
+    capacity = _capacity(subject, "cpu", args)
+    about = "about " if subject.cost.estimated else ""
+    for group in subject.groups:
+        yield f"a token in {_name(group)}", about + format_bytes(group.token_bytes)
+    size, stock = capacity.sequence_bytes(args.length), stock_bytes(subject.groups, args.length)
+    yield f"a sequence of {args.length:,} tokens", f"{about}{format_bytes(size)} (stock: {format_bytes(stock)})"
+    if args.batch > 1:
+        total = f"{about}{format_bytes(args.batch * size)} (stock: {format_bytes(args.batch * stock)})"
+        yield f"{args.batch:,} of them", total
+    if subject.cost.weight_bytes is not None and getattr(subject.config, "quantization_config", None) is None:
+        yield "the weights, beside the budget", format_bytes(subject.cost.weight_bytes)
+
+
+def _name(group: GroupCost) -> str:
+    layers = f"{group.num_layers} layer{'s' * (group.num_layers > 1)}"
+    return f"{layers} of full attention" if group.window is None else f"{layers} with a window of {group.window:,}"
+
+
+def _capacity(subject: Subject, device: int | str, args: argparse.Namespace) -> Capacity:
+    return Capacity(subject.groups, args.block_size, most_slots("cpu" if device == "cpu" else "cuda"))
+
+
+# What fits
+
+
+def _tiers(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterator[Sequence[str]]:
+    yield (
+        "tier",
+        "budget",
+        "longest sequence",
+        f"of {args.length:,} tokens",
+        "on stock",
+        *([f"{args.batch:,} at once"] if args.batch > 1 else []),
+    )
+    on_device, below = _split(budget)
+    for device in on_device:
+        size = budget[device]
+        capacity = _capacity(subject, device, args)
+        longest, count = capacity.longest(size), capacity.sequences(size, args.length)
+        yield (
+            str(device),
+            format_bytes(size),
+            "any length" if longest is None else f"{longest:,} tokens",
+            f"{count:,}",
+            f"{size // stock_bytes(subject.groups, args.length):,}",
+            *(["yes" if count >= args.batch else "no"] if args.batch > 1 else []),
+        )
+    for tier in below:
+        kept = _capacity(subject, "cpu", args).kept_sequences(budget[tier], args.length)
+        yield f"{tier} (kept prefixes)", format_bytes(budget[tier]), "-", f"{kept:,}", "-"
+
+
+def _split(budget: Budget) -> tuple[list[int | str], list[str]]:
+    """Devices where sequences run, and the tiers below them."""
+    gpus = sorted(device for device in budget if isinstance(device, int))
+    below = [tier for tier in ("cpu", "disk") if tier in budget]
+    return (gpus, below) if gpus else (["cpu"], below[1:])
+
+
+def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterator[str]:
+    on_device, below = _split(budget)
+    yield "Nothing is taken to be shared: what sequences begin with in common is stored once, so that more of them fit."
+    yield "Stock: its dynamic cache between two steps, every row padded to the longest; copies while it grows left out."
+    if subject.cost.estimated:
+        yield f"Estimated from fields of the config, which may not say it all: {subject.cost.estimated}."
+    if not subject.dtype_is_known:
+        yield "The config does not say which dtype the weights have; float32 is assumed. Set --dtype."
+    most_tokens = getattr(subject.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most_tokens is not None and args.length > most_tokens:
+        yield f"The model was made for {most_tokens:,} tokens; --length is more."
+    if getattr(subject.config, "use_cache", True) is False:
+        yield "The config switches caches off: pass use_cache=True to generate."
+    if len(on_device) > 1:
+        yield "Each GPU is reckoned as if it held all layers; the budget of the first layer's device counts."
+    for device in on_device:
+        capacity = _capacity(subject, device, args)
+        if capacity.longest(budget[device]) == capacity.most_tokens:
+            yield f"{device}: this version keeps {capacity.most_tokens:,} tokens at most, whatever the budget."
+    for tier in below:
+        if refusal := _refusal(tier, on_device[0]):
+            yield refusal
+
+
+def _refusal(tier: str, device: int | str) -> str | None:
+    """Why this version keeps no blocks on a tier below `device`, or `None`."""
+    if device != "cpu":
+        return f"{tier}: this version keeps no blocks of models on a GPU there; the figure is what would fit."
+    try:
+        PagedConfig(max_memory={"cpu": 1, tier: 1})
+    except ValueError as error:
+        return f"{tier}: the figure is what would fit, but patch_model says: {error}."
+    return None
+
+
+def _aligned(rows: Iterator[Sequence[str]]) -> list[str]:
+    """Columns, the first to the left, the others to the right."""
+    table = list(rows)
+    widths = [max(len(row[at]) for row in table if at < len(row)) for at in range(max(map(len, table)))]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" if at == 0 else f"{cell:>{width}}" for at, (cell, width) in cells)
+        for row in table
+        if (cells := list(enumerate(zip(row, widths, strict=False))))
+    ]

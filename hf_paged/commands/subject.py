@@ -1,0 +1,103 @@
+"""The model that a command is about: found by hub id, folder or config file, and not loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_paged import compat
+from hf_paged.commands.arguments import UsageError
+from hf_paged.core.capacity import GroupCost, group_costs
+from hf_paged.footprint import Footprint, footprint
+
+ARGUMENT = "MODEL_OR_CONFIG"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that could be generated with.
+
+    Attributes:
+        source: what the user named.
+        kind: its class.
+        config: its config.
+        dtype: of its weights.
+        dtype_is_known: whether the user or the config has said so.
+        cost: what one token takes in each layer.
+        groups: the same by group of layers.
+    """
+
+    source: str
+    kind: type[PreTrainedModel]
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    dtype_is_known: bool
+    cost: Footprint
+    groups: list[GroupCost]
+
+
+def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
+    """The model that `source` names; `UsageError` where there is none that keeps K and V of past tokens in blocks."""
+    transformers.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # else each attempt to reach the hub is a line on stderr
+    config = _load_config(source)
+    kind = compat.generating_class(config)
+    if kind is None:
+        named = ", ".join(config.architectures or [type(config).__name__])
+        raise UsageError(
+            ARGUMENT,
+            f"{source} is {named}, which does not generate; name a model with a language-model head (...ForCausalLM)",
+        )
+    if config.is_encoder_decoder:
+        raise _stays_on_stock(source, "it is an encoder-decoder model")
+    try:
+        windows = compat.attention_windows(config.get_text_config(decoder=True))
+    except ValueError as error:
+        raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
+    known = dtype or compat.config_dtype(config)
+    cost = footprint(kind, config, known or torch.float32)
+    if not any(cost.layer_bytes):
+        raise _stays_on_stock(source, "it keeps no K and V in transformers' cache")
+    groups = group_costs(cost.layer_bytes, windows)
+    return Subject(source, kind, config, known or torch.float32, known is not None, cost, groups)
+
+
+def _stays_on_stock(source: str, reason: str) -> UsageError:
+    return UsageError(ARGUMENT, f"hf_paged leaves {source} on stock's cache: {reason}; there is nothing to plan")
+
+
+def _load_config(source: str) -> PreTrainedConfig:
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(ARGUMENT, f"the folder {source} has no config.json; name one that save_pretrained has written")
+    if not path.exists() and (path.suffix == ".json" or source.startswith((".", "/", "~"))):
+        raise UsageError(ARGUMENT, f"there is no file or folder {source}; check the path, or name a hub id")
+    found = str(path) if path.exists() else source
+    try:
+        try:
+            return compat.load_config(found, local_files_only=True)
+        except OSError:
+            if path.exists():
+                raise
+            return compat.load_config(found)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UsageError(ARGUMENT, _explain(source, path.exists(), error)) from None
+
+
+def _explain(source: str, is_local: bool, error: Exception) -> str:
+    """What went wrong and what to do, in one line."""
+    if "trust_remote_code" in str(error):
+        return f"{source} brings code of its own, which is not run here; name a model of a class of transformers"
+    said = f"({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    if is_local:
+        return f"{source} is no config of a model that transformers {transformers.__version__} knows {said}"
+    return (
+        f"{source} is neither a local path nor in the cache, and the hub does not give it; check the name, the network "
+        f"(HF_HUB_OFFLINE), and HF_TOKEN for private models {said}"
+    )
