@@ -86,7 +86,7 @@ def test_helpers_that_guess(name, how, window, block_size):
 def skip_what_stock_refuses(model, row, new_tokens, arguments) -> None:
     """Some versions of transformers cannot crop a sliding window, or not after several passes of a draft (5.17)."""
     given = {key: value(model) if callable(value) else value for key, value in arguments.items()}
-    torch.manual_seed(11)  # that of `Pair.ask`
+    torch.manual_seed(7)  # that of `Pair.ask`
     try:
         model.generate(**batch([row]), max_new_tokens=new_tokens, **given)
     except Exception as error:
