@@ -9,6 +9,7 @@ from hf_paged.backends import AttentionCall, backend_for
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.planner import plan_decode, plan_packed
 from hf_paged.store import LayerStore
+from hf_paged_kernels.launch import triton_obstacle
 from hf_paged_kernels.native import kernel_for, native, variants
 
 CPU = torch.device("cpu")
@@ -36,6 +37,17 @@ CALLS = {
     "sinks": {"sinks": True},
     "all": {"window": 12, "softcap": 4.0, "sinks": True, "scale": 0.2},
 }
+
+
+# What the Triton kernels run through: the interpreter takes some 20 ms a program, so each of these stands for several.
+TRITON_CASES = [
+    ("gqa 3", torch.float32, "plain", {"fragmented": True}),
+    ("gqa 4", torch.float16, "window", {}),
+    ("mqa", torch.float32, "all", {"block_size": 16}),
+    ("gqa 16", torch.bfloat16, "sinks", {"block_size": 32}),
+    ("mla", torch.float32, "softcap", {"fragmented": True, "block_size": 16}),
+    ("wide", torch.bfloat16, "scale", {}),
+]
 
 
 @pytest.fixture
@@ -112,7 +124,7 @@ class Model:
         values = torch.stack([self.kv(history)[1] for history in histories])
         query = self.random(len(histories), self.heads, self.key_dim)
         shaped = [t.unsqueeze(2) if batched else t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values)]
-        self.store.write(plan, *shaped[1:])
+        self.backend.write(self.store, plan, *shaped[1:])
         out = self.backend.attend(shaped[0], self.store, plan, self.call)
         assert out.is_contiguous()
         actual = out.squeeze(1 if batched else 0)
@@ -135,6 +147,20 @@ class Model:
             scores = torch.cat([scores, self.call.sinks.double().unsqueeze(1)], dim=1)
         weights = scores.softmax(dim=1)[:, : len(past)]
         return torch.einsum("hk,khd->hd", weights, v)
+
+
+def short_story(model):
+    """As `story`, in a few passes: shared prefixes of odd lengths, a fork, a second turn cut into chunks."""
+    shared = list(range(100, 119))
+    model.packed([[*shared, 1, 2, 3], shared[:11], [*shared, 1, 2]])
+    model.decode([200] * 3)
+    new = [model.manager.fork(model.tables[row]) for row in (2, 0, 0)]
+    for table in model.tables:
+        model.manager.free(table)
+    model.tables, model.rows = new, [list(model.rows[row]) for row in (2, 0, 0)]
+    model.decode([300, 400, 300])
+    model.decode([301, 401, 402])
+    model.packed([[5, 6, 7, 8, 9], [5, 6, 7], [5]], chunk_tokens=6)
 
 
 def story(model):
@@ -211,3 +237,11 @@ def test_long_prompts(length, backend):
     model.packed([list(range(length)), [*range(length // 2), -1]], chunk_tokens=256)
     for step in range(20):
         model.decode([step, step])
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("shape", "dtype", "call", "pool"), TRITON_CASES, ids=lambda value: str(value))
+def test_triton(shape, dtype, call, pool, backend):
+    if triton_obstacle(CPU):
+        pytest.skip(triton_obstacle(CPU))
+    short_story(Model(shape, dtype, CALLS[call], backend, **pool))
