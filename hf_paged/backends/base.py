@@ -28,7 +28,10 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionBackend(ABC):
-    """Writes the KV of a plan and reads that of its queries. Holds no state: what it derives from a plan lives in `plan.prepared`."""
+    """Writes the KV of a plan and reads that of its queries.
+
+    Holds no state: what it derives from a plan lives in `plan.prepared`.
+    """
 
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.

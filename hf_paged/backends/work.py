@@ -11,8 +11,8 @@ from hf_paged.core.plan import Segment, StepPlan
 from hf_paged_kernels.tuning import Tile, processors
 from hf_paged_kernels.work import PageTables, Work, lay_out
 
-# Segments with as many rows (queries times heads) as a tile of this size fill tiles of their own. Shorter ones go by the
-# plan's pieces instead, in which those that share a past share tiles.
+# Segments of so many rows (queries times heads) fill tiles of their own. Shorter ones go by the plan's pieces instead:
+# queries that share a past then share tiles.
 _SEGMENT_ROWS = 64
 
 

@@ -39,15 +39,13 @@ CALLS = {
 }
 
 
-# What the Triton kernels run through: the interpreter takes some 20 ms a program, so each of these stands for several.
-TRITON_CASES = [
-    ("gqa 3", torch.float32, "plain", {"fragmented": True}),
-    ("gqa 4", torch.float16, "window", {}),
-    ("mqa", torch.float32, "all", {"block_size": 16}),
-    ("gqa 16", torch.bfloat16, "sinks", {"block_size": 32}),
-    ("mla", torch.float32, "softcap", {"fragmented": True, "block_size": 16}),
-    ("wide", torch.bfloat16, "scale", {}),
-]
+# What the Triton kernels run through. Their interpreter takes some 20 ms a program; test_triton.py has more shapes.
+TRITON_CASES = {
+    "plain": ("gqa 4", torch.float32, "plain", {"fragmented": True}),
+    "windows": ("gqa 4", torch.float16, "window", {"block_size": 32}),
+    "all": ("mqa", torch.float32, "all", {"block_size": 16}),
+}
+TRITON_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 
 
 @pytest.fixture
@@ -67,12 +65,12 @@ def backend(request, monkeypatch):
 class Model:
     """One attention layer over some rows: a paged store, and the dense K and V of each row beside it."""
 
-    def __init__(self, shape, dtype, call, backend, fragmented=False, seed=0, block_size=8, num_blocks=200):
+    def __init__(self, shape, dtype, call, backend, fragmented=False, seed=0, block_size=8, num_blocks=200, device=CPU):
         self.heads, kv_heads, self.key_dim, self.value_dim = SHAPES[shape]
         self.generator = torch.Generator().manual_seed(seed)
         self.rng = random.Random(seed)
-        self.dtype, self.backend = dtype, backend_for(backend, CPU)
-        sinks = torch.randn(self.heads, generator=self.generator) if "sinks" in call else None
+        self.dtype, self.device, self.backend = dtype, device, backend_for(backend, device)
+        sinks = torch.randn(self.heads, generator=self.generator).to(device) if "sinks" in call else None
         scale = call.get("scale", self.key_dim**-0.5)
         self.call = AttentionCall(scale, call.get("softcap"), call.get("window"), sinks)
         self.manager = BlockManager(num_blocks, block_size)
@@ -81,13 +79,13 @@ class Model:
             self.manager.append(tables, 1)
             for table in self.rng.sample(tables, len(tables) * 2 // 3):
                 self.manager.free(table)
-        like = [torch.empty(1, kv_heads, 1, dim, dtype=dtype) for dim in (self.key_dim, self.value_dim)]
+        like = [torch.empty(1, kv_heads, 1, dim, dtype=dtype, device=device) for dim in (self.key_dim, self.value_dim)]
         self.store = LayerStore(num_blocks * block_size + 1, block_size, *like)
         self.memory_of_token: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tables, self.rows = [], []
 
     def random(self, *shape):
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
     def kv(self, key):
         """K and V `[kv_heads, dim]` that belong to a token with this past: equal keys, equal K and V."""
@@ -159,7 +157,6 @@ def short_story(model):
         model.manager.free(table)
     model.tables, model.rows = new, [list(model.rows[row]) for row in (2, 0, 0)]
     model.decode([300, 400, 300])
-    model.decode([301, 401, 402])
     model.packed([[5, 6, 7, 8, 9], [5, 6, 7], [5]], chunk_tokens=6)
 
 
@@ -239,9 +236,10 @@ def test_long_prompts(length, backend):
         model.decode([step, step])
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-@pytest.mark.parametrize(("shape", "dtype", "call", "pool"), TRITON_CASES, ids=lambda value: str(value))
-def test_triton(shape, dtype, call, pool, backend):
-    if triton_obstacle(CPU):
-        pytest.skip(triton_obstacle(CPU))
-    short_story(Model(shape, dtype, CALLS[call], backend, **pool))
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_triton(name):
+    obstacle = triton_obstacle(TRITON_DEVICE)
+    if obstacle:
+        pytest.skip(obstacle)
+    shape, dtype, call, pool = TRITON_CASES[name]
+    short_story(Model(shape, dtype, CALLS[call], "triton", device=TRITON_DEVICE, **pool))

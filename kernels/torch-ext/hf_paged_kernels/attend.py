@@ -1,7 +1,7 @@
-"""Attention over paged K and V on a GPU: decode, shared prefixes and prefill in one kernel, and the merge of its parts.
+"""Attention over paged K and V on a GPU: decode, shared prefixes and prefill in one kernel, and a merge of parts.
 
-A program takes one item of work (work.py) and one KV head. The query heads of the KV head share the rows of its tile, so
-that K and V are read once for all of them, and once for all queries of an item:
+A program takes one item of work (work.py) and one KV head. Its query heads share the rows of one tile, so that
+K and V are read once for all of them, and once for all queries of the item:
 
     tile of 16 rows, 4 query heads a KV head      row  0  1  2  3 | 4  5  6  7 | ...
                                                 query  0  0  0  0 | 1  1  1  1 |
@@ -59,9 +59,7 @@ def _walk(
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Take indices `[begin, end)` of the pages into the running softmax; whole tiles, unless `MASKED`."""
-    for at in tl.range(
-        loop_bound(begin, INTERPRETED), loop_bound(end, INTERPRETED), BLOCK_TOKENS, num_stages=STAGES
-    ):
+    for at in tl.range(loop_bound(begin, INTERPRETED), loop_bound(end, INTERPRETED), BLOCK_TOKENS, num_stages=STAGES):
         o_token = at + tl.arange(0, BLOCK_TOKENS)
         inside = o_token < end
         if MASKED:
@@ -103,7 +101,7 @@ def _attend_kernel(
     IS_FINAL: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(items, kv_heads)`. Final results go to `rows[query]`, parts and their log-sum-exps to rows of their own."""
+    """Grid `(items, kv_heads)`. Final results go to `rows[query]`, parts to rows of their own, with log-sum-exps."""
     p_item = p_items + tl.program_id(0) * ITEM
     i_kv_head = tl.program_id(1)
     start = tl.load(p_item)
@@ -144,17 +142,20 @@ def _attend_kernel(
         b_acc, b_max, b_sum = _walk(
             b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
             lo, open_lo, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW,
+            True, INTERPRETED,
         )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_lo, open_hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES, HAS_SOFTCAP, HAS_WINDOW, False, INTERPRETED,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES, HAS_SOFTCAP, HAS_WINDOW,
+        False, INTERPRETED,
     )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_hi, hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW,
+        True, INTERPRETED,
     )  # fmt: skip
 
     is_empty = b_sum == 0.0

@@ -1,8 +1,8 @@
 """Copies of slots on a GPU: copy-on-write within a store, and many blocks to or from another memory, in one launch.
 
-    copies                  [copies, 4] int32: source slot, target slot, tokens, 0
-    keys, values            [kv_heads, slots, dim], where from
-    to_keys, to_values      the same, where to; for copy-on-write the same tensors
+copies                  [copies, 4] int32: source slot, target slot, tokens, 0
+keys, values            [kv_heads, slots, dim], where from
+to_keys, to_values      the same, where to; for copy-on-write the same tensors
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def _copy_kernel(
     tokens = tl.load(p_copy + 2)
     _copy_rows(
         p_keys + i_head * stride_keys_head, p_to_keys + i_head * stride_to_keys_head,
-        source, target, tokens, stride_keys_slot, stride_to_keys_slot, KEY_DIM, BLOCK_KEY, BLOCK_TOKENS, INTERPRETED,
+        source, target, tokens, stride_keys_slot, stride_to_keys_slot, KEY_DIM, BLOCK_KEY, BLOCK_TOKENS,
+        INTERPRETED,
     )  # fmt: skip
     _copy_rows(
         p_values + i_head * stride_values_head, p_to_values + i_head * stride_to_values_head,
-        source, target, tokens, stride_values_slot, stride_to_values_slot, VALUE_DIM, BLOCK_VALUE, BLOCK_TOKENS, INTERPRETED,
+        source, target, tokens, stride_values_slot, stride_to_values_slot, VALUE_DIM, BLOCK_VALUE, BLOCK_TOKENS,
+        INTERPRETED,
     )  # fmt: skip
 
 

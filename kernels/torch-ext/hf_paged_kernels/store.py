@@ -1,8 +1,8 @@
 """New K and V into their slots on a GPU, one launch a layer.
 
-    key, value      [batch, kv_heads, tokens, dim], any strides; token `t` of row `b` is number `b * tokens + t`
-    keys, values    [kv_heads, slots, dim], any strides of heads and slots
-    slots           [batch * tokens] int32; negative: the token is not stored
+key, value      [batch, kv_heads, tokens, dim], any strides; token `t` of row `b` is number `b * tokens + t`
+keys, values    [kv_heads, slots, dim], any strides of heads and slots
+slots           [batch * tokens] int32; negative: the token is not stored
 """
 
 from __future__ import annotations

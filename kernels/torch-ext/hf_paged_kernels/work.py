@@ -178,9 +178,7 @@ def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
 
 def _split(item: Item, most_tokens: int) -> list[Item]:
     """The item in parts of at most `most_tokens` tokens, which begin with a page where the item does."""
-    return [
-        item._replace(lo=lo, hi=min(lo + most_tokens, item.hi)) for lo in range(item.lo, item.hi, most_tokens)
-    ]
+    return [item._replace(lo=lo, hi=min(lo + most_tokens, item.hi)) for lo in range(item.lo, item.hi, most_tokens)]
 
 
 def _send(
