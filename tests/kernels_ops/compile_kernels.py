@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for a GPU that need not be there: `python compile_kernels.py [capability] [--all]`.
 
-Triton has an assembler of its own, so what a GPU would run is made to the end, which the interpreter does not do: types,
-shapes of tiles, shared memory. Prints a line per kernel; with `--all`, for every dtype and shape of heads below.
+Triton brings an assembler, so what a GPU would run is made to the end, which the interpreter does not do: types, shapes
+of tiles, shared memory. Prints a line per kernel; with `--all`, for every dtype and shape of heads below.
 """
 
 import inspect
@@ -20,10 +20,11 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SHAPES = [(128, 128, 4), (64, 64, 3), (80, 80, 1), (192, 128, 1), (256, 256, 2), (96, 96, 16), (576 // 3, 128, 32)]
 # Shared memory per block of a GPU of this capability, in bytes.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+NO_TILE = Tile(rows=0, tokens=0, warps=4, stages=3)
 PLAIN = {"HAS_SINKS": False, "HAS_SOFTCAP": False, "HAS_WINDOW": False}
 
 
-def compile_kernel(kernel, capability, types, constants, tile=Tile(0, 0, 4, 3)):
+def compile_kernel(kernel, capability, types, constants, tile=NO_TILE):
     """Compile for `capability`; pointers and strides are multiples of 16, as they are in practice."""
     signature, constexprs, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):

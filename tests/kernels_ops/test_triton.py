@@ -165,8 +165,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "split"), [*((name, True) for name in CASES), ("mla", False), ("window", False), ("half", False)]
+)
 def test_attend(name, split, monkeypatch):
     """In parts of up to 16 tokens, or as few parts as there can be."""
     *shape, arguments = CASES[name]
