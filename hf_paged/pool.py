@@ -21,8 +21,8 @@ from hf_paged.tiers import DiskTier
 FREE_MEMORY_SHARE = 0.8
 # Enough for any prompt of today on a CPU, and block ids stay small; untouched blocks cost no memory.
 MAX_SLOTS = 2**21
-# Devices other than the CPU have no untouched pages: their pool is allocated at once, so it starts smaller.
-MAX_SLOTS_ALLOCATED = 2**17
+# Devices other than the CPU have no untouched pages: their pool is allocated at once, so it stays smaller.
+MAX_SLOTS_ALLOCATED = 2**18
 MAX_SLOTS_POISONED = 2**14
 
 

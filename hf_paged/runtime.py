@@ -40,6 +40,8 @@ class PagedRuntime:
         # What accelerate has offloaded from memory seems to be on "meta".
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
+        if config.attention_backend == "triton":
+            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()

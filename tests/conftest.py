@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("HF_PAGED_POISON", "1")  # memory that no block owns reads as NaN, so that a stray read shows
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's kernels run under its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...

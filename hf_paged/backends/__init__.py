@@ -7,6 +7,7 @@ import torch
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
 from hf_paged.backends.reference import ReferenceBackend
+from hf_paged_kernels.launch import triton_obstacle
 
 __all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for"]
 
@@ -14,7 +15,21 @@ _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (
 
 
 def backend_for(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of that name; `"auto"` is the fastest one for `device`."""
+    """The backend of that name; `"auto"` is the fastest one for `device`.
+
+    Raises `ValueError` for `"triton"` where it does not run, saying why.
+    """
     if name == "auto":
-        name = "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return _BACKENDS["cpu"]
+        name = "triton" if triton_obstacle(device) is None else "reference"
+    if name != "triton":
+        return _BACKENDS[name]
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        raise ValueError(f"attention_backend='triton' is not available: {obstacle}")
+    if name not in _BACKENDS:
+        from hf_paged.backends.triton import TritonBackend  # imports triton, which other platforms do not have
+
+        _BACKENDS[name] = TritonBackend()
     return _BACKENDS[name]

@@ -28,7 +28,10 @@ class AttentionCall(NamedTuple):
 
 
 class AttentionBackend(ABC):
-    """Reads the KV of a plan's queries. Holds no state: what it derives from a plan lives in `plan.prepared`."""
+    """Writes the KV of a plan and reads that of its queries.
+
+    Holds no state: what it derives from a plan lives in `plan.prepared`.
+    """
 
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
@@ -51,6 +54,10 @@ class AttentionBackend(ABC):
         if plan.order is not None:
             out = out.index_select(0, _order(plan, query.device)[1])
         return out.unsqueeze(1 if decode else 0)
+
+    def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+        """New K and V `[batch, kv_heads, tokens, dim]` into their slots, and the plan's copies."""
+        store.write(plan, key, value)
 
     @abstractmethod
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:

@@ -9,6 +9,7 @@ from hf_paged.backends import AttentionCall, backend_for
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.planner import plan_decode, plan_packed
 from hf_paged.store import LayerStore
+from hf_paged_kernels.launch import triton_obstacle
 from hf_paged_kernels.native import kernel_for, native, variants
 
 CPU = torch.device("cpu")
@@ -38,6 +39,15 @@ CALLS = {
 }
 
 
+# What the Triton kernels run through. Their interpreter takes some 20 ms a program; test_triton.py has more shapes.
+TRITON_CASES = {
+    "plain": ("gqa 4", torch.float32, "plain", {"fragmented": True}),
+    "windows": ("gqa 4", torch.float16, "window", {"block_size": 32}),
+    "all": ("mqa", torch.float32, "all", {"block_size": 16}),
+}
+TRITON_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+
+
 @pytest.fixture
 def backend(request, monkeypatch):
     """The backend of a test's parameter, the native kernel switched accordingly."""
@@ -55,12 +65,12 @@ def backend(request, monkeypatch):
 class Model:
     """One attention layer over some rows: a paged store, and the dense K and V of each row beside it."""
 
-    def __init__(self, shape, dtype, call, backend, fragmented=False, seed=0, block_size=8, num_blocks=200):
+    def __init__(self, shape, dtype, call, backend, fragmented=False, seed=0, block_size=8, num_blocks=200, device=CPU):
         self.heads, kv_heads, self.key_dim, self.value_dim = SHAPES[shape]
         self.generator = torch.Generator().manual_seed(seed)
         self.rng = random.Random(seed)
-        self.dtype, self.backend = dtype, backend_for(backend, CPU)
-        sinks = torch.randn(self.heads, generator=self.generator) if "sinks" in call else None
+        self.dtype, self.device, self.backend = dtype, device, backend_for(backend, device)
+        sinks = torch.randn(self.heads, generator=self.generator).to(device) if "sinks" in call else None
         scale = call.get("scale", self.key_dim**-0.5)
         self.call = AttentionCall(scale, call.get("softcap"), call.get("window"), sinks)
         self.manager = BlockManager(num_blocks, block_size)
@@ -69,13 +79,13 @@ class Model:
             self.manager.append(tables, 1)
             for table in self.rng.sample(tables, len(tables) * 2 // 3):
                 self.manager.free(table)
-        like = [torch.empty(1, kv_heads, 1, dim, dtype=dtype) for dim in (self.key_dim, self.value_dim)]
+        like = [torch.empty(1, kv_heads, 1, dim, dtype=dtype, device=device) for dim in (self.key_dim, self.value_dim)]
         self.store = LayerStore(num_blocks * block_size + 1, block_size, *like)
         self.memory_of_token: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tables, self.rows = [], []
 
     def random(self, *shape):
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
     def kv(self, key):
         """K and V `[kv_heads, dim]` that belong to a token with this past: equal keys, equal K and V."""
@@ -112,7 +122,7 @@ class Model:
         values = torch.stack([self.kv(history)[1] for history in histories])
         query = self.random(len(histories), self.heads, self.key_dim)
         shaped = [t.unsqueeze(2) if batched else t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values)]
-        self.store.write(plan, *shaped[1:])
+        self.backend.write(self.store, plan, *shaped[1:])
         out = self.backend.attend(shaped[0], self.store, plan, self.call)
         assert out.is_contiguous()
         actual = out.squeeze(1 if batched else 0)
@@ -135,6 +145,19 @@ class Model:
             scores = torch.cat([scores, self.call.sinks.double().unsqueeze(1)], dim=1)
         weights = scores.softmax(dim=1)[:, : len(past)]
         return torch.einsum("hk,khd->hd", weights, v)
+
+
+def short_story(model):
+    """As `story`, in a few passes: shared prefixes of odd lengths, a fork, a second turn cut into chunks."""
+    shared = list(range(100, 119))
+    model.packed([[*shared, 1, 2, 3], shared[:11], [*shared, 1, 2]])
+    model.decode([200] * 3)
+    new = [model.manager.fork(model.tables[row]) for row in (2, 0, 0)]
+    for table in model.tables:
+        model.manager.free(table)
+    model.tables, model.rows = new, [list(model.rows[row]) for row in (2, 0, 0)]
+    model.decode([300, 400, 300])
+    model.packed([[5, 6, 7, 8, 9], [5, 6, 7], [5]], chunk_tokens=6)
 
 
 def story(model):
@@ -211,3 +234,12 @@ def test_long_prompts(length, backend):
     model.packed([list(range(length)), [*range(length // 2), -1]], chunk_tokens=256)
     for step in range(20):
         model.decode([step, step])
+
+
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_triton(name):
+    obstacle = triton_obstacle(TRITON_DEVICE)
+    if obstacle:
+        pytest.skip(obstacle)
+    shape, dtype, call, pool = TRITON_CASES[name]
+    short_story(Model(shape, dtype, CALLS[call], "triton", device=TRITON_DEVICE, **pool))

@@ -1,0 +1,123 @@
+"""`python benchmarks/gpu.py`: on a machine with a GPU, checks every Triton kernel compiled and measures what there is.
+
+Writes benchmarks/results/gpu-NAME.json after every part, so that what fails costs nothing but itself. Without a GPU it
+says so and exits with 2. Exits with 1 where a check has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+if __name__ == "__main__":  # as a script, in a checkout that need not be installed: not from this folder
+    ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
+
+import torch
+
+from benchmarks import environment
+from hf_paged_kernels.launch import is_interpreted, triton_obstacle
+
+RESULTS = Path(__file__).parent / "results"
+Rows = Iterator[dict[str, object]]
+
+
+def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
+    """What there is to do, by name, in order."""
+    from benchmarks import gpu_generate, gpu_kernels
+
+    kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
+    whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
+
+    @cache
+    def bandwidth() -> float:
+        return gpu_kernels.copy_bandwidth(device, kernels)
+
+    return {
+        "bandwidth": lambda: iter([{"bytes_per_second": bandwidth()}]),
+        "check": lambda: gpu_kernels.check(device, kernels),
+        "tokens": lambda: gpu_generate.tokens_equal(device, whole),
+        "decode": lambda: gpu_kernels.decode(device, kernels, bandwidth()),
+        "moves": lambda: gpu_kernels.moves(device, kernels, bandwidth()),
+        "prefill": lambda: gpu_kernels.prefill(device, kernels),
+        "end-to-end": lambda: gpu_generate.end_to_end(device, whole),
+        "samples": lambda: gpu_generate.samples(device, whole),
+    }
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """The machine, its GPU and the software."""
+    import triton
+
+    described = {**environment.describe(), "triton": triton.__version__, "interpreted": is_interpreted()}
+    if device.type == "cuda":
+        seen = torch.cuda.get_device_properties(device)
+        described |= {
+            "gpu": seen.name,
+            "gpu_memory_bytes": seen.total_memory,
+            "gpu_processors": seen.multi_processor_count,
+            "gpu_capability": f"{seen.major}.{seen.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return described
+
+
+def run(name: str, rows: Callable[[], Rows]) -> dict[str, object]:
+    """One part, line by line; what it has found until it fails is kept."""
+    print(f"\n{name}", flush=True)
+    found, begin = [], time.perf_counter()
+    outcome: dict[str, object] = {"rows": found}
+    try:
+        for row in rows():
+            found.append(row)
+            print("  " + ", ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+    except Exception as error:  # the next part may do better
+        traceback.print_exc()
+        outcome["failed"] = f"{type(error).__name__}: {error}"
+    return outcome | {"seconds": time.perf_counter() - begin}
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def has_failed(outcome: dict[str, object]) -> bool:
+    """Whether a part has ended early, or a check has not passed."""
+    return "failed" in outcome or any(row.get("passed") is False for row in outcome["rows"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that were asked for; returns the exit status."""
+    names = ("bandwidth", "check", "tokens", "decode", "moves", "prefill", "end-to-end", "samples")
+    made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
+    made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the script itself, interpreted
+    options = made.parse_args(arguments)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    obstacle = triton_obstacle(device)
+    if obstacle or (device.type == "cpu" and not options.tiny):
+        print(f"There is nothing to measure: {obstacle or 'this machine has no CUDA device'}.", file=sys.stderr)
+        return 2
+    described = describe(device)
+    results: dict[str, dict[str, object]] = {}
+    label = re.sub(r"\W+", "-", str(described.get("gpu", "interpreted"))).lower()
+    path = options.out / f"gpu-{label}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts(device, options.tiny).items():
+        if name in options.only:
+            results[name] = run(name, rows)
+            path.write_text(json.dumps({"environment": described, "results": results}, indent=1) + "\n")
+    print(f"\nWritten: {path}")
+    return int(any(map(has_failed, results.values())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

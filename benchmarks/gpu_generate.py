@@ -1,0 +1,179 @@
+"""`generate` from end to end on a GPU, on a model of random weights: stock in three ways, and ours."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+
+from hf_paged import paged
+
+RUNS = 2
+"""Timed calls of each side, after one that is not timed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The model, and what is asked of it."""
+
+    hidden: int = 4096
+    intermediate: int = 14336
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 8
+    vocabulary: int = 128256
+    batches: tuple[int, ...] = (1, 8, 64)
+    prompt: int = 2048
+    new: int = 256
+    samples: int = 64
+    sampled_prompt: int = 8192
+
+    def config(self) -> LlamaConfig:
+        """Llama-3-8B's shape by default."""
+        return LlamaConfig(
+            hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, vocab_size=self.vocabulary,
+            max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=0, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+
+    def kv_bytes(self, tokens: int) -> int:
+        """K and V of so many tokens in bfloat16."""
+        return 2 * 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * tokens
+
+
+TINY = Sizes(
+    hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, vocabulary=50, batches=(2,), prompt=20, new=2,
+    samples=2, sampled_prompt=20,
+)  # fmt: skip
+
+
+def tokens_equal(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+    """Greedy, beams and samples of a tiny model in float32: every token must be stock's."""
+    torch.manual_seed(0)
+    tiny = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=120, eos_token_id=None, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).to(device).eval()
+    prompt = torch.randint(3, 120, (1, 37), device=device)
+    new = 8 if sizes is not TINY else 2
+    calls: dict[str, dict[str, object]] = {
+        "greedy": {"do_sample": False},
+        "beams": {"do_sample": False, "num_beams": 3},
+        "samples": {"do_sample": True, "num_return_sequences": 3},
+    }
+    for name, arguments in calls.items():
+        answers = []
+        for is_ours in (False, True):
+            torch.manual_seed(1)
+            if is_ours:
+                with paged(model, attention_backend="triton") as patched:
+                    answers.append(patched.generate(prompt, max_new_tokens=new, **arguments))
+            else:
+                answers.append(model.generate(prompt, max_new_tokens=new, **arguments))
+        yield {"call": name, "passed": bool(torch.equal(*answers))}
+
+
+def build(device: torch.device, sizes: Sizes) -> PreTrainedModel:
+    """The model, in bfloat16, made where it will run."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(sizes.config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def end_to_end(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+    """Greedy decoding of prompts that share nothing."""
+    model = build(device, sizes)
+    for batch in sizes.batches:
+        prompts = torch.randint(3, sizes.vocabulary, (batch, sizes.prompt), device=device)
+        room = batch * (sizes.prompt + sizes.new)
+        yield from _sides(model, sizes, prompts, 1, room, f"{batch} × {sizes.prompt} + {sizes.new}")
+
+
+def samples(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+    """Many samples of one long prompt."""
+    model = build(device, sizes)
+    prompt = torch.randint(3, sizes.vocabulary, (1, sizes.sampled_prompt), device=device)
+    room = sizes.sampled_prompt + sizes.samples * sizes.new
+    what = f"{sizes.samples} samples of {sizes.sampled_prompt} + {sizes.new}"
+    yield from _sides(model, sizes, prompt, sizes.samples, room, what)
+
+
+def _sides(
+    model: PreTrainedModel, sizes: Sizes, prompts: torch.Tensor, copies: int, room_tokens: int, what: str
+) -> Iterator[dict[str, object]]:
+    """The same work on each side; what fails (mostly for memory) says so and the next one goes on."""
+    arguments: dict[str, object] = {"max_new_tokens": sizes.new, "do_sample": copies > 1}
+    if copies > 1:
+        arguments["num_return_sequences"] = copies
+    rows = prompts.shape[0] * copies
+
+    def stock() -> int:
+        return model.generate(prompts, **arguments).shape[0]
+
+    def static() -> int:
+        return model.generate(prompts, cache_implementation="static", **arguments).shape[0]
+
+    def batched() -> int:
+        config = GenerationConfig(eos_token_id=-1, pad_token_id=0, **arguments)
+        made = model.generate_batch(prompts.tolist(), generation_config=config, persistent_manager=True)
+        if len(made) != rows:
+            raise RuntimeError(f"{len(made)} of {rows} rows came back")
+        return len(made)
+
+    def ours() -> int:
+        model.paged.clear()
+        return model.generate(prompts, **arguments).shape[0]
+
+    for name, call in (("stock, dynamic", stock), ("stock, static", static), ("generate_batch", batched)):
+        yield {"work": what, "side": name} | _measure(call, rows * sizes.new, prompts.device)
+    model.destroy_cached_continuous_batching_manager()
+    # Room for the work, and for a tenth more: what a pool may take is taken at once on a GPU.
+    key = "cpu" if prompts.device.type == "cpu" else prompts.device.index or 0
+    budget = int(1.1 * sizes.kv_bytes(room_tokens + 64 * (rows + 2)))
+    with paged(model, attention_backend="triton", max_memory={key: budget}):
+        outcome = _measure(ours, rows * sizes.new, prompts.device)
+        yield {"work": what, "side": "hf_paged", "fallbacks": model.paged.stats().fallbacks} | outcome
+
+
+def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> dict[str, object]:
+    """New tokens per second, the prompt's time included, and the most memory beyond what was held before."""
+    _collect(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    try:
+        call()
+        times = []
+        for _ in range(RUNS):
+            _wait(device)
+            begin = time.perf_counter()
+            call()
+            _wait(device)
+            times.append(time.perf_counter() - begin)
+        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        return {"tokens_per_second": num_tokens / median(times), "seconds": times, "peak_bytes": peak}
+    except Exception as error:  # out of memory is a result, too
+        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    finally:
+        _collect(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

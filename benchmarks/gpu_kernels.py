@@ -1,0 +1,315 @@
+"""The Triton kernels on a GPU: right against plain torch, and as shares of memory bandwidth and of SDPA."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from hf_paged_kernels.attend import attend, attend_parts_reference, merge_reference
+from hf_paged_kernels.copy import copy_slots, copy_slots_reference, pack_copies
+from hf_paged_kernels.store import store_tokens, store_tokens_reference
+from hf_paged_kernels.tuning import PAGE_TOKENS, processors, tiles_for
+from hf_paged_kernels.work import PageTables, Work, lay_out
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Largest difference to float64 that passes, relative to the largest value."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. The small ones are for a try without a GPU."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    contexts: tuple[int, ...] = (4096, 16384, 32768, 131072)
+    batches: tuple[int, ...] = (1, 8, 64)
+    prompts: tuple[int, ...] = (2048, 8192, 32768)
+    shapes: tuple[tuple[int, int, int, int], ...] = (
+        (32, 8, 128, 128), (9, 3, 64, 64), (4, 4, 80, 80), (16, 1, 96, 64), (8, 8, 192, 128), (4, 2, 256, 256),
+    )  # fmt: skip
+    """Heads, KV heads, dims of K and V of the kernels that are checked."""
+    lengths: tuple[tuple[int, int], ...] = ((1, 1), (1, 1000), (63, 63), (130, 517), (1, 33))
+    """Queries and tokens of the rows of a check."""
+    working_bytes: float = 600e6
+    """K and V that a round goes through, in as many layers as that takes: no cache holds them."""
+    share_of_memory: float = 0.6
+    seconds: float = 0.3
+    """Time for each figure."""
+
+
+TINY = Sizes(
+    heads=4, kv_heads=2, dim=32, contexts=(32,), batches=(1,), prompts=(40,), shapes=((4, 2, 32, 24),),
+    lengths=((1, 1), (3, 21), (1, 33)), working_bytes=1, seconds=0,
+)  # fmt: skip
+
+
+class Clock:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def run(self, call: Callable[[], object]) -> float:
+        """Median seconds of ``call``, everything that it starts included."""
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - begin < self.seconds:
+            self._wait()
+            start = time.perf_counter()
+            call()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        return median(times[1:])
+
+    def replay(self, call: Callable[[], object]) -> float | None:
+        """The same without the time that Python takes: recorded once as a CUDA graph. ``None`` where that fails."""
+        if self.device.type != "cuda":
+            return None
+        call()
+        self._wait()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:
+            print(f"  no graph: {error}")
+            return None
+        return self.run(graph.replay)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+    """Every kernel, dtype and shape against plain torch; one failure does not hide the others."""
+    for dtype in TOLERANCE:
+        for shape in sizes.shapes:
+            for feature in ("plain", "window", "softcap", "sinks"):
+                yield _outcome(
+                    f"attend {feature}", dtype, shape, lambda *a, f=feature: _attend_error(*a, f), sizes, device
+                )
+            yield _outcome("store", dtype, shape, _store_error, sizes, device)
+            yield _outcome("copy", dtype, shape, _copy_error, sizes, device)
+
+
+def _outcome(
+    kernel: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    error_of: Callable[..., float],
+    sizes: Sizes,
+    device: torch.device,
+) -> dict[str, object]:
+    made = {"kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "shape": "/".join(map(str, shape))}
+    try:
+        error = error_of(dtype, shape, sizes, device)
+    except Exception as failure:  # what does not compile is a result, too
+        return made | {"passed": False, "error": f"{type(failure).__name__}: {str(failure)[:500]}"}
+    allowed = TOLERANCE[dtype] if kernel.startswith("attend") else 0.0
+    return made | {"passed": bool(error <= allowed), "error": error}
+
+
+def _memories(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], slots: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, ``[kv_heads, slots, dim]``, all NaN."""
+    _, kv_heads, *dims = shape
+    keys, values = (torch.full((kv_heads, slots, dim), torch.nan, dtype=dtype, device=device) for dim in dims)
+    return keys, values
+
+
+def _attend_error(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device, feature: str
+) -> float:
+    heads, kv_heads, key_dim, _ = shape
+    window = 100 if feature == "window" else None
+    pages = sum(-(-tokens // PAGE_TOKENS) for _, tokens in sizes.lengths) + 1
+    keys, values = _memories(dtype, shape, pages * PAGE_TOKENS, device)
+    free = random.Random(0).sample(range(1, pages), pages - 1)
+    tables, queries = PageTables(), 0
+    for length, tokens in sizes.lengths:
+        mine = [free.pop() * PAGE_TOKENS for _ in range(-(-tokens // PAGE_TOKENS))]
+        runs = [(slot, min(PAGE_TOKENS, tokens - i * PAGE_TOKENS)) for i, slot in enumerate(mine)]
+        for slot, count in runs:
+            keys[:, slot : slot + count].normal_()
+            values[:, slot : slot + count].normal_()
+        tables.add(queries, queries + length, runs, tokens - length)
+        queries += length
+    tiles = tiles_for(dtype, key_dim, shape[3], heads // kv_heads)
+    work = lay_out(tables, range(queries), tiles, heads // kv_heads, kv_heads, processors(device), device, window)
+    query = torch.randn(queries, heads, key_dim, device=device).to(dtype)
+    sinks = torch.randn(heads, device=device) if feature == "sinks" else None
+    softcap = 5.0 if feature == "softcap" else None
+    actual = attend(query, keys, values, work, key_dim**-0.5, softcap, sinks)
+    parts = attend_parts_reference(query, keys, values, work, key_dim**-0.5, softcap)
+    expected = merge_reference(*parts, work, sinks)
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def _store_error(dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device) -> float:
+    _, kv_heads, *dims = shape
+    key, value = (torch.randn(3, 5, kv_heads, dim, device=device).to(dtype).transpose(1, 2) for dim in dims)
+    slots = torch.randperm(200, device=device)[:15].int()
+    slots[7] = -1
+    ours, theirs = _memories(dtype, shape, 200, device), _memories(dtype, shape, 200, device)
+    store_tokens(key, value, *ours, slots)
+    store_tokens_reference(key, value, *theirs, slots)
+    return _difference(ours, theirs)
+
+
+def _copy_error(dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device) -> float:
+    memories = [memory.normal_() for memory in _memories(dtype, shape, 300, device)]
+    copies = pack_copies([(0, 100, 37), (50, 150, 16), (66, 200, 1)], device)
+    ours, theirs = [m.clone() for m in memories], [m.clone() for m in memories]
+    copy_slots(*ours, *ours, copies)
+    copy_slots_reference(*theirs, *theirs, copies)
+    return _difference(ours, theirs)
+
+
+def _difference(ours: object, theirs: object) -> float:
+    return float(not all(torch.equal(a.nan_to_num(9e3), b.nan_to_num(9e3)) for a, b in zip(ours, theirs, strict=True)))
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth(device: torch.device, sizes: Sizes) -> float:
+    """Bytes per second, read and written, of a plain copy; what the kernels are compared with."""
+    count = int(1e9) if device.type == "cuda" else 1000
+    source = torch.ones(count, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device, sizes.seconds)
+    return 2 * source.numel() * source.element_size() / clock.run(lambda: target.copy_(source))
+
+
+class Layers:
+    """K and V of several layers, so that each is out of every cache when its turn comes again."""
+
+    def __init__(self, sizes: Sizes, batch: int, context: int, device: torch.device) -> None:
+        self.sizes, self.batch, self.context, self.device = sizes, batch, context, device
+        self.bytes = layer_bytes(sizes, batch, context)
+        count = max(1, min(32, round(sizes.working_bytes / self.bytes)))
+        shape = (sizes.kv_heads, batch * context + PAGE_TOKENS, sizes.dim)
+        self.memories = [
+            tuple(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
+            for _ in range(count)
+        ]
+        self.query = torch.randn(batch, sizes.heads, sizes.dim, device=device).bfloat16()
+
+    def work(self, is_random: bool) -> Work:
+        """One query a row over all of its context; its pages adjacent or anywhere."""
+        each = self.context // PAGE_TOKENS
+        pages = list(range(1, self.batch * each + 1))
+        if is_random:
+            random.Random(0).shuffle(pages)
+        tables = PageTables()
+        for row in range(self.batch):
+            mine = pages[row * each : (row + 1) * each]
+            tables.add(row, row + 1, [(page * PAGE_TOKENS, PAGE_TOKENS) for page in mine])
+        sizes, group = self.sizes, self.sizes.heads // self.sizes.kv_heads
+        tiles = tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
+        return lay_out(tables, range(self.batch), tiles, group, sizes.kv_heads, processors(self.device), self.device)
+
+    def attend(self, work: Work) -> None:
+        """One call a layer."""
+        for keys, values in self.memories:
+            attend(self.query, keys, values, work, self.sizes.dim**-0.5)
+
+
+def layer_bytes(sizes: Sizes, batch: int, context: int) -> int:
+    """K and V of one layer in bfloat16."""
+    return 2 * 2 * sizes.kv_heads * sizes.dim * batch * context
+
+
+def decode(device: torch.device, sizes: Sizes, bandwidth: float) -> Iterator[dict[str, object]]:
+    """Decode attention in shares of the copy bandwidth."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1e9
+    clock = Clock(device, sizes.seconds)
+    for context in sizes.contexts:
+        for batch in sizes.batches:
+            if layer_bytes(sizes, batch, context) > free * sizes.share_of_memory:
+                continue
+            layers = Layers(sizes, batch, context, device)
+            for is_random in (False, True):
+                work = layers.work(is_random)
+                seconds = clock.run(lambda layers=layers, work=work: layers.attend(work)) / len(layers.memories)
+                replayed = clock.replay(lambda layers=layers, work=work: layers.attend(work))
+                kernel = seconds if replayed is None else replayed / len(layers.memories)
+                yield {
+                    "batch": batch,
+                    "context": context,
+                    "pages": "random" if is_random else "adjacent",
+                    "microseconds": kernel * 1e6,
+                    "microseconds_from_python": seconds * 1e6,
+                    "share_of_copy_bandwidth": layers.bytes / kernel / bandwidth,
+                }
+
+
+def moves(device: torch.device, sizes: Sizes, bandwidth: float) -> Iterator[dict[str, object]]:
+    """The store and copy kernels in shares of the copy bandwidth, in many tokens at once."""
+    batch, tokens = sizes.batches[-1], sizes.contexts[0]
+    layers = Layers(sizes, 2 * batch, tokens, device)
+    clock = Clock(device, sizes.seconds)
+    new = [
+        torch.randn(batch, tokens, sizes.kv_heads, sizes.dim, device=device).bfloat16().transpose(1, 2)
+        for _ in range(2)
+    ]
+    slots = torch.arange(PAGE_TOKENS, PAGE_TOKENS + batch * tokens, dtype=torch.int32, device=device)
+    half = batch * tokens
+    runs = [(PAGE_TOKENS + at, PAGE_TOKENS + half + at, PAGE_TOKENS) for at in range(0, half, PAGE_TOKENS)]
+    copies = pack_copies(runs, device)
+
+    def store() -> None:
+        for memory in layers.memories:
+            store_tokens(*new, *memory, slots)
+
+    def copy() -> None:
+        for memory in layers.memories:
+            copy_slots(*memory, *memory, copies)
+
+    for name, call in (("store", store), ("copy", copy)):
+        seconds = (clock.replay(call) or clock.run(call)) / len(layers.memories)
+        moved = layers.bytes  # half of the layers' tokens, read and written
+        yield {
+            "kernel": name,
+            "tokens": half,
+            "microseconds": seconds * 1e6,
+            "share_of_copy_bandwidth": moved / seconds / bandwidth,
+        }
+
+
+def prefill(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+    """One prompt on adjacent pages, against SDPA on the same contiguous causal shape."""
+    clock = Clock(device, sizes.seconds)
+    group = sizes.heads // sizes.kv_heads
+    tiles = tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
+    for length in sizes.prompts:
+        keys, values = (
+            torch.randn(sizes.kv_heads, length + PAGE_TOKENS, sizes.dim, device=device).bfloat16() for _ in range(2)
+        )
+        query = torch.randn(length, sizes.heads, sizes.dim, device=device).bfloat16()
+        tables = PageTables()
+        tables.add(0, length, [(PAGE_TOKENS, length)], 0)
+        work = lay_out(tables, range(length), tiles, group, sizes.kv_heads, processors(device), device)
+        ours = clock.run(lambda q=query, k=keys, v=values, w=work: attend(q, k, v, w, sizes.dim**-0.5))
+        dense = [query.transpose(0, 1), *(m[:, PAGE_TOKENS:].repeat_interleave(group, 0) for m in (keys, values))]
+        dense = [each.contiguous().unsqueeze(0) for each in dense]
+        theirs = clock.run(lambda d=dense: torch.nn.functional.scaled_dot_product_attention(*d, is_causal=True))
+        flops = 2 * 2 * sizes.heads * sizes.dim * length * length / 2
+        yield {
+            "tokens": length,
+            "microseconds": ours * 1e6,
+            "sdpa_microseconds": theirs * 1e6,
+            "teraflops": flops / ours / 1e12,
+            "share_of_sdpa": theirs / ours,
+        }

@@ -1,0 +1,210 @@
+"""What the attention kernels read, laid out for the device: items of work, page tables, and how parts are merged.
+
+Numbers of one step are the same in every layer, so they are laid out once and sent in one copy. An *item* is a tile of
+queries over a stretch of a page table:
+
+    pages            [ 7 ][ 8 ][ 9 ][ 30 ]        page p holds the slots [p * PAGE_TOKENS, (p + 1) * PAGE_TOKENS)
+    index            0    16   32   48   64
+    an item             lo ^~~~~~~~~~~~~~^ hi     query i of it sees index n where lo <= n < hi, n <= first + i,
+                                                  and, with a window, n > first + i - window
+
+Results of items are final where every query has one item; else they are parts, and a merge by log-sum-exp follows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .tuning import PAGE_TOKENS, Tile, part_tokens
+
+# `first` of items whose queries see all of their tokens; with a query's number added it still fits 32 bits.
+SEES_ALL = 2**30
+# Numbers per item in the layout: those of `Item` and one to fill up.
+ITEM_NUMBERS = 8
+
+
+class Stretch(NamedTuple):
+    """Queries `[start, stop)` over indices `[lo, hi)` of the pages that begin at entry `table`."""
+
+    start: int
+    stop: int
+    table: int
+    lo: int
+    hi: int
+    first: int
+
+
+class Item(NamedTuple):
+    """A tile of `count` queries from `start` on; its part of the results begins at row `part`."""
+
+    start: int
+    count: int
+    table: int
+    lo: int
+    hi: int
+    first: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """Items of one tile shape, `[items, ITEM_NUMBERS]`."""
+
+    tile: Tile
+    items: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """All that is read for some queries, as int32 tensors on the device.
+
+    Attributes:
+        launches: the items.
+        pages: page tables, one after the other.
+        rows: `rows[i]` is the row of query `i` in the tensors of the call.
+        num_parts: rows of partial results; 0 where results are final.
+        part_starts: `[queries + 1]`; the parts of query `i` are `parts[part_starts[i] : part_starts[i + 1]]`.
+        parts: rows of partial results.
+        window: a query sees itself and the `window - 1` tokens before it; `None`: all of its items.
+    """
+
+    launches: list[Launch]
+    pages: torch.Tensor
+    rows: torch.Tensor
+    num_parts: int
+    part_starts: torch.Tensor
+    parts: torch.Tensor
+    window: int | None
+
+    @property
+    def num_queries(self) -> int:
+        """Queries that the items have between them."""
+        return self.rows.shape[0]
+
+
+class PageTables:
+    """Turns runs of adjacent slots into page tables and stretches."""
+
+    def __init__(self) -> None:
+        self.pages = array("i")
+        self.stretches: list[Stretch] = []
+
+    def add(self, start: int, stop: int, runs: Sequence[tuple[int, int]], first: int | None = None) -> None:
+        """Queries `[start, stop)` see the tokens of `runs (slot, tokens)`.
+
+        Query `start + i` sees the first `first + i + 1` of them only, where `first` is given. Runs go on in one
+        stretch as long as pages are full; behind a page that is not, another begins.
+        """
+        passed = 0
+        table = lo = hi = 0
+        for slot, tokens in runs:
+            if hi == lo or hi % PAGE_TOKENS or slot % PAGE_TOKENS:
+                self._end(start, stop, table, lo, hi, first, passed)
+                passed += hi - lo
+                table, lo = len(self.pages), slot % PAGE_TOKENS
+                hi = lo
+            self.pages.extend(range(slot // PAGE_TOKENS, (slot + tokens - 1) // PAGE_TOKENS + 1))
+            hi += tokens
+        self._end(start, stop, table, lo, hi, first, passed)
+
+    def _end(self, start: int, stop: int, table: int, lo: int, hi: int, first: int | None, passed: int) -> None:
+        if hi > lo:
+            self.stretches.append(
+                Stretch(start, stop, table, lo, hi, SEES_ALL if first is None else lo + first - passed)
+            )
+
+
+def lay_out(
+    tables: PageTables,
+    rows: Sequence[int],
+    tiles: Sequence[Tile],
+    group: int,
+    kv_heads: int,
+    num_processors: int,
+    device: torch.device,
+    window: int | None = None,
+) -> Work:
+    """Cut stretches into items and send them to `device`.
+
+    Args:
+        tables: what is read; with a `window`, every stretch has a `first`.
+        rows: row of each query in the tensors of the call.
+        tiles: shapes to choose from, fewest rows first.
+        group: query heads per KV head.
+        kv_heads: KV heads of the call.
+        num_processors: of the device.
+        device: of the call.
+        window: a query sees itself and the `window - 1` tokens before it.
+    """
+    by_tile: dict[Tile, list[Item]] = {}
+    for stretch in tables.stretches:
+        needed = (stretch.stop - stretch.start) * group
+        tile = next((tile for tile in tiles if tile.rows >= needed), tiles[-1])
+        by_tile.setdefault(tile, []).extend(_tiled(stretch, tile.rows // group, window))
+    parts: list[list[int]] = [[] for _ in rows]
+    num_parts = 0
+    for tile, whole in by_tile.items():
+        most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
+        items = by_tile[tile] = [part for item in whole for part in _split(item, most)]
+        for index, item in enumerate(items):
+            items[index] = item._replace(part=num_parts)
+            for i in range(item.count):
+                parts[item.start + i].append(num_parts + i)
+            num_parts += item.count
+        items.sort(key=lambda item: item.lo - item.hi)  # the longest first, so that none is left over at the end
+    return _send(by_tile, tables.pages, rows, parts, num_parts, device, window)
+
+
+def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
+    """One item per `queries` queries, over what any of them sees."""
+    items = []
+    for start in range(stretch.start, stretch.stop, queries):
+        count = min(queries, stretch.stop - start)
+        lo, hi, first = stretch.lo, stretch.hi, stretch.first
+        if first != SEES_ALL:
+            first += start - stretch.start
+            hi = min(hi, first + count)
+            if window is not None:
+                lo = max(lo, first - window + 1)
+        if hi > lo:
+            items.append(Item(start, count, stretch.table, lo, hi, first, 0))
+    return items
+
+
+def _split(item: Item, most_tokens: int) -> list[Item]:
+    """The item in parts of at most `most_tokens` tokens, which begin with a page where the item does."""
+    return [item._replace(lo=lo, hi=min(lo + most_tokens, item.hi)) for lo in range(item.lo, item.hi, most_tokens)]
+
+
+def _send(
+    by_tile: dict[Tile, list[Item]],
+    pages: array,
+    rows: Sequence[int],
+    parts: list[list[int]],
+    num_parts: int,
+    device: torch.device,
+    window: int | None,
+) -> Work:
+    """One copy to the device; every tensor begins at a multiple of 16 bytes."""
+    is_final = all(len(of_query) == 1 for of_query in parts)
+    starts, at = array("i", [0]), 0
+    for of_query in parts:
+        at += len(of_query)
+        starts.append(at)
+    sections = [array("i", [x for item in items for x in (*item, 0)]) for items in by_tile.values()]
+    sections += [pages, array("i", rows), starts, array("i", [x for of_query in parts for x in of_query])]
+    buffer, places = array("i"), []
+    for section in sections:
+        places.append((len(buffer), len(buffer) + len(section)))
+        buffer.extend(section)
+        buffer.extend([0] * (-len(buffer) % 4))
+    sent = torch.frombuffer(buffer, dtype=torch.int32).to(device)
+    views = [sent[start:stop] for start, stop in places]
+    launches = [Launch(tile, items.view(-1, ITEM_NUMBERS)) for tile, items in zip(by_tile, views, strict=False)]
+    table, row_of, part_starts, flat_parts = views[len(launches) :]
+    return Work(launches, table, row_of, 0 if is_final else num_parts, part_starts, flat_parts, window)

@@ -1,0 +1,96 @@
+"""Compiles the Triton kernels for a GPU that need not be there: `python compile_kernels.py [capability] [--all]`.
+
+Triton brings an assembler, so what a GPU would run is made to the end, which the interpreter does not do: types, shapes
+of tiles, shared memory. Prints a line per kernel; with `--all`, for every dtype and shape of heads below.
+"""
+
+import inspect
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_paged_kernels import attend, copy, store
+from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, padded_dim, tiles_for
+from hf_paged_kernels.work import ITEM_NUMBERS
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHAPES = [(128, 128, 4), (64, 64, 3), (80, 80, 1), (192, 128, 1), (256, 256, 2), (96, 96, 16), (576 // 3, 128, 32)]
+# Shared memory per block of a GPU of this capability, in bytes.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+NO_TILE = Tile(rows=0, tokens=0, warps=4, stages=3)
+PLAIN = {"HAS_SINKS": False, "HAS_SOFTCAP": False, "HAS_WINDOW": False}
+
+
+def compile_kernel(kernel, capability, types, constants, tile=NO_TILE):
+    """Compile for `capability`; pointers and strides are multiples of 16, as they are in practice."""
+    signature, constexprs, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
+        if name in constants or parameter.annotation in (triton.language.constexpr, "tl.constexpr"):
+            signature[name], constexprs[index,] = "constexpr", constants[name]
+        elif name.startswith("p_"):
+            signature[name], attributes[index,] = "*" + types.get(name, "i32"), [["tt.divisibility", 16]]
+        else:
+            signature[name] = types.get(name, "i32")
+            if name.startswith("stride"):
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert made.asm["cubin"]
+    assert made.metadata.shared <= SHARED_BYTES[capability], f"{made.metadata.shared} bytes of shared memory"
+    print(kernel.fn.__name__, constants, f"{made.metadata.shared} bytes of shared memory", flush=True)
+
+
+def compile_attend(capability, dtype, key_dim, value_dim, group, tile, is_final, **features):
+    kind = TYPES[dtype]
+    types = {"scale": "fp32", "softcap": "fp32", "p_lse": "fp32", "p_sinks": kind}
+    types |= dict.fromkeys(("p_query", "p_keys", "p_values"), kind) | {"p_out": kind if is_final else "fp32"}
+    constants = {
+        "GROUP": group,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_KEY": padded_dim(key_dim),
+        "BLOCK_VALUE": padded_dim(value_dim),
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_TOKENS": tile.tokens,
+        "PAGE": PAGE_TOKENS,
+        "ITEM": ITEM_NUMBERS,
+        "STAGES": tile.stages,
+        "IS_FINAL": is_final,
+        "INTERPRETED": False,
+        **PLAIN,
+        **features,
+    }
+    constants |= {"p_lse": None} if is_final else {}
+    constants |= {} if constants["HAS_SINKS"] else {"p_sinks": None}
+    compile_kernel(attend._attend_kernel, capability, types, constants, tile)
+
+
+def main(capability, everything):
+    dims = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_KEY": 128, "BLOCK_VALUE": 128}
+    memories = dict.fromkeys(("p_key", "p_value", "p_keys", "p_values", "p_to_keys", "p_to_values"), "bf16")
+    compile_kernel(store._store_kernel, capability, memories, {**dims, "HEADS": 8, "BLOCK_HEADS": 8})
+    copies = {**dims, "COPY": 4, "BLOCK_TOKENS": 32, "INTERPRETED": False}
+    compile_kernel(copy._copy_kernel, capability, memories, copies)
+    merged = {"VALUE_DIM": 128, "BLOCK_VALUE": 128, "BLOCK_PARTS": 16, "HAS_SINKS": True, "INTERPRETED": False}
+    types = {"p_parts_out": "fp32", "p_parts_lse": "fp32", "p_out": "bf16", "p_sinks": "bf16"}
+    compile_kernel(attend._merge_kernel, capability, types, merged)
+    everywhere = {"HAS_SINKS": True, "HAS_SOFTCAP": True, "HAS_WINDOW": True}
+    if not everything:
+        decode, *_, prefill = tiles_for(torch.bfloat16, 128, 128, 4)
+        compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False)
+        compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, **everywhere)
+        return
+    for dtype in TYPES:
+        for key_dim, value_dim, group in SHAPES:
+            for tile in tiles_for(dtype, key_dim, value_dim, group):
+                compile_attend(capability, dtype, key_dim, value_dim, group, tile, False)
+                compile_attend(capability, dtype, key_dim, value_dim, group, tile, True, **everywhere)
+
+
+if __name__ == "__main__":
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
+    main(numbers[0] if numbers else 90, "--all" in sys.argv)

@@ -1,0 +1,55 @@
+"""The GPU benchmark, in sizes that the interpreter manages."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_kernels
+from hf_paged_kernels.launch import triton_obstacle
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(bool(triton_obstacle(CPU)), reason=str(triton_obstacle(CPU)))
+
+
+def test_without_a_gpu_it_says_so(capsys, tmp_path):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_write_their_results(tmp_path):
+    assert gpu.main(["--tiny", "--only", "bandwidth", "decode", "moves", "prefill", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    written = json.loads(path.read_text())
+    assert written["environment"]["interpreted"] is True
+    results = written["results"]
+    assert list(results) == ["bandwidth", "decode", "moves", "prefill"]
+    assert all(part["rows"] and "failed" not in part for part in results.values())
+    assert {row["kernel"] for row in results["moves"]["rows"]} == {"store", "copy"}
+
+
+def test_a_wrong_kernel_fails_the_check(monkeypatch):
+    rows = list(islice(gpu_kernels.check(CPU, gpu_kernels.TINY), 6))
+    assert [row["kernel"].split()[0] for row in rows] == ["attend"] * 4 + ["store", "copy"]
+    assert all(row["passed"] for row in rows), rows
+    monkeypatch.setattr(
+        gpu_kernels, "attend", lambda query, keys, values, *_: torch.ones_like(query)[..., : values.shape[2]]
+    )
+    monkeypatch.setattr(gpu_kernels, "store_tokens", lambda *_: None)
+    monkeypatch.setattr(gpu_kernels, "copy_slots", lambda *_: 1 / 0)
+    assert not any(row["passed"] for row in islice(gpu_kernels.check(CPU, gpu_kernels.TINY), 6))
+
+
+def test_a_part_that_fails_keeps_what_it_has_found(capsys):
+    def rows():
+        yield {"passed": True}
+        raise RuntimeError("out of memory")
+
+    outcome = gpu.run("a part", rows)
+    assert outcome["rows"] == [{"passed": True}]
+    assert outcome["failed"] == "RuntimeError: out of memory"
+    assert gpu.has_failed(outcome)
+    assert gpu.has_failed({"rows": [{"passed": False}]})
+    assert not gpu.has_failed({"rows": [{"passed": True}, {"microseconds": 1.0}]})
