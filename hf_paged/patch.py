@@ -36,6 +36,7 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
     settings = PagedConfig.build(config, overrides)
     if is_patched(target):
         if target.paged.config != settings:
+            target.paged.release()
             _take_names_back(target)
             target.__dict__[RUNTIME_ATTRIBUTE] = PagedRuntime(target, settings)
             _name_attention(target)

@@ -75,13 +75,18 @@ class PagedRuntime:
             self._pool.manager.forget_prefixes()
 
     def release(self) -> None:
-        """Give the pool's memory back to the system; the next `generate` takes what it needs again.
+        """Give the pool's memory back to the system, cached prefixes included; the next `generate` takes it again.
 
-        Blocks of caches that are still held stay theirs until they are gone.
+        Blocks of running calls, and of caches that are still held, stay theirs until they are gone.
         """
         with self._lock:
-            self._pool = self._pool_key = None
-            self._copied_before = self._evicted_before = 0
+            self.clear()
+            if self._pool is not None and not self._pool.manager.in_use:
+                self._drop_pool()
+
+    def _drop_pool(self) -> None:
+        self._pool = self._pool_key = None
+        self._copied_before = self._evicted_before = 0
 
     def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
         """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
@@ -150,10 +155,11 @@ class PagedRuntime:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
             key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
-            if self._pool is None or self._pool_key != key:
-                self._pool = self._make_pool(model)
-                self._pool_key = key
-                self._copied_before = self._evicted_before = 0
+            if self._pool is not None and self._pool_key != key:
+                self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
+                self._drop_pool()
+            if self._pool is None:
+                self._pool, self._pool_key = self._make_pool(model), key
             return self._pool
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_paged.core.blocks import BlockPool
 
+# Memory grows by so much before it is asked again how much is free (60 us a time, on Linux).
+GROWTH_STEP_BYTES = 2**26
+
 
 class Budget:
     """`limit_bytes` for the blocks of all pools that join, cached ones included.
 
     The null blocks count too. A pool on its own may count in blocks instead: each of them costs 1 then.
+
+    Args:
+        limit_bytes: the limit, or where to begin.
+        find_limit: says what it is now, given the bytes that are touched; `None`: it stays as it is.
+
+    Attributes:
+        is_frugal: whether pools hand out free blocks that are touched before those that would take more memory.
     """
 
-    def __init__(self, limit_bytes: int):
+    def __init__(self, limit_bytes: int, find_limit: Callable[[int], int] | None = None):
         self.limit_bytes = limit_bytes
+        self.is_frugal = False
+        self._find_limit = find_limit
+        self._ceiling_bytes = limit_bytes if find_limit is None else 0
         self._pools: list[BlockPool] = []
         self._clock = count()
 
@@ -33,11 +47,61 @@ class Budget:
         """What running sequences have left, were every cached block given up."""
         return self.limit_bytes - sum((pool.in_use + 1) * pool.block_bytes for pool in self._pools)
 
+    @property
+    def uncached_bytes(self) -> int:
+        """What is left without giving up cached blocks."""
+        return self.free_bytes - sum(pool.cached * pool.block_bytes for pool in self._pools)
+
+    @property
+    def touched_bytes(self) -> int:
+        """Memory that was taken and not given back."""
+        return sum(pool.touched * pool.block_bytes for pool in self._pools)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of this, that of free blocks."""
+        return sum(pool.idle * pool.block_bytes for pool in self._pools)
+
+    def look_up(self, num_bytes: int) -> None:
+        """Find the limit anew where `num_bytes` more take memory beyond the last step, or something to be given up."""
+        if self._find_limit is None:
+            return
+        grown = self.touched_bytes + num_bytes
+        if grown <= self._ceiling_bytes and num_bytes <= self.uncached_bytes:
+            return
+        in_use = self.limit_bytes - self.free_bytes
+        self.limit_bytes = max(in_use, self._find_limit(self.touched_bytes))
+        self._ceiling_bytes = min(self.limit_bytes, grown + GROWTH_STEP_BYTES)
+        self.make_room(0)
+
+    def has_shrunk(self) -> None:
+        """Memory was given back: others may have it now, and there is no need to be frugal."""
+        self.is_frugal = False
+        if self._find_limit is not None:
+            self._ceiling_bytes = min(self._ceiling_bytes, self.touched_bytes + GROWTH_STEP_BYTES)
+
+    def may_touch(self, num_bytes: int) -> bool:
+        """Whether there is memory for `num_bytes` more beside all that is touched."""
+        return self.touched_bytes + num_bytes <= self._ceiling_bytes
+
+    def excess_bytes(self, num_blocks: int) -> int:
+        """What is touched above the limit once each pool has handed out `num_blocks` more, idle ones first."""
+        growth = sum(max(0, num_blocks - pool.idle) * pool.block_bytes for pool in self._pools)
+        return self.touched_bytes + growth - self.limit_bytes
+
     def make_room(self, num_bytes: int) -> None:
         """Give up the least recently used cached blocks until `num_bytes` more fit, or nothing is cached."""
-        while self.free_bytes - sum(pool.cached * pool.block_bytes for pool in self._pools) < num_bytes:
+        while self.uncached_bytes < num_bytes:
             if not self.evict(1):
                 return
+
+    def evict_bytes(self, num_bytes: int) -> bool:
+        """Give up the least recently used cached blocks, `num_bytes` of them; returns whether there was any."""
+        before = self.idle_bytes
+        while self.idle_bytes - before < num_bytes:
+            if not self.evict(1):
+                break
+        return self.idle_bytes > before
 
     def evict(self, num_blocks: int) -> int:
         """Give up the least recently used cached blocks of all pools; returns how many there were."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
-from hf_paged.core.budget import Budget
+from hf_paged.core.budget import GROWTH_STEP_BYTES, Budget
 from hf_paged.core.chain import BlockChain
 from hf_paged.core.plan import Copy
 from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
@@ -46,6 +46,11 @@ class BlockManager:
         windows: of each group, in tokens; `None` keeps all tokens.
         block_bytes: what a block of each group costs; by default 1.
         budget_bytes: for all groups together; by default enough for every id.
+        find_limit: as `Budget` takes it.
+
+    Attributes:
+        on_give_back: lets the system have the memory of free blocks, given a group and runs of them; called under
+            `lock`, so that nobody takes them meanwhile. `None`: their memory stays until they are used again.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class BlockManager:
         windows: Sequence[int | None] = (None,),
         block_bytes: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        find_limit: Callable[[int], int] | None = None,
     ):
         ids = [num_blocks] * len(windows) if isinstance(num_blocks, int) else num_blocks
         costs = [1] * len(windows) if block_bytes is None else block_bytes
@@ -62,11 +68,12 @@ class BlockManager:
         self.block_size = block_size
         self.windows = tuple(windows)
         self.index = PrefixIndex(block_size, windows)
-        self.budget = Budget(enough if budget_bytes is None else budget_bytes)
+        self.budget = Budget(enough if budget_bytes is None else budget_bytes, find_limit)
         self.pools = [
             BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
             for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
         ]
+        self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
@@ -185,8 +192,26 @@ class BlockManager:
 
     def check_room(self, num_blocks: int) -> None:
         """Raise `OutOfBlocks` where fewer than `num_blocks` are available."""
-        if num_blocks and num_blocks > self.available:
+        if not num_blocks:
+            return
+        num_bytes = num_blocks * sum(pool.block_bytes for pool in self.pools)
+        self.budget.look_up(num_bytes)
+        if num_blocks > self.available:
             raise OutOfBlocks(num_blocks, self.available)
+        if self.on_give_back is not None and not self.budget.may_touch(num_bytes):
+            self._fit(num_blocks, num_bytes)
+
+    def _fit(self, num_blocks: int, num_bytes: int) -> None:
+        """Make sure that `num_blocks` more in each group can be had without touching more than the budget.
+
+        One group's free blocks are of no use to another, so their memory goes back first; then cached blocks go.
+        """
+        budget = self.budget
+        budget.make_room(num_bytes)
+        while (excess := budget.excess_bytes(num_blocks)) > 0:
+            if not self.give_back() and not budget.evict_bytes(excess):
+                raise OutOfBlocks(num_blocks, max(0, num_blocks - -(-excess * num_blocks // num_bytes)))
+        budget.is_frugal = True
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
@@ -365,11 +390,39 @@ class BlockManager:
             return entries, pins
 
     def forget_prefixes(self) -> None:
-        """Give up every cached block and forget what the others hold."""
+        """Give up every cached block, with its memory, and forget what the others hold."""
         with self.lock:
             self.index.clear()
             for pool in self.pools:
                 pool.discard_all()
+            self.give_back()
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def give_back(self) -> bool:
+        """Let the system have the memory of free blocks; returns whether there was any."""
+        with self.lock:
+            if self.on_give_back is None or not self.budget.idle_bytes:
+                return False
+            given_back = False
+            for group, pool in enumerate(self.pools):
+                runs = pool.give_back()
+                if runs:
+                    self.on_give_back(group, runs)
+                    given_back = True
+            if given_back:
+                self.budget.has_shrunk()
+            return given_back
+
+    def settle(self) -> None:
+        """Sequences have ended: where none is left, or most memory lies idle, it goes back.
+
+        As long as others run, what they are about to need again is kept.
+        """
+        with self.lock:
+            idle = self.budget.idle_bytes
+            if not self.in_use or idle > max(GROWTH_STEP_BYTES, self.budget.touched_bytes // 2):
+                self.give_back()
 
     def check_integrity(self) -> None:
         """Prove that the pools and the index agree with the live tables; for tests."""
@@ -391,6 +444,8 @@ class BlockManager:
             self.index.check_integrity()
             spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
             assert spent <= self.budget.limit_bytes, "over the budget"
+            if self.on_give_back is not None:
+                assert self.budget.touched_bytes <= self.budget.limit_bytes, "more memory than the budget"
 
 
 def _are_plain(tokens: Sequence[int]) -> bool:
