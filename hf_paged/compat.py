@@ -72,6 +72,16 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int | None, ...]:
     return tuple(getattr(config, name, None) for name in names)
 
 
+def compute_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's first layer computes: accelerate's hooks bring weights there that lie elsewhere until then."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return model.device
+
+
 def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
     """The distinct configs of the submodels whose attention goes through the attention interface."""
     seen: set[int] = set()

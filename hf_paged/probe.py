@@ -53,10 +53,10 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settin
 
 
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    rows = _prompts(compat.vocabulary_size(model.config), model.device)
+    rows = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))
     expected = [call(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -2:].float() for row in rows]
 
-    backend = backend_for(settings.attention_backend, model.device)
+    backend = backend_for(settings.attention_backend, compat.compute_device(model))
     cache = PagedCache(model.config, pool=pool, settings=settings)
     cache.ensure_rows(len(rows))
     cache.prefilling = True

@@ -109,7 +109,8 @@ class PagedRuntime:
         root = self._kept_under("load", manifest["cache_salt"])
         if root.digest != before.digest:
             raise ValueError("load: the model has changed meanwhile; nothing was loaded")
-        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], model.device)
+        device = compat.compute_device(model)
+        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
@@ -123,7 +124,7 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, model.device).name
+            backend = backend_for(backend, compat.compute_device(model)).name
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
         )
@@ -154,7 +155,8 @@ class PagedRuntime:
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
-            key = (model.dtype, model.device, compat.autocast_dtype(model.device), self.windows())
+            device = compat.compute_device(model)
+            key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
             if self._pool is not None and self._pool_key != key:
                 self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
@@ -165,7 +167,7 @@ class PagedRuntime:
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         config = model.config.get_text_config(decoder=True)
         token_bytes = compat.kv_token_bytes(config, model.dtype.itemsize)
-        return KVPool(self.config, self.windows(), token_bytes, model.device, max_slots)
+        return KVPool(self.config, self.windows(), token_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -173,7 +175,7 @@ class PagedRuntime:
         key = (
             model.training,
             model.dtype,
-            compat.autocast_dtype(model.device),
+            compat.autocast_dtype(compat.compute_device(model)),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )

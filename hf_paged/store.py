@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.arena import Arena
+from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
 
@@ -62,7 +63,7 @@ class LayerStore:
         for arena in self._arenas:
             arena.give_back(blocks.start * self._block_size, blocks.stop * self._block_size)
         if POISON:
-            self.poison(blocks)
+            self.poison(range(max(blocks.start, NULL_BLOCK + 1), blocks.stop))
 
     @property
     def bytes_per_token(self) -> int:

@@ -248,13 +248,16 @@ class BlockPool:
             self.discard(block)
 
     def give_back(self) -> list[range]:
-        """Runs of free blocks that fill whole pages, every idle one that can be: they are not touched any more."""
+        """Runs of free blocks that fill whole pages, every idle one that can be: they are not touched any more.
+
+        A run may begin with the null block: memory that comes back is zero, as it must be.
+        """
         runs, size, at = [], self.page_blocks, 0
         unused = self._used.translate(_FLIP)
         idle = (int.from_bytes(self._touched, "big") & int.from_bytes(unused, "big")).to_bytes(self.num_blocks, "big")
         while (at := idle.find(1, at)) >= 0:
             start = at // size * size
-            used = self._used.find(1, start)
+            used = self._used.find(1, max(start, NULL_BLOCK + 1))
             stop = self.num_blocks if used < 0 else used // size * size
             if stop <= at:  # it shares a page with a block that is used
                 at = start + size
