@@ -74,11 +74,10 @@ class Budget:
         self._ceiling_bytes = min(self.limit_bytes, grown + GROWTH_STEP_BYTES)
         self.make_room(0)
 
-    def has_shrunk(self) -> None:
-        """Memory was given back: others may have it now, and there is no need to be frugal."""
-        self.is_frugal = False
+    def expire(self) -> None:
+        """Time passes: whatever is to be taken from now on, memory may be short by then."""
         if self._find_limit is not None:
-            self._ceiling_bytes = min(self._ceiling_bytes, self.touched_bytes + GROWTH_STEP_BYTES)
+            self._ceiling_bytes = min(self._ceiling_bytes, self.touched_bytes)
 
     def may_touch(self, num_bytes: int) -> bool:
         """Whether there is memory for `num_bytes` more beside all that is touched."""

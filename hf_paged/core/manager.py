@@ -411,7 +411,8 @@ class BlockManager:
                     self.on_give_back(group, runs)
                     given_back = True
             if given_back:
-                self.budget.has_shrunk()
+                self.budget.is_frugal = False
+                self.budget.expire()
             return given_back
 
     def settle(self) -> None:
@@ -421,6 +422,8 @@ class BlockManager:
         """
         with self.lock:
             idle = self.budget.idle_bytes
+            if not self.in_use:
+                self.budget.expire()
             if not self.in_use or idle > max(GROWTH_STEP_BYTES, self.budget.touched_bytes // 2):
                 self.give_back()
 
