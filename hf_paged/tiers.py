@@ -44,6 +44,9 @@ class DiskTier:
         budget_bytes: the most that the files hold.
         base: the folder to make a folder in; `None`: that of temporary files.
         counters: told of bytes, choices and faults.
+
+    Attributes:
+        is_closed: whether nothing is kept or found any more.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class DiskTier:
         self._failed: deque[tuple[int, Record, OSError]] = deque()
         self._process = os.getpid()
         self._remove: Callable[[], object] = lambda: None
-        self._is_closed = False
+        self.is_closed = False
         manager.budget.before_eviction = _weakly(weakref.WeakMethod(self.demote))
 
     @property
@@ -92,7 +95,7 @@ class DiskTier:
     def close(self) -> None:
         """Remove the files; nothing is kept or found from now on."""
         with self._manager.lock:
-            self._is_closed = True
+            self.is_closed = True
             self._manager.budget.before_eviction = None
             if self._index is not None:
                 self._index.clear()
@@ -106,7 +109,7 @@ class DiskTier:
     @property
     def _is_usable(self) -> bool:
         """A forked process has the files, but not the thread that writes them."""
-        return not self._is_closed and os.getpid() == self._process
+        return not self.is_closed and os.getpid() == self._process
 
     def _try(self, what: Callable[[], object]) -> None:
         try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
-from hf_paged.core.budget import Budget
+from hf_paged.core.budget import GROWTH_STEP_BYTES, Budget
 from hf_paged.core.chain import BlockChain
 from hf_paged.core.plan import Copy
 from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
@@ -46,6 +46,11 @@ class BlockManager:
         windows: of each group, in tokens; `None` keeps all tokens.
         block_bytes: what a block of each group costs; by default 1.
         budget_bytes: for all groups together; by default enough for every id.
+        find_limit: as `Budget` takes it.
+
+    Attributes:
+        on_give_back: lets the system have the memory of free blocks, given a group and runs of them; called under
+            `lock`, so that nobody takes them meanwhile. `None`: their memory stays until they are used again.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class BlockManager:
         windows: Sequence[int | None] = (None,),
         block_bytes: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        find_limit: Callable[[int], int] | None = None,
     ):
         ids = [num_blocks] * len(windows) if isinstance(num_blocks, int) else num_blocks
         costs = [1] * len(windows) if block_bytes is None else block_bytes
@@ -62,11 +68,12 @@ class BlockManager:
         self.block_size = block_size
         self.windows = tuple(windows)
         self.index = PrefixIndex(block_size, windows)
-        self.budget = Budget(enough if budget_bytes is None else budget_bytes)
+        self.budget = Budget(enough if budget_bytes is None else budget_bytes, find_limit)
         self.pools = [
             BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
             for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
         ]
+        self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
@@ -184,19 +191,36 @@ class BlockManager:
             return growth
 
     def check_room(self, num_blocks: int) -> None:
-        """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available.
+        """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available."""
+        if num_blocks:
+            self._make_room([num_blocks] * len(self.pools))
+
+    def _make_room(self, counts: Sequence[int]) -> None:
+        """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
         All at once and before anything else changes, because giving up may take time and be interrupted.
         """
-        if num_blocks and num_blocks > self.available:
-            raise OutOfBlocks(num_blocks, self.available)
-        self._make_room([num_blocks] * len(self.pools))
-
-    def _make_room(self, counts: Sequence[int]) -> None:
-        """Give up cached blocks until there is room for `counts[group]` more blocks in each pool."""
-        self.budget.make_room(sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)))
+        num_bytes = sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True))
+        self.budget.look_up(num_bytes)
+        short = any(count > pool.available for count, pool in zip(counts, self.pools, strict=True))
+        if short or num_bytes > self.budget.free_bytes:
+            raise OutOfBlocks(max(counts), self.available)
+        self.budget.make_room(num_bytes)
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
+        if self.on_give_back is not None and not self.budget.may_touch(num_bytes):
+            self._fit(counts, num_bytes)
+
+    def _fit(self, counts: Sequence[int], num_bytes: int) -> None:
+        """Make sure that so many more blocks of each group can be had without touching more than the budget.
+
+        One group's free blocks are of no use to another, so their memory goes back first; then cached blocks go.
+        """
+        budget, wanted = self.budget, max(counts)
+        while (excess := budget.excess_bytes(counts)) > 0:
+            if not self.give_back() and not budget.evict_bytes(excess):
+                raise OutOfBlocks(wanted, max(0, wanted - -(-excess * wanted // num_bytes)))
+        budget.is_frugal = True
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
@@ -370,12 +394,8 @@ class BlockManager:
         `room` more blocks are expected behind them. Raises `OutOfBlocks` and changes nothing.
         """
         with self.lock:
-            free_bytes, taken = self.budget.free_bytes, []
-            if any(count > pool.available for count, pool in zip(counts, self.pools, strict=True)) or free_bytes < sum(
-                count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)
-            ):
-                raise OutOfBlocks(max(counts), self.available)
             self._make_room(counts)
+            taken = []
             for pool, count, before in zip(self.pools, counts, after, strict=True):
                 blocks, claim = pool.take(count, before or None, room)
                 pool.unclaim(claim)
@@ -401,11 +421,42 @@ class BlockManager:
             return entries, pins
 
     def forget_prefixes(self) -> None:
-        """Give up every cached block and forget what the others hold."""
+        """Give up every cached block, with its memory, and forget what the others hold."""
         with self.lock:
             self.index.clear()
             for pool in self.pools:
                 pool.discard_all()
+            self.give_back()
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def give_back(self) -> bool:
+        """Let the system have the memory of free blocks; returns whether there was any."""
+        with self.lock:
+            if self.on_give_back is None or not self.budget.idle_bytes:
+                return False
+            given_back = False
+            for group, pool in enumerate(self.pools):
+                runs = pool.give_back()
+                if runs:
+                    self.on_give_back(group, runs)
+                    given_back = True
+            if given_back:
+                self.budget.is_frugal = False
+                self.budget.expire()
+            return given_back
+
+    def settle(self) -> None:
+        """Sequences have ended: where none is left, or most memory lies idle, it goes back.
+
+        As long as others run, what they are about to need again is kept.
+        """
+        with self.lock:
+            idle = self.budget.idle_bytes
+            if not self.in_use:
+                self.budget.expire()
+            if not self.in_use or idle > max(GROWTH_STEP_BYTES, self.budget.touched_bytes // 2):
+                self.give_back()
 
     def check_integrity(self) -> None:
         """Prove that the pools and the index agree with the live tables; for tests."""
@@ -427,6 +478,8 @@ class BlockManager:
             self.index.check_integrity()
             spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
             assert spent <= self.budget.limit_bytes, "over the budget"
+            if self.on_give_back is not None:
+                assert self.budget.touched_bytes <= self.budget.limit_bytes, "more memory than the budget"
 
 
 def are_plain(tokens: Sequence[int]) -> bool:
