@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -34,14 +35,28 @@ def _map(num_bytes: int) -> mmap.mmap:
     return mapping
 
 
+def whole_pages_of_slots(num_slots: int, likes: Sequence[torch.Tensor]) -> int:
+    """At least `num_slots`: as many as fill whole pages of K and of V alike, `likes [batch, heads, tokens, dim]`.
+
+    An odd number of pages a head (of the one that needs more slots to fill them) keeps heads from falling into the same
+    cache sets; without pages an odd number of slots does.
+    """
+    slots = 1
+    for like in likes:
+        slot_bytes = like.shape[3] * like.element_size()
+        if slot_bytes and like.device.type == "cpu" and can_give_back():
+            slots = math.lcm(slots, PAGE_BYTES // math.gcd(PAGE_BYTES, slot_bytes))
+    return (-(-num_slots // slots) | 1) * slots
+
+
 class Arena:
     """`[heads, slots, dim]` zeros like `like [batch, heads, tokens, dim]`.
 
-    On the CPU, where the system can take pages back, each head begins with a page and takes an odd number of them, so
-    that heads do not fall into the same cache sets. Elsewhere it is a tensor as any other.
+    On the CPU, where the system can take pages back, each head begins with a page: `num_slots` is to be a number that
+    `whole_pages_of_slots` has returned. Elsewhere it is a tensor as any other.
 
     Attributes:
-        tensor: the memory; contiguous, with some slots more than were asked for.
+        tensor: the memory; contiguous.
     """
 
     def __init__(self, num_slots: int, like: torch.Tensor):
@@ -49,12 +64,10 @@ class Arena:
         self._slot_bytes = dim * like.element_size()
         self._mapping: mmap.mmap | None = None
         if like.device.type == "cpu" and heads * dim and can_give_back():
-            slots_of_whole_pages = PAGE_BYTES // math.gcd(PAGE_BYTES, self._slot_bytes)
-            num_slots = (-(-num_slots // slots_of_whole_pages) | 1) * slots_of_whole_pages
             self._mapping = self._reserve(heads * num_slots * self._slot_bytes)
             self.tensor = torch.frombuffer(self._mapping, dtype=like.dtype).view(heads, num_slots, dim)
         else:
-            self.tensor = torch.zeros((heads, num_slots | 1, dim), dtype=like.dtype, device=like.device)
+            self.tensor = torch.zeros((heads, num_slots, dim), dtype=like.dtype, device=like.device)
 
     @staticmethod
     def _reserve(num_bytes: int) -> mmap.mmap:

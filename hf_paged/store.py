@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.arena import Arena
+from hf_paged.arena import Arena, whole_pages_of_slots
 from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
@@ -45,11 +45,11 @@ class LayerStore:
     def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor, group: int = 0):
         self.group = group
         self._block_size = block_size
+        num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
-        slots = min(self.keys.shape[1], self.values.shape[1])  # whole pages make more of the one with smaller dims
-        self._native = native().store_for(self.keys[:, :slots], self.values[:, :slots])
+        self._native = native().store_for(self.keys, self.values)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:

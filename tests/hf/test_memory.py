@@ -341,7 +341,8 @@ def test_address_space_that_the_system_refuses(monkeypatch):
 )
 def test_pages_of_an_arena(dim, dtype):
     """Every head begins with a page and has an odd number of them; whole pages lose their content, others keep it."""
-    made = arena.Arena(10_000, torch.empty(1, 3, 1, dim, dtype=dtype))
+    like = torch.empty(1, 3, 1, dim, dtype=dtype)
+    made = arena.Arena(arena.whole_pages_of_slots(10_000, [like]), like)
     memory, block_size = made.tensor, 16
     assert memory.is_contiguous()
     assert memory.shape[1] >= 10_000
