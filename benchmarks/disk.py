@@ -76,19 +76,17 @@ def play(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
-def timed(way: str, model: PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]) -> Round:
-    """One round."""
+def timed(
+    way: str, model: PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]
+) -> tuple[Round, list[list[int]]]:
+    """One round, and its answers; they are compared where there are others already."""
     model.paged.reset_stats()
     begin = time.perf_counter()
     answers = play(model, prompts)
     seconds = time.perf_counter() - begin
     stats = model.paged.stats()
-    return Round(
-        way,
-        seconds,
-        *(getattr(stats, name) for name in list(Round.__annotations__)[2:-1]),
-        answers_equal=answers == expected,
-    )
+    figures = [getattr(stats, name) for name in list(Round.__annotations__)[2:-1]]
+    return Round(way, seconds, *figures, answers_equal=not expected or answers == expected), answers
 
 
 @contextmanager
@@ -118,19 +116,20 @@ def rounds(options: argparse.Namespace) -> Iterator[Round]:
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     blocks = options.fits * -(-(options.tokens + NEW) // BLOCK_SIZE) + 1
     memory = {"cpu": blocks * BLOCK_SIZE * token_bytes}
+    expected: list[list[int]] = []
     with paged(model, block_size=BLOCK_SIZE, max_memory=memory):
         play(model, prompts[:1])
         model.paged.clear()
-        expected = play(model, prompts) if "no tier" not in options.ways else None
-        if expected is None:
-            model.paged.reset_stats()
-            begin = time.perf_counter()
-            expected = play(model, prompts)
-            seconds = time.perf_counter() - begin
-            yield Round("no tier", seconds, model.paged.stats().computed_tokens, 0, 0, 0, 0.0, 0.0)
+        if "no tier" in options.ways:
+            played, expected = timed("no tier", model, prompts, expected)
+            yield played
+    if set(options.ways) == {"no tier"}:
+        return
     with tempfile.TemporaryDirectory() as folder, reading_at(options.read_rate and options.read_rate * 1e6):
         patch_model(model, block_size=BLOCK_SIZE, max_memory=memory | {"disk": "100GiB"}, offload_folder=folder)
-        yield timed("filling the tier", model, prompts, expected)
+        played, answers = timed("filling the tier", model, prompts, expected)
+        expected = expected or answers
+        yield played
         for way in options.ways:
             if way in POLICIES:
                 tier = model.paged._pool.tier
@@ -138,7 +137,7 @@ def rounds(options: argparse.Namespace) -> Iterator[Round]:
                 fresh = POLICIES[way]()
                 fresh.tokens_computed = tier.policy.tokens_computed  # known from filling; reading is yet to be tried
                 tier.policy = fresh
-                yield timed(way, model, prompts, expected)
+                yield timed(way, model, prompts, expected)[0]
         model.paged.release()
 
 
@@ -179,10 +178,12 @@ def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     described = environment.describe()
-    played = list(rounds(options))
+    console, played = report.console(), []
+    for each in rounds(options):
+        console.print(f"{each.way}: {each.seconds:.2f} s")
+        played.append(each)
     by_way = {each.way: each.seconds for each in played}
     asked = {name: value for name, value in vars(options).items() if name != "out"}
-    console = report.console()
     console.print(table(played), environment.summary(described), asked)
     complete = options.read_rate is None and set(options.ways) == {"no tier", *POLICIES}
     path = options.out / ("disk.json" if complete else "partial.disk.json")

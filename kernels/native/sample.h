@@ -26,9 +26,9 @@ struct SampleWork {
     int64_t next, differs;
 };
 
-// Elements that are on their way from memory while one is compared. Measured right after a forward of SmolLM2-135M, two
-// cores of Zen 3.
-static const int64_t kAhead = 32;
+// Elements that are on their way from memory while one is compared. 240,000 of them in 4 KiB pages, right after a
+// forward, two cores of Zen 3: 1.6 ms with 64, 1.9 ms with 1 or 256. The rest is the look-up of 130,000 pages.
+static const int64_t kAhead = 64;
 
 static Error check(const SampleCall &call) {
     if (call.num_reads < 0 || call.kept_bytes < 0 || !call.kept || (call.num_reads && !call.reads)) return kBadSize;

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+import transformers
 from compare import BLOCK_SIZE, copy_of, every_family
-from families import FAMILIES, stock_model
+from families import FAMILIES, SIZES, stock_model
 from pair import piece
 from prompts import batch
 from transformers import DynamicCache
@@ -65,11 +66,12 @@ def test_pool_knows_the_bytes_before_the_first_token(family):
 
 
 def test_random_numbers_of_the_process_are_left_alone():
-    model = FAMILIES["llama"].build(intermediate_size=104)  # of no other test, or it would be remembered
+    """This model draws some for its lambdas where it is made, also without memory."""
+    config = transformers.DiffLlamaConfig(**SIZES)
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    assert footprint(type(model), model.config, torch.float32).estimated is None
+    assert footprint(transformers.DiffLlamaForCausalLM, config, torch.float32).estimated is None
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -144,7 +146,7 @@ def test_windows_take_what_is_predicted(name, window, block_size):
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "falcon_rotary", "gemma3", "mistral_sliding"])
 def test_as_many_sequences_fit_as_predicted(name):
     capacity = capacity_of(stock_model(name))
-    budget = capacity.null_bytes + 7 * capacity.sequence_bytes(40) // 2
+    budget = capacity.null_bytes + 4 * capacity.sequence_bytes(40) - 1
     count = capacity.sequences(budget, 40)
     assert count == 3
     ask(patched(copy_of(FAMILIES[name]), budget), count, 25, 40)

@@ -76,17 +76,19 @@ def some(asked: dict[str, list[int]], first: int, count: int) -> list[list[int]]
 @pytest.mark.parametrize(("name", "how", "window", "block_size"), spread(WINDOWED, GUESSING, WINDOWS, BLOCK_SIZES))
 def test_helpers_that_guess(name, how, window, block_size):
     pair, row = window_pair(name, window, block_size=block_size), piece(13, 1) * 4
-    skip_what_stock_refuses(pair.stock, row, GUESSING[how])
+    skip_what_stock_refuses(pair.stock, row, 14, GUESSING[how])
     pair.ask([row], max_new_tokens=14, **GUESSING[how])
     for prompt in some(followers(row, window, block_size), list(GUESSING).index(how), 2):
+        skip_what_stock_refuses(pair.stock, prompt, 7, GUESSING[how])
         pair.ask([prompt], max_new_tokens=7, **GUESSING[how])
 
 
-def skip_what_stock_refuses(model, row, arguments) -> None:
-    """Some versions of transformers cannot crop a sliding window."""
+def skip_what_stock_refuses(model, row, new_tokens, arguments) -> None:
+    """Some versions of transformers cannot crop a sliding window, or not after several passes of a draft (5.17)."""
     given = {key: value(model) if callable(value) else value for key, value in arguments.items()}
+    torch.manual_seed(7)  # that of `Pair.ask`
     try:
-        model.generate(**batch([row]), max_new_tokens=3, **given)
+        model.generate(**batch([row]), max_new_tokens=new_tokens, **given)
     except Exception as error:
         pytest.skip(f"stock refuses: {type(error).__name__}: {error}")
 

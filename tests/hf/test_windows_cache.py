@@ -154,4 +154,6 @@ def test_crop_of_what_was_recorded(name, window):
         caches.feed(count)
         caches.both(lambda cache, remove=remove: cache.crop(-remove))
         caches.text = caches.text[:, : caches.text.shape[1] - remove]
-    caches.feed(1, 1)
+    caches.feed(1)
+    caches.both(lambda cache: cache.crop(0))  # stock 5.17 wants a crop after every pass
+    caches.feed(1)
