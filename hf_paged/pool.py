@@ -78,7 +78,7 @@ class KVPool:
             self._free_limit if given_bytes is None and on_cpu and not self._is_bounded else None,
         )
         if on_cpu and can_give_back():
-            self.manager.on_give_back = self._give_back
+            self.manager.budget.on_give_back = self._give_back
         if POISON:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
@@ -171,7 +171,7 @@ class KVPool:
         with self.manager.lock:
             for table in tables:
                 self.manager.free(table)
-            self.manager.settle()
+            self.manager.budget.settle()
 
     def _layers(self, group: int) -> list[LayerStore]:
         return [layer for layer in self.stores if layer is not None and layer.group == group]

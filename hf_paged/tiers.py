@@ -22,8 +22,8 @@ import torch
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.fetch import FetchPolicy, Hop, find_hops, find_options, first_needed
-from hf_paged.core.manager import BlockManager, Pin, are_plain
-from hf_paged.core.prefix import Entry
+from hf_paged.core.manager import BlockManager, Pin
+from hf_paged.core.prefix import Entry, are_plain
 from hf_paged.core.records import RecordFolder
 from hf_paged.core.tier import Record, TierIndex
 from hf_paged.layout import RecordLayout

@@ -1,4 +1,4 @@
-"""The budget: what the pools of several groups may hold together, and whose cached blocks go first."""
+"""The budget: what the pools of several groups may hold together, whose cached blocks go first, and when memory goes back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ GROWTH_STEP_BYTES = 2**26
 
 
 class Budget:
-    """`limit_bytes` for the blocks of all pools that join, cached ones included.
+    """`limit_bytes` for the blocks of all pools that join.
 
-    The null blocks count too. A pool on its own may count in blocks instead: each of them costs 1 then.
+    What counts are blocks that are in use or cached, and the null blocks. Memory beyond the limit is not touched as long
+    as there is something to do about it: idle memory goes back first, then cached blocks do. Idle blocks that share a
+    page with blocks in use cannot go back, and no call fails for them: they may come on top of the limit. A pool on its
+    own may count in blocks instead of bytes: each of them costs 1 then.
 
     Args:
         limit_bytes: the limit, or where to begin.
@@ -25,6 +28,8 @@ class Budget:
 
     Attributes:
         is_frugal: whether pools hand out free blocks that are touched before those that would take more memory.
+        on_give_back: lets the system have the memory of free blocks, given the number of a pool and runs of its blocks.
+            `None`: their memory stays until they are used again.
         before_eviction: told which cached blocks of which pools are about to be given up for their memory, oldest
             first, while they still hold what they are kept for.
     """
@@ -36,6 +41,7 @@ class Budget:
         self._ceiling_bytes = limit_bytes if find_limit is None else 0
         self._pools: list[BlockPool] = []
         self._clock = count()
+        self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.before_eviction: Callable[[list[tuple[BlockPool, int]]], None] | None = None
 
     def join(self, pool: BlockPool) -> None:
@@ -83,15 +89,49 @@ class Budget:
         if self._find_limit is not None:
             self._ceiling_bytes = min(self._ceiling_bytes, self.touched_bytes)
 
-    def may_touch(self, num_bytes: int) -> bool:
-        """Whether there is memory for `num_bytes` more beside all that is touched."""
-        return self.touched_bytes + num_bytes <= self._ceiling_bytes
+    def fit(self, counts: Sequence[int]) -> None:
+        """Make sure that so many more blocks of each pool can be had without touching more than the limit.
 
-    def excess_bytes(self, counts: Sequence[int]) -> int:
+        One pool's free blocks are of no use to another, so their memory goes back first; then cached blocks go.
+        """
+        growth = sum(count * pool.block_bytes for count, pool in zip(counts, self._pools, strict=True))
+        if self.on_give_back is None or self.touched_bytes + growth <= self._ceiling_bytes:
+            return
+        while (excess := self._excess_bytes(counts)) > 0 and (self.give_back() or self.evict_bytes(excess)):
+            pass
+        self.is_frugal = True
+
+    def _excess_bytes(self, counts: Sequence[int]) -> int:
         """What is touched above the limit once each pool has handed out so many blocks more, idle ones first."""
         pools = zip(counts, self._pools, strict=True)
         growth = sum(max(0, count - pool.idle) * pool.block_bytes for count, pool in pools)
         return self.touched_bytes + growth - self.limit_bytes
+
+    def give_back(self) -> bool:
+        """Let the system have the memory of free blocks; returns whether there was any."""
+        if self.on_give_back is None or not self.idle_bytes:
+            return False
+        given_back = False
+        for number, pool in enumerate(self._pools):
+            runs = pool.give_back()
+            if runs:
+                self.on_give_back(number, runs)
+                given_back = True
+        if given_back:
+            self.is_frugal = False
+            self.expire()
+        return given_back
+
+    def settle(self) -> None:
+        """Sequences have ended: where none is left, or most memory lies idle, it goes back.
+
+        As long as others run, what they are about to need again is kept.
+        """
+        is_idle = not any(pool.in_use for pool in self._pools)
+        if is_idle:
+            self.expire()
+        if is_idle or self.idle_bytes > max(GROWTH_STEP_BYTES, self.touched_bytes // 2):
+            self.give_back()
 
     def make_room(self, num_bytes: int) -> None:
         """Give up the least recently used cached blocks until `num_bytes` more fit, or nothing is cached."""

@@ -10,10 +10,10 @@ from functools import partial
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
-from hf_paged.core.budget import GROWTH_STEP_BYTES, Budget
+from hf_paged.core.budget import Budget
 from hf_paged.core.chain import BlockChain
 from hf_paged.core.plan import Copy
-from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
+from hf_paged.core.prefix import Entry, PrefixIndex, are_plain, chain_key, seen_from
 from hf_paged.core.table import BlockTable
 
 Pin = tuple[int, int]  # group, block
@@ -47,10 +47,6 @@ class BlockManager:
         block_bytes: what a block of each group costs; by default 1.
         budget_bytes: for all groups together; by default enough for every id.
         find_limit: as `Budget` takes it.
-
-    Attributes:
-        on_give_back: lets the system have the memory of free blocks, given a group and runs of them; called under
-            `lock`, so that nobody takes them meanwhile. `None`: their memory stays until they are used again.
     """
 
     def __init__(
@@ -73,7 +69,6 @@ class BlockManager:
             BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
             for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
         ]
-        self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.lock = threading.RLock()
         self.copied_blocks = 0
         self._tables: dict[int, BlockTable] = {}
@@ -186,8 +181,7 @@ class BlockManager:
                 self._append(table, count, room_tokens, growth)
             self._pinned.update(growth.pins)
             for i, table in enumerate(tables):
-                if table.root is not None:
-                    _track(table, None if tokens is None else tokens[i])
+                table.track(None if tokens is None else tokens[i])
             return growth
 
     def check_room(self, num_blocks: int) -> None:
@@ -208,19 +202,7 @@ class BlockManager:
         self.budget.make_room(num_bytes)
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
-        if self.on_give_back is not None and not self.budget.may_touch(num_bytes):
-            self._fit(counts, num_bytes)
-
-    def _fit(self, counts: Sequence[int], num_bytes: int) -> None:
-        """Make sure that so many more blocks of each group can be had without touching more than the budget.
-
-        One group's free blocks are of no use to another, so their memory goes back first; then cached blocks go.
-        """
-        budget, wanted = self.budget, max(counts)
-        while (excess := budget.excess_bytes(counts)) > 0:
-            if not self.give_back() and not budget.evict_bytes(excess):
-                raise OutOfBlocks(wanted, max(0, wanted - -(-excess * wanted // num_bytes)))
-        budget.is_frugal = True
+        self.budget.fit(counts)
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
@@ -353,10 +335,10 @@ class BlockManager:
             for i in range(whole):
                 blocks = [chain.blocks[i] for chain in table.chains]
                 if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
-                    table.keys[i:] = [self.index_blocks(parent, _packed(table, i), blocks), *table.keys[i + 1 :]]
+                    table.keys[i:] = [self.index_blocks(parent, table.packed(i), blocks), *table.keys[i + 1 :]]
                 parent = table.keys[i]
-            if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
-                self.index_blocks(parent, _packed(table, whole), [chain.blocks[whole] for chain in table.chains])
+            if with_tail and table.tail_tokens and not self.index.is_covered(parent, table.packed(whole)):
+                self.index_blocks(parent, table.packed(whole), [chain.blocks[whole] for chain in table.chains])
             self.index.prune(parent)
 
     def take_blocks(
@@ -415,9 +397,7 @@ class BlockManager:
         with self.lock:
             entries = [replace(entry, blocks=entry.blocks.copy()) for entry in self.index.below(root)]
             pins = [(group, block) for entry in entries for group, block in enumerate(entry.blocks) if block]
-            for group, block in pins:
-                self.pools[group].share([block])
-            self._pinned.update(pins)
+            self.hold(pins)
             return entries, pins
 
     def forget_prefixes(self) -> None:
@@ -426,37 +406,7 @@ class BlockManager:
             self.index.clear()
             for pool in self.pools:
                 pool.discard_all()
-            self.give_back()
-
-    # -- memory --------------------------------------------------------------------------------------------------
-
-    def give_back(self) -> bool:
-        """Let the system have the memory of free blocks; returns whether there was any."""
-        with self.lock:
-            if self.on_give_back is None or not self.budget.idle_bytes:
-                return False
-            given_back = False
-            for group, pool in enumerate(self.pools):
-                runs = pool.give_back()
-                if runs:
-                    self.on_give_back(group, runs)
-                    given_back = True
-            if given_back:
-                self.budget.is_frugal = False
-                self.budget.expire()
-            return given_back
-
-    def settle(self) -> None:
-        """Sequences have ended: where none is left, or most memory lies idle, it goes back.
-
-        As long as others run, what they are about to need again is kept.
-        """
-        with self.lock:
-            idle = self.budget.idle_bytes
-            if not self.in_use:
-                self.budget.expire()
-            if not self.in_use or idle > max(GROWTH_STEP_BYTES, self.budget.touched_bytes // 2):
-                self.give_back()
+            self.budget.give_back()
 
     def check_integrity(self) -> None:
         """Prove that the pools and the index agree with the live tables; for tests."""
@@ -478,22 +428,3 @@ class BlockManager:
             self.index.check_integrity()
             spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
             assert spent <= self.budget.limit_bytes, "over the budget"
-            if self.on_give_back is not None:
-                assert self.budget.touched_bytes <= self.budget.limit_bytes, "more memory than the budget"
-
-
-def are_plain(tokens: Sequence[int]) -> bool:
-    """Whether all are token ids and nothing else."""
-    return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
-
-
-def _packed(table: BlockTable, i: int) -> bytes:
-    """The tokens of block `i`."""
-    return pack_tokens(table.tokens[table.block_start(i) : table.block_start(i + 1)])
-
-
-def _track(table: BlockTable, tokens: Sequence[int] | None) -> None:
-    if tokens is None or not are_plain(tokens):
-        table.untrack()
-    else:
-        table.tokens.extend(tokens)

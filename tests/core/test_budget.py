@@ -12,7 +12,7 @@ def manager_with_idle_memory(num_blocks: int, budget: int, page_blocks: int = 1)
     """Both groups have touched `num_blocks` blocks; the full group holds all of its, the window group two at most."""
     manager = BlockManager(40, 4, (None, 4), (1, 1), budget)
     given_back = []
-    manager.on_give_back = lambda group, runs: given_back.extend((group, run) for run in runs)
+    manager.budget.on_give_back = lambda group, runs: given_back.extend((group, run) for run in runs)
     for pool in manager.pools:
         pool.page_blocks = page_blocks
     table = manager.new_table(ROOT)
@@ -41,12 +41,23 @@ def test_idle_memory_goes_back_before_anything_is_evicted():
     manager.check_integrity()
 
 
-def test_memory_that_cannot_go_back_is_not_there_for_others():
-    """Blocks that share a page with one in use: refused, although blocks enough are free and nothing is changed."""
+def test_no_call_fails_for_memory_that_cannot_go_back():
+    """Blocks that share a page with one in use; what is cached goes before they come on top of the budget."""
+    manager, (table, given_back) = manager_with_idle_memory(15, budget=39, page_blocks=64)
+    other = manager.new_table(ROOT)
+    append(manager, other, 8, first=1000)
+    manager.index_table(other, True)
+    manager.free(other)
+    append(manager, table, 40)
+    assert (manager.cached, manager.evicted, given_back) == (0, 4, [])
+    assert manager.budget.touched_bytes == 25 + 15 > manager.budget.limit_bytes
+    manager.check_integrity()
+
+
+def test_a_budget_is_filled_to_the_last_block_whatever_shares_its_pages():
     manager, (table, _) = manager_with_idle_memory(15, budget=39, page_blocks=64)
     assert manager.available == 10
     with pytest.raises(OutOfBlocks):
-        append(manager, table, 40)
-    assert table.num_tokens == 60
-    append(manager, table, 36)
+        append(manager, table, 44)
+    append(manager, table, 40)
     manager.check_integrity()

@@ -129,7 +129,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.manager = BlockManager(17, 4, self.WINDOWS, self.COSTS, self.BUDGET)
-        self.manager.on_give_back = self._lose
+        self.manager.budget.on_give_back = self._lose
         for pool in self.manager.pools:
             pool.page_blocks = self.PAGE_BLOCKS
         self.memory: list[dict[int, tuple]] = [{} for _ in self.WINDOWS]
@@ -146,13 +146,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def give_back(self):
-        self.manager.give_back()
+        self.manager.budget.give_back()
         if self.PAGE_BLOCKS == 1:
             assert self.manager.budget.idle_bytes == 0
 
     @rule()
     def settle(self):
-        self.manager.settle()
+        self.manager.budget.settle()
         assert self.manager.in_use or self.PAGE_BLOCKS > 1 or self.manager.budget.idle_bytes == 0
 
     @rule(target=tables, root=st.sampled_from([None, *ROOTS]), count=st.integers(0, 14), data=st.data())
@@ -270,7 +270,19 @@ class ManagerMachine(RuleBasedStateMachine):
                 for i in range(copy.tokens):
                     memory[copy.target + i] = memory[copy.source + i]
             assert len(each) <= len(sources), "at most one block a table is copied"
+        self._agrees_with_budget()
         self.manager.unpin(pins)
+
+    def _agrees_with_budget(self):
+        """Memory was taken beyond the budget only where there was nothing left to give up for it."""
+        if self.manager.budget.touched_bytes > self.BUDGET:
+            assert self.manager.cached == 0
+            for pool in self.manager.pools:
+                for at in range(0, pool.num_blocks, self.PAGE_BLOCKS):
+                    page = range(at, min(at + self.PAGE_BLOCKS, pool.num_blocks))
+                    assert any(pool._used[block] for block in page[at == 0 :]) or not any(
+                        pool._touched[block] for block in page
+                    ), "a page of idle blocks was kept"
 
     @rule(table=tables, data=st.data())
     def crop(self, table, data):
