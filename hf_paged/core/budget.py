@@ -1,4 +1,4 @@
-"""The budget: what the pools of several groups may hold together, whose cached blocks go first, and when memory goes back."""
+"""The budget: what several groups' pools may hold together, whose cached blocks go first, when memory goes back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GROWTH_STEP_BYTES = 2**26
 class Budget:
     """`limit_bytes` for the blocks of all pools that join.
 
-    What counts are blocks that are in use or cached, and the null blocks. Memory beyond the limit is not touched as long
-    as there is something to do about it: idle memory goes back first, then cached blocks do. Idle blocks that share a
-    page with blocks in use cannot go back, and no call fails for them: they may come on top of the limit. A pool on its
-    own may count in blocks instead of bytes: each of them costs 1 then.
+    What counts are blocks that are in use or cached, and the null blocks. Memory beyond the limit is not touched as
+    long as there is something to do about it: idle memory goes back first, then cached blocks do. Idle blocks that
+    share a page with blocks in use cannot go back, and no call fails for them: they may come on top of the limit. A
+    pool on its own may count in blocks instead of bytes: each of them costs 1 then.
 
     Args:
         limit_bytes: the limit, or where to begin.
