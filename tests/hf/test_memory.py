@@ -18,8 +18,8 @@ from hf_paged import PagedCache, PagedMemoryError, arena, patch_model, pool, sto
 from hf_paged.core.budget import GROWTH_STEP_BYTES
 
 MIB = 2**20
-# What the process's memory moves by without us, once glibc has given back the heap that torch has freed (`resident_now`):
-# at most 0.5 MiB in 20 calls of this kind. glibc itself keeps up to 64 MiB of it, more after larger tensors.
+# What the process's memory moves by without us, at most 0.5 MiB in 20 calls of this kind, once glibc has given back what
+# it keeps of the heap that torch has freed (`resident_now`): up to 64 MiB, more after larger tensors.
 NOISE = MIB
 
 
