@@ -70,15 +70,17 @@ class PagedRuntime:
     def reset_stats(self) -> None:
         """Zero the counters; gauges stay true."""
         self.counters.reset()
-        if self._pool is not None:
-            self._copied_before = self._pool.manager.copied_blocks
-            self._evicted_before = self._pool.manager.evicted
+        with self._lock:
+            if self._pool is not None:
+                self._copied_before = self._pool.manager.copied_blocks
+                self._evicted_before = self._pool.manager.evicted
 
     def clear(self) -> None:
         """Forget every cached prefix, on every tier."""
-        self._prefixes.forget()
-        if self._pool is not None:
-            self._pool.forget_prefixes()
+        with self._lock:  # another thread may release the pool meanwhile
+            self._prefixes.forget()
+            if self._pool is not None:
+                self._pool.forget_prefixes()
 
     def release(self) -> None:
         """Give the pool's memory and its files back to the system, cached prefixes included.

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from disk import tiered
 from families import VOCAB
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
@@ -18,8 +19,8 @@ from hf_paged import PagedCache, PagedMemoryError, arena, patch_model, pool, sto
 from hf_paged.core.budget import GROWTH_STEP_BYTES
 
 MIB = 2**20
-# What the process's memory moves by without us, at most 0.5 MiB in 20 calls of this kind, once glibc has given back what
-# it keeps of the heap that torch has freed (`resident_now`): up to 64 MiB, more after larger tensors.
+# What the process's memory moves by without us: at most 0.5 MiB in 20 calls of this kind, once glibc has given back
+# what it keeps of the heap that torch has freed (up to 64 MiB, more after larger tensors).
 NOISE = MIB
 
 
@@ -174,9 +175,10 @@ def test_rows_that_end_early_give_memory_back_while_others_run(no_poison):
 # Answers stay exact, whoever gives memory back meanwhile
 
 
-@pytest.mark.parametrize("meanwhile", ["clear", "release", "generate"])
+@pytest.mark.parametrize("meanwhile", ["clear", "release", "generate", "release, with a disk"])
 def test_another_thread_is_not_disturbed(meanwhile):
-    pair = Pair("llama")
+    meanwhile, *disk = meanwhile.split(", ")
+    pair = tiered(blocks=70) if disk else Pair("llama")
     inputs = batch([piece(40, 1), piece(33, 2), piece(21, 3)])
     expected = pair.stock.generate(**inputs, do_sample=False, max_new_tokens=24)
     stop, errors = threading.Event(), []
@@ -187,6 +189,8 @@ def test_another_thread_is_not_disturbed(meanwhile):
                 if stop.is_set():
                     return
                 pair.model.generate(**batch([piece(20 + seed % 30, 10 + seed % 5)]), do_sample=False, max_new_tokens=2)
+                if disk:
+                    evict(pair)
                 if meanwhile != "generate":
                     getattr(pair.paged, meanwhile)()
         except BaseException as error:
@@ -202,6 +206,8 @@ def test_another_thread_is_not_disturbed(meanwhile):
         stop.set()
         thread.join(timeout=60)
     assert not errors
+    assert not pair.paged.stats().fallbacks
+    assert bool(disk) == (pair.paged.stats().offloaded_bytes > 0)
     pair.check()
 
 
