@@ -4,6 +4,7 @@
 #   make test       the whole suite, and the differential tests on the two older transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
+#   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make lint       ruff; `make format` repairs what it can
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
@@ -28,10 +29,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-disk bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -92,6 +93,9 @@ test-arm:
 	@mkdir -p build
 	aarch64-linux-gnu-g++ -O2 -static -std=gnu++17 -Wno-psabi -pthread tests/native/fuzz.cpp -o build/fuzz-arm
 	qemu-aarch64-static build/fuzz-arm 60
+
+bench-disk: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.disk $(BENCH)
 
 test: $(VENV)/.test
 	@failed=; for part in newest $(OLDER); do \

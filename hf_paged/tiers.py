@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class DiskTier:
             if self._index is not None and self._is_usable:
                 self._index.clear()
                 for file in self._folder.files:  # behind what is still being written
-                    self._writer.submit(self._try, file.truncate)
+                    self._try(partial(self._writer.submit, self._try, file.truncate))
 
     def close(self) -> None:
         """Remove the files; nothing is kept or found from now on."""
@@ -122,7 +123,7 @@ class DiskTier:
     def demote(self, victims: list[tuple[BlockPool, int]]) -> None:
         """Keep the content of blocks that are about to be evicted, oldest first. Called under the manager's lock."""
         if self._is_usable:
-            self._try(lambda: self._demote(victims))
+            self._try(partial(self._demote, victims))
 
     def _demote(self, victims: list[tuple[BlockPool, int]]) -> None:
         self._open()
@@ -206,7 +207,7 @@ class DiskTier:
             return []
         pins: list[Pin] = []
         try:
-            self._try(lambda: self._fetch(root, tokens, limit, pins))
+            self._try(partial(self._fetch, root, tokens, limit, pins))
         except BaseException:
             self._manager.unpin(pins)
             raise
@@ -290,18 +291,19 @@ class DiskTier:
 
     def _read(self, group: int, load: _Load, into: Any) -> bool:
         """Read one record; one that is not what it was is forgotten."""
-        record = load.record
-        record.written.result()
+        record, fault = load.record, "a record is damaged"
+        if record.written is not None:  # an interrupt may have come before somebody noted that it is under way
+            record.written.result()
         try:
             if record.checksum is None:
                 return False
             if self._folder.files[group].read(record.slot, memoryview(into), record.checksum):
                 return True
-            self._counters.fall_back("disk tier: a record is damaged")
         except OSError as error:
-            self._counters.fall_back(f"disk tier: {error}")
+            fault = str(error)
         with self._manager.lock:
-            self._index.discard(group, record)
+            if self._index.discard(group, record):  # and has not just lost its place to another one
+                self._counters.fall_back(f"disk tier: {fault}")
         return False
 
 
