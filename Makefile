@@ -5,8 +5,10 @@
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
+#   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make lint       ruff; `make format` repairs what it can
+#   make soak       500 random calls on little memory with a disk below, each against stock
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
 #
@@ -17,6 +19,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
+SOAK ?=
 OLDER_TESTS ?= tests/hf
 OLDER := 5.8.1 5.17.0
 
@@ -29,10 +32,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-disk bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention sanitize test-arm soak wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -15
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -74,6 +77,12 @@ bench: $(VENV)/.demo
 bench-dialogues: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.dialogues
 
+bench-disk: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.disk $(BENCH)
+
+bench-memory: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.residency $(BENCH)
+
 bench-attention: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.attention $(BENCH)
 
@@ -94,9 +103,6 @@ test-arm:
 	aarch64-linux-gnu-g++ -O2 -static -std=gnu++17 -Wno-psabi -pthread tests/native/fuzz.cpp -o build/fuzz-arm
 	qemu-aarch64-static build/fuzz-arm 60
 
-bench-disk: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.disk $(BENCH)
-
 test: $(VENV)/.test
 	@failed=; for part in newest $(OLDER); do \
 		$(MAKE) --no-print-directory test-$$part || failed="$$failed $$part"; \
@@ -110,6 +116,9 @@ test-newest: $(VENV)/.test
 $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
 	@PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(VERSIONS)
 	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) $(OLDER_TESTS)
+
+soak: $(VENV)/.test
+	$(BIN)/python tests/hf/soak.py $(SOAK)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
