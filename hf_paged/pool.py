@@ -171,7 +171,7 @@ class KVPool:
         with self.manager.lock:
             for table in tables:
                 self.manager.free(table)
-            self.manager.budget.settle()
+            self.manager.settle()
 
     def _layers(self, group: int) -> list[LayerStore]:
         return [layer for layer in self.stores if layer is not None and layer.group == group]

@@ -71,6 +71,7 @@ class BlockPool:
         self._claimed = bytearray(num_blocks)
         self._touched = bytearray(num_blocks)
         self.touched, self.page_blocks = 0, 1
+        self._settled_idle = 0
         self._used[NULL_BLOCK] = self._claimed[NULL_BLOCK] = 1
         self._cached: OrderedDict[int, int] = OrderedDict()  # when each was last used, oldest first
         self._in_use = 0
@@ -93,6 +94,12 @@ class BlockPool:
     def idle(self) -> int:
         """Free blocks whose memory is there."""
         return self.touched - self._in_use - self.cached
+
+    @property
+    def settled_idle(self) -> int:
+        """Of these, such as could not be given back last time, because they share pages with others."""
+        self._settled_idle = min(self._settled_idle, self.idle)
+        return self._settled_idle
 
     @property
     def available(self) -> int:
@@ -273,6 +280,7 @@ class BlockPool:
             self.touched -= idle.count(1, start, at)
             self._touched[start:at] = bytes(min(at, self.num_blocks) - start)
             runs.append(range(start, at))
+        self._settled_idle = self.idle
         return runs
 
     def _free(self, block: int) -> None:

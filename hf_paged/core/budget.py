@@ -122,15 +122,14 @@ class Budget:
             self.expire()
         return given_back
 
-    def settle(self) -> None:
-        """Sequences have ended: where none is left, or most memory lies idle, it goes back.
+    def settle(self, num_sequences: int) -> None:
+        """Blocks have become free: their memory goes back, beside a block for each of the sequences that are left.
 
-        As long as others run, what they are about to need again is kept.
+        These are about to need a block more, and beams give up and take as much at every step.
         """
-        is_idle = not any(pool.in_use for pool in self._pools)
-        if is_idle:
+        if not num_sequences:
             self.expire()
-        if is_idle or self.idle_bytes > max(GROWTH_STEP_BYTES, self.touched_bytes // 2):
+        if any(pool.settled_idle + num_sequences < pool.idle for pool in self._pools):
             self.give_back()
 
     def make_room(self, num_bytes: int) -> None:

@@ -281,6 +281,11 @@ class BlockManager:
             if self._tables.pop(id(table), None) is not None:
                 self._empty(table)
 
+    def settle(self) -> None:
+        """Let the system have the memory that the sequences which are left do not need."""
+        with self.lock:
+            self.budget.settle(sum(table.num_tokens > 0 for table in self._tables.values()))
+
     def _empty(self, table: BlockTable) -> None:
         for group, chain in enumerate(table.chains):
             self._unclaim(group, chain)
