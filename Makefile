@@ -4,9 +4,12 @@
 #   make test       the whole suite, and the differential tests on the two older transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
+#   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
+#   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make lint       ruff; `make format` repairs what it can
+#   make soak       500 random calls on little memory with a disk below, each against stock
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
 #
@@ -17,6 +20,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
+SOAK ?=
 OLDER_TESTS ?= tests/hf
 OLDER := 5.8.1 5.17.0
 
@@ -29,10 +33,11 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-attention bench-gpu compile-gpu sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-gpu compile-gpu
+.PHONY: sanitize test-arm soak wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -76,6 +81,12 @@ bench: $(VENV)/.demo
 bench-dialogues: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.dialogues
 
+bench-disk: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.disk $(BENCH)
+
+bench-memory: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.residency $(BENCH)
+
 bench-attention: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.attention $(BENCH)
 
@@ -117,6 +128,9 @@ test-newest: $(VENV)/.test
 $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
 	@PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(VERSIONS)
 	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) $(OLDER_TESTS)
+
+soak: $(VENV)/.test
+	$(BIN)/python tests/hf/soak.py $(SOAK)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

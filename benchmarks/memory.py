@@ -26,11 +26,14 @@ class KvProbe(LogitsProcessor):
         self.model = model
         self.sequences: list[torch.Tensor] = []
         self.bytes_in_use: list[int] = []
+        self.bytes_reserved: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Note the sequences ``[rows, tokens]`` and pass the scores on."""
         self.sequences.append(input_ids)
-        self.bytes_in_use.append(self.model.paged.stats().bytes_in_use)
+        stats = self.model.paged.stats()
+        self.bytes_in_use.append(stats.bytes_in_use)
+        self.bytes_reserved.append(stats.bytes_reserved)
         return scores
 
 
@@ -45,6 +48,8 @@ class KvUse:
     """The distinct real tokens of the live rows, at the same step."""
     worst_factor: float
     """The largest ``(patched - one block a live row) / real`` of any step."""
+    worst_reserved_factor: float
+    """The same of all memory that the pool has taken, cached and free blocks included."""
 
     @property
     def within_margin(self) -> bool:
@@ -56,14 +61,15 @@ def kv_use(work: Work, probe: KvProbe) -> KvUse:
     """Work out what a probe saw."""
     per_token = token_bytes(probe.model.config, probe.model.dtype)
     per_block = per_token * probe.model.paged.config.block_size
-    real, factors = [], []
-    for sequences, held in zip(probe.sequences, probe.bytes_in_use, strict=True):
+    real, factors, reserved_factors = [], [], []
+    for sequences, held, reserved in zip(probe.sequences, probe.bytes_in_use, probe.bytes_reserved, strict=True):
         rows = live_rows(work, sequences)
         real.append(per_token * needed_tokens(work, rows, sequences.shape[1] - work.input_ids.shape[1]))
         factors.append((held - per_block * len(rows)) / real[-1])
+        reserved_factors.append((reserved - per_block * len(rows)) / real[-1])
     peak = max(range(len(real)), key=probe.bytes_in_use.__getitem__)
     dense = per_token * probe.sequences[-1].numel()
-    return KvUse(dense, probe.bytes_in_use[peak], real[peak], max(factors))
+    return KvUse(dense, probe.bytes_in_use[peak], real[peak], max(factors), max(reserved_factors))
 
 
 def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

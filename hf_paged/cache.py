@@ -197,6 +197,7 @@ class PagedCache(Cache):
             if ending:
                 self.index_rows(ending, with_tails=False)
         manager.trim(self.tables)
+        manager.settle()
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens.

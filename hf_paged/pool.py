@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 
 import psutil
 import torch
 
+from hf_paged.arena import can_give_back
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.capacity import group_costs
@@ -17,7 +20,7 @@ from hf_paged.errors import PagedMemoryError
 from hf_paged.store import POISON, LayerStore
 from hf_paged.tiers import DiskTier
 
-# Of the memory that is free when the pool is made; the rest stays for activations and everyone else.
+# Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
 # Enough for any prompt of today on a CPU, and block ids stay small; untouched blocks cost no memory.
 MAX_SLOTS = 2**21
@@ -49,29 +52,36 @@ class KVPool:
     ):
         self.block_size = block_size = settings.block_size
         self.device_key: str | int = "cpu" if device.type == "cpu" else (device.index or 0)
-        budget_bytes = settings.budget_bytes(self.device_key)
-        self.budget_bytes = int(free_bytes(device) * FREE_MEMORY_SHARE) if budget_bytes is None else budget_bytes
+        given_bytes = settings.budget_bytes(self.device_key)
+        on_cpu = device.type == "cpu"
+        self.device = device
         self.stores: list[LayerStore | None] = [None] * len(windows)
         groups = group_costs(layer_bytes, windows)
         kinds = [group.window for group in groups]
         self.layer_groups = [kinds.index(window) for window in windows]
         block_bytes = [group.block_bytes(block_size) for group in groups]
         most_blocks = (most_slots(device.type) if max_slots is None else max_slots) // block_size + 1
+        limit_bytes = self._free_limit(0) if given_bytes is None else given_bytes
+        # Other devices have no pages that come and go; on the CPU free memory may yet grow, up to all there is.
+        self.most_bytes = min(psutil.virtual_memory().total, given_bytes or sys.maxsize) if on_cpu else limit_bytes
+        self._is_bounded = max_slots is not None
         self.manager = BlockManager(
             # Each group may need all of the budget. A given number of slots is the only bound.
             [
-                most_blocks if max_slots is not None else max(1, min(self.budget_bytes // each, most_blocks))
+                most_blocks if self._is_bounded else max(1, min(self.most_bytes // each, most_blocks))
                 for each in block_bytes
             ],
             block_size,
             kinds,
             block_bytes,
-            self.budget_bytes if max_slots is None else most_blocks * sum(block_bytes),
+            most_blocks * sum(block_bytes) if self._is_bounded else limit_bytes,
+            self._free_limit if given_bytes is None and on_cpu and not self._is_bounded else None,
         )
+        if on_cpu and can_give_back():
+            self.manager.budget.on_give_back = self._give_back
         if POISON:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
-        self._is_bounded = max_slots is not None
         self.tier: DiskTier | None = None
 
     @property
@@ -86,10 +96,17 @@ class KVPool:
 
     @property
     def bytes_reserved(self) -> int:
-        """Bytes of every block that was ever written."""
+        """Bytes of the blocks that were handed out and whose memory has not been given back since.
+
+        In whole blocks; where several share a page, the system holds up to a page a head more at the ends of a run.
+        """
         pools = self.manager.pools
         written = [layer for layer in self.stores if layer is not None]
-        return sum(pools[each.group].high_water * self.block_size * each.bytes_per_token for each in written)
+        return sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
+
+    def _free_limit(self, touched_bytes: int) -> int:
+        """The budget where none was set: most of what is free now, beside what the pool has taken itself."""
+        return int((free_bytes(self.device) + touched_bytes) * FREE_MEMORY_SHARE)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
         """The store of a layer; made when first asked for, to fit `key` and `value` `[batch, kv_heads, tokens, dim]`.
@@ -102,9 +119,10 @@ class KVPool:
                 store = self.stores[index]
                 if store is None:
                     group = self.layer_groups[index]
-                    # An odd number of slots keeps the heads of a layer from falling into the same cache sets.
-                    num_slots = self.manager.pools[group].num_blocks * self.block_size + 1
-                    store = self.stores[index] = LayerStore(num_slots, self.block_size, key, value, group)
+                    pool = self.manager.pools[group]
+                    store = LayerStore(pool.num_blocks * self.block_size, self.block_size, key, value, group)
+                    pool.page_blocks = math.lcm(pool.page_blocks, store.whole_page_blocks)
+                    self.stores[index] = store
                     self._keep_to_budget()
         if not store.accepts(key, value):
             raise ValueError(
@@ -122,7 +140,7 @@ class KVPool:
         for group, pool in enumerate(self.manager.pools):
             layers = [layer for layer in self.stores if layer.group == group]
             pool.block_bytes = sum(layer.bytes_per_token for layer in layers) * self.block_size
-            pool.limit_ids(self.budget_bytes // pool.block_bytes)
+            pool.limit_ids(self.most_bytes // pool.block_bytes)
 
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
@@ -130,8 +148,8 @@ class KVPool:
         return PagedMemoryError(
             f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
             f"({error.available} blocks) fit beside the {self.manager.in_use} blocks in use: the budget is "
-            f"{self.budget_bytes} bytes. Raise max_memory[{self.device_key!r}], shorten the input or lower the batch "
-            "size."
+            f"{self.manager.budget.limit_bytes} bytes. Raise max_memory[{self.device_key!r}], shorten the input or "
+            "lower the batch size."
         )
 
     def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
@@ -149,15 +167,23 @@ class KVPool:
             self.tier.clear()
 
     def free(self, tables: Sequence[BlockTable]) -> None:
-        """Give up sequences."""
+        """Give up sequences; memory that lies idle then goes back to the system."""
         with self.manager.lock:
             for table in tables:
                 self.manager.free(table)
+            self.manager.settle()
+
+    def _layers(self, group: int) -> list[LayerStore]:
+        return [layer for layer in self.stores if layer is not None and layer.group == group]
+
+    def _give_back(self, group: int, runs: Sequence[range]) -> None:
+        for layer in self._layers(group):
+            for blocks in runs:
+                layer.give_back(blocks)
 
     def _poison(self, group: int, block: int) -> None:
-        for layer in self.stores:
-            if layer is not None and layer.group == group and layer.keys.dtype.is_floating_point:
-                layer.poison(block, self.block_size)
+        for layer in self._layers(group):
+            layer.poison(range(block, block + 1))
 
 
 def most_slots(device_type: str) -> int:

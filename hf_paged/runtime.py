@@ -73,23 +73,31 @@ class PagedRuntime:
     def reset_stats(self) -> None:
         """Zero the counters; gauges stay true."""
         self.counters.reset()
-        if self._pool is not None:
-            self._copied_before = self._pool.manager.copied_blocks
-            self._evicted_before = self._pool.manager.evicted
+        with self._lock:
+            if self._pool is not None:
+                self._copied_before = self._pool.manager.copied_blocks
+                self._evicted_before = self._pool.manager.evicted
 
     def clear(self) -> None:
         """Forget every cached prefix, on every tier."""
-        self._prefixes.forget()
-        if self._pool is not None:
-            self._pool.forget_prefixes()
+        with self._lock:  # another thread may release the pool meanwhile
+            self._prefixes.forget()
+            if self._pool is not None:
+                self._pool.forget_prefixes()
 
     def release(self) -> None:
-        """Give the pool's memory and its files back to the system; the next `generate` takes what it needs again.
+        """Give the pool's memory and its files back to the system, cached prefixes included.
 
-        Blocks of caches that are still held stay theirs until they are gone.
+        The next `generate` takes what it needs again.
+
+        Blocks of running calls, and of caches that are still held, stay theirs until they are gone.
         """
         with self._lock:
-            self._drop_pool()
+            self.clear()
+            if self._pool is not None:
+                self._close_tier(self._pool)
+                if not self._pool.manager.in_use:
+                    self._drop_pool()
 
     def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
         """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
@@ -165,22 +173,28 @@ class PagedRuntime:
         with self._lock:
             device = compat.compute_device(model)
             key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
-            if self._pool is None or self._pool_key != key:
+            if self._pool is not None and self._pool_key != key:
+                self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
-                self._pool = self._make_pool(model)
-                self._add_tier(self._pool)
-                self._pool_key = key
+            if self._pool is None:
+                self._pool, self._pool_key = self._make_pool(model), key
+            self._open_tier(self._pool)
             return self._pool
 
     def _drop_pool(self) -> None:
-        if self._pool is not None and self._pool.tier is not None:
-            self._pool.tier.close()
+        self._close_tier(self._pool)
         self._pool = self._pool_key = None
         self._copied_before = self._evicted_before = 0
 
-    def _add_tier(self, pool: KVPool) -> None:
+    @staticmethod
+    def _close_tier(pool: KVPool) -> None:
+        if pool.tier is not None:
+            pool.tier.close()
+
+    def _open_tier(self, pool: KVPool) -> None:
+        """Give the pool a disk tier where it is to have one and has none, or one that `release` has closed."""
         budget_bytes, folder = self.config.budget_bytes("disk"), self.config.offload_folder
-        if budget_bytes:
+        if budget_bytes and (pool.tier is None or pool.tier.is_closed):
             base = None if folder is None else Path(folder)
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 

@@ -9,16 +9,19 @@ Per layer, K and V are head-major: `[kv_heads, slots, dim]`, where slot `b * blo
 
 so the tokens of adjacent blocks are one strided view `[kv_heads, tokens, dim]` that SDPA reads without a copy. The
 tensors are as long as the budget allows; pages that were never written cost nothing (the system maps them on first
-touch), so memory grows with the highest block in use.
+touch), and those of free blocks can be given back: memory follows the blocks that are held, and nothing is copied.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 import torch
 
+from hf_paged.arena import Arena, whole_pages_of_slots
+from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged_kernels import Writes, native
@@ -41,19 +44,31 @@ class LayerStore:
 
     def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor, group: int = 0):
         self.group = group
-        self.keys = self._allocate(num_slots, block_size, key)
-        self.values = self._allocate(num_slots, block_size, value)
+        self._block_size = block_size
+        num_slots = whole_pages_of_slots(num_slots, (key, value))
+        self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
+        self.keys, self.values = (arena.tensor for arena in self._arenas)
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
         self._native = native().store_for(self.keys, self.values)
 
     @staticmethod
-    def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
-        shape = (like.shape[1], num_slots, like.shape[3])
-        memory = torch.empty(shape, dtype=like.dtype, device=like.device)
+    def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:
+        arena = Arena(num_slots, like)
         if POISON:
-            memory.fill_(torch.nan)
-        memory[:, :block_size].zero_()
-        return memory
+            arena.tensor[:, block_size:] = torch.nan
+        return arena
+
+    @property
+    def whole_page_blocks(self) -> int:
+        """The smallest number of adjacent blocks that fill whole pages of K and of V."""
+        return math.lcm(*(arena.whole_page_blocks(self._block_size) for arena in self._arenas))
+
+    def give_back(self, blocks: range) -> None:
+        """Let the system have the memory of blocks that nobody holds; they begin and end with whole pages."""
+        for arena in self._arenas:
+            arena.give_back(blocks.start * self._block_size, blocks.stop * self._block_size)
+        if POISON:
+            self.poison(range(max(blocks.start, NULL_BLOCK + 1), blocks.stop))
 
     @property
     def bytes_per_token(self) -> int:
@@ -114,10 +129,10 @@ class LayerStore:
         """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
         return self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
-    def poison(self, block: int, block_size: int) -> None:
-        """Fill a block with NaN."""
-        for memory in (self.keys, self.values):
-            memory[:, block * block_size : (block + 1) * block_size] = torch.nan
+    def poison(self, blocks: range) -> None:
+        """Fill blocks with NaN."""
+        for memory in (each for each in (self.keys, self.values) if each.dtype.is_floating_point):
+            memory[:, blocks.start * self._block_size : blocks.stop * self._block_size] = torch.nan
 
 
 def _native_writes(plan: StepPlan) -> Writes:

@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ import torch
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.fetch import FetchPolicy, Hop, find_hops, find_options, first_needed
-from hf_paged.core.manager import BlockManager, Pin, are_plain
-from hf_paged.core.prefix import Entry
+from hf_paged.core.manager import BlockManager, Pin
+from hf_paged.core.prefix import Entry, are_plain
 from hf_paged.core.records import RecordFolder
 from hf_paged.core.tier import Record, TierIndex
 from hf_paged.layout import RecordLayout
@@ -44,6 +45,9 @@ class DiskTier:
         budget_bytes: the most that the files hold.
         base: the folder to make a folder in; `None`: that of temporary files.
         counters: told of bytes, choices and faults.
+
+    Attributes:
+        is_closed: whether nothing is kept or found any more.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class DiskTier:
         self._failed: deque[tuple[int, Record, OSError]] = deque()
         self._process = os.getpid()
         self._remove: Callable[[], object] = lambda: None
-        self._is_closed = False
+        self.is_closed = False
         manager.budget.before_eviction = _weakly(weakref.WeakMethod(self.demote))
 
     @property
@@ -87,12 +91,12 @@ class DiskTier:
             if self._index is not None and self._is_usable:
                 self._index.clear()
                 for file in self._folder.files:  # behind what is still being written
-                    self._writer.submit(self._try, file.truncate)
+                    self._try(partial(self._writer.submit, self._try, file.truncate))
 
     def close(self) -> None:
         """Remove the files; nothing is kept or found from now on."""
         with self._manager.lock:
-            self._is_closed = True
+            self.is_closed = True
             self._manager.budget.before_eviction = None
             if self._index is not None:
                 self._index.clear()
@@ -106,7 +110,7 @@ class DiskTier:
     @property
     def _is_usable(self) -> bool:
         """A forked process has the files, but not the thread that writes them."""
-        return not self._is_closed and os.getpid() == self._process
+        return not self.is_closed and os.getpid() == self._process
 
     def _try(self, what: Callable[[], object]) -> None:
         try:
@@ -119,7 +123,7 @@ class DiskTier:
     def demote(self, victims: list[tuple[BlockPool, int]]) -> None:
         """Keep the content of blocks that are about to be evicted, oldest first. Called under the manager's lock."""
         if self._is_usable:
-            self._try(lambda: self._demote(victims))
+            self._try(partial(self._demote, victims))
 
     def _demote(self, victims: list[tuple[BlockPool, int]]) -> None:
         self._open()
@@ -203,7 +207,7 @@ class DiskTier:
             return []
         pins: list[Pin] = []
         try:
-            self._try(lambda: self._fetch(root, tokens, limit, pins))
+            self._try(partial(self._fetch, root, tokens, limit, pins))
         except BaseException:
             self._manager.unpin(pins)
             raise
@@ -287,18 +291,19 @@ class DiskTier:
 
     def _read(self, group: int, load: _Load, into: Any) -> bool:
         """Read one record; one that is not what it was is forgotten."""
-        record = load.record
-        record.written.result()
+        record, fault = load.record, "a record is damaged"
+        if record.written is not None:  # an interrupt may have come before somebody noted that it is under way
+            record.written.result()
         try:
             if record.checksum is None:
                 return False
             if self._folder.files[group].read(record.slot, memoryview(into), record.checksum):
                 return True
-            self._counters.fall_back("disk tier: a record is damaged")
         except OSError as error:
-            self._counters.fall_back(f"disk tier: {error}")
+            fault = str(error)
         with self._manager.lock:
-            self._index.discard(group, record)
+            if self._index.discard(group, record):  # and has not just lost its place to another one
+                self._counters.fall_back(f"disk tier: {fault}")
         return False
 
 

@@ -14,6 +14,9 @@ Block 0 is the null block: never handed out, always zero, the target of padding.
 Attention reads adjacent blocks as one strided view, so the pool prefers them: `take(after=b)` continues behind
 `b`, and a *claim* keeps room behind a sequence that is expected to grow. A claim is a hint, not a reservation:
 it costs no memory and is ignored as soon as nothing else is free.
+
+A block is *touched* from when it is first handed out until its memory is given back, which only a free block's can be.
+A free block that is touched is *idle*. Memory comes and goes in pages: `page_blocks` adjacent blocks fill whole ones.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from itertools import islice
 from hf_paged.core.budget import Budget
 
 NULL_BLOCK = 0
+_FLIP = bytes([1, 0]) + bytes(254)  # for `translate`: the other blocks of a bitmap
 
 
 class OutOfBlocks(Exception):
@@ -44,6 +48,10 @@ class BlockPool:
         on_free: called with a block's id when it becomes free, for whatever reason.
         budget: shared with other pools; `None`: as much as there are ids.
         block_bytes: what one block costs of it.
+
+    Attributes:
+        touched: blocks whose memory was taken and not given back.
+        page_blocks: memory is given back in groups of so many adjacent blocks.
     """
 
     def __init__(
@@ -61,6 +69,9 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._used = bytearray(num_blocks)
         self._claimed = bytearray(num_blocks)
+        self._touched = bytearray(num_blocks)
+        self.touched, self.page_blocks = 0, 1
+        self._settled_idle = 0
         self._used[NULL_BLOCK] = self._claimed[NULL_BLOCK] = 1
         self._cached: OrderedDict[int, int] = OrderedDict()  # when each was last used, oldest first
         self._in_use = 0
@@ -80,6 +91,17 @@ class BlockPool:
         return len(self._cached)
 
     @property
+    def idle(self) -> int:
+        """Free blocks whose memory is there."""
+        return self.touched - self._in_use - self.cached
+
+    @property
+    def settled_idle(self) -> int:
+        """Of these, such as could not be given back last time, because they share pages with others."""
+        self._settled_idle = min(self._settled_idle, self.idle)
+        return self._settled_idle
+
+    @property
     def available(self) -> int:
         """Blocks that `take` could hand out, cached ones included."""
         ids = self.num_blocks - 1 - self._in_use
@@ -92,7 +114,7 @@ class BlockPool:
     def limit_ids(self, num_blocks: int) -> None:
         """Hand out no ids from `num_blocks` on, unless some were handed out already."""
         self.num_blocks = max(self.high_water, min(self.num_blocks, num_blocks))
-        for bitmap in (self._refs, self._used, self._claimed):
+        for bitmap in (self._refs, self._used, self._claimed, self._touched):
             del bitmap[self.num_blocks :]
 
     def is_cached(self, block: int) -> bool:
@@ -114,24 +136,28 @@ class BlockPool:
             raise OutOfBlocks(count, self.available)
         self._budget.make_room(count * self.block_bytes)
         self.make_room(count)
-        self._in_use += count
         claim = range(0)
-        blocks = self._own(self._run_behind(after, count)) if after is not None else []
+        blocks = self._own(self._idle_blocks(after, count)) if self._budget.is_frugal else []
+        after = blocks[-1] if blocks else after
+        blocks += self._own(self._run_behind(after, count - len(blocks))) if after is not None else []
         rest = count - len(blocks)
         if rest:
             start = self._find_run(rest, room)
             if start is None:
-                blocks += self._own(self._scattered(rest))
+                blocks += self._own(self._scattered(self._used, rest))
             else:
                 blocks += self._own(range(start, start + rest))
                 claim = range(start, min(start + rest + room, self.num_blocks))
                 self._claimed[claim.start : claim.stop] = b"\1" * len(claim)
+        self._in_use += count
         self.high_water = max(self.high_water, max(blocks, default=0) + 1)
         return blocks, claim
 
     def _own(self, blocks: Iterable[int]) -> list[int]:
         blocks = list(blocks)
+        self.touched += len(blocks) - sum(map(self._touched.__getitem__, blocks))
         for block in blocks:
+            self._touched[block] = 1
             self._used[block] = self._claimed[block] = 1
             self._refs[block] = 1
         return blocks
@@ -149,12 +175,29 @@ class BlockPool:
                 return start
         return None
 
-    def _scattered(self, count: int) -> list[int]:
+    @staticmethod
+    def _scattered(bitmap: bytes | bytearray, count: int) -> list[int]:
         blocks, at = [], 0
         for _ in range(count):
-            at = self._used.find(0, at + 1)
+            at = bitmap.find(0, at + 1)
             blocks.append(at)
         return blocks
+
+    def _idle_blocks(self, after: int | None, count: int) -> Sequence[int]:
+        """At most `count` idle blocks: behind block `after`, else adjacent, else any.
+
+        None where all free blocks are idle, so that it makes no difference.
+        """
+        idle = self.idle
+        if idle == self.num_blocks - 1 - self._in_use - self.cached:
+            return ()
+        count = min(count, idle)
+        others = int.from_bytes(self._touched.translate(_FLIP), "big")
+        taken = (int.from_bytes(self._used, "big") | others).to_bytes(self.num_blocks, "big")
+        start = -1 if after is None else taken.find(bytes(count), after + 1, after + 1 + count)
+        if start < 0:
+            start = taken.find(bytes(count))
+        return self._scattered(taken, count) if start < 0 else range(start, start + count)
 
     def unclaim(self, claim: range) -> None:
         """Give back the unused part of a claim."""
@@ -218,6 +261,28 @@ class BlockPool:
         for block in list(self._cached):
             self.discard(block)
 
+    def give_back(self) -> list[range]:
+        """Runs of free blocks that fill whole pages, every idle one that can be: they are not touched any more.
+
+        A run may begin with the null block: memory that comes back is zero, as it must be.
+        """
+        runs, size, at = [], self.page_blocks, 0
+        unused = self._used.translate(_FLIP)
+        idle = (int.from_bytes(self._touched, "big") & int.from_bytes(unused, "big")).to_bytes(self.num_blocks, "big")
+        while (at := idle.find(1, at)) >= 0:
+            start = at // size * size
+            used = self._used.find(1, max(start, NULL_BLOCK + 1))
+            stop = self.num_blocks if used < 0 else used // size * size
+            if stop <= at:  # it shares a page with a block that is used
+                at = start + size
+                continue
+            at = -(-(idle.rfind(1, start, stop) + 1) // size) * size
+            self.touched -= idle.count(1, start, at)
+            self._touched[start:at] = bytes(min(at, self.num_blocks) - start)
+            runs.append(range(start, at))
+        self._settled_idle = self.idle
+        return runs
+
     def _free(self, block: int) -> None:
         self._used[block] = self._claimed[block] = 0
         if self.on_free is not None:
@@ -232,6 +297,9 @@ class BlockPool:
             assert not (refs and cached), f"block {block} is owned and cached"
             assert bool(self._used[block]) == bool(refs or cached), f"block {block}: wrong bitmap"
             assert self._claimed[block] or not self._used[block], f"block {block} is used but not claimed"
+            assert self._touched[block] or not self._used[block], f"block {block} is used but not touched"
+        assert self._touched.count(1) == self.touched, "wrong count of touched blocks"
+        assert len(self._touched) == len(self._used) == self.num_blocks, "a bitmap has changed its length"
         assert self._refs[NULL_BLOCK] == 0, "the null block was handed out"
         assert self._in_use == len(expected_references), "wrong count of blocks in use"
         assert list(self._cached.values()) == sorted(self._cached.values()), "cached blocks out of order"

@@ -1,8 +1,8 @@
-"""The budget: what the pools of several groups may hold together, and whose cached blocks go first."""
+"""The budget: what several groups' pools may hold together, whose cached blocks go first, when memory goes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import count, islice
 from typing import TYPE_CHECKING
@@ -10,21 +10,38 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_paged.core.blocks import BlockPool
 
+# Memory grows by so much before it is asked again how much is free (60 us a time, on Linux).
+GROWTH_STEP_BYTES = 2**26
+
 
 class Budget:
-    """`limit_bytes` for the blocks of all pools that join, cached ones included.
+    """`limit_bytes` for the blocks of all pools that join.
 
-    The null blocks count too. A pool on its own may count in blocks instead: each of them costs 1 then.
+    What counts are blocks that are in use or cached, and the null blocks. Memory beyond the limit is not touched as
+    long as there is something to do about it: idle memory goes back first, then cached blocks do. Idle blocks that
+    share a page with blocks in use cannot go back, and no call fails for them: they may come on top of the limit. A
+    pool on its own may count in blocks instead of bytes: each of them costs 1 then.
+
+    Args:
+        limit_bytes: the limit, or where to begin.
+        find_limit: says what it is now, given the bytes that are touched; `None`: it stays as it is.
 
     Attributes:
+        is_frugal: whether pools hand out free blocks that are touched before those that would take more memory.
+        on_give_back: lets the system have the memory of free blocks, given the number of a pool and runs of its blocks.
+            `None`: their memory stays until they are used again.
         before_eviction: told which cached blocks of which pools are about to be given up for their memory, oldest
             first, while they still hold what they are kept for.
     """
 
-    def __init__(self, limit_bytes: int):
+    def __init__(self, limit_bytes: int, find_limit: Callable[[int], int] | None = None):
         self.limit_bytes = limit_bytes
+        self.is_frugal = False
+        self._find_limit = find_limit
+        self._ceiling_bytes = limit_bytes if find_limit is None else 0
         self._pools: list[BlockPool] = []
         self._clock = count()
+        self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.before_eviction: Callable[[list[tuple[BlockPool, int]]], None] | None = None
 
     def join(self, pool: BlockPool) -> None:
@@ -40,16 +57,95 @@ class Budget:
         """What running sequences have left, were every cached block given up."""
         return self.limit_bytes - sum((pool.in_use + 1) * pool.block_bytes for pool in self._pools)
 
+    @property
+    def uncached_bytes(self) -> int:
+        """What is left without giving up cached blocks."""
+        return self.free_bytes - sum(pool.cached * pool.block_bytes for pool in self._pools)
+
+    @property
+    def touched_bytes(self) -> int:
+        """Memory that was taken and not given back."""
+        return sum(pool.touched * pool.block_bytes for pool in self._pools)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of this, that of free blocks."""
+        return sum(pool.idle * pool.block_bytes for pool in self._pools)
+
+    def look_up(self, num_bytes: int) -> None:
+        """Find the limit anew where `num_bytes` more take memory beyond the last step, or something to be given up."""
+        if self._find_limit is None:
+            return
+        grown = self.touched_bytes + num_bytes
+        if grown <= self._ceiling_bytes and num_bytes <= self.uncached_bytes:
+            return
+        in_use = self.limit_bytes - self.free_bytes
+        self.limit_bytes = max(in_use, self._find_limit(self.touched_bytes))
+        self._ceiling_bytes = min(self.limit_bytes, grown + GROWTH_STEP_BYTES)
+        self.make_room(0)
+
+    def expire(self) -> None:
+        """Time passes: whatever is to be taken from now on, memory may be short by then."""
+        if self._find_limit is not None:
+            self._ceiling_bytes = min(self._ceiling_bytes, self.touched_bytes)
+
+    def fit(self, counts: Sequence[int]) -> None:
+        """Make sure that so many more blocks of each pool can be had without touching more than the limit.
+
+        One pool's free blocks are of no use to another, so their memory goes back first; then cached blocks go.
+        """
+        growth = sum(count * pool.block_bytes for count, pool in zip(counts, self._pools, strict=True))
+        if self.on_give_back is None or self.touched_bytes + growth <= self._ceiling_bytes:
+            return
+        while (excess := self._excess_bytes(counts)) > 0 and (self.give_back() or self.evict_bytes(excess)):
+            pass
+        self.is_frugal = True
+
+    def _excess_bytes(self, counts: Sequence[int]) -> int:
+        """What is touched above the limit once each pool has handed out so many blocks more, idle ones first."""
+        pools = zip(counts, self._pools, strict=True)
+        growth = sum(max(0, count - pool.idle) * pool.block_bytes for count, pool in pools)
+        return self.touched_bytes + growth - self.limit_bytes
+
+    def give_back(self) -> bool:
+        """Let the system have the memory of free blocks; returns whether there was any."""
+        if self.on_give_back is None or not self.idle_bytes:
+            return False
+        given_back = False
+        for number, pool in enumerate(self._pools):
+            runs = pool.give_back()
+            if runs:
+                self.on_give_back(number, runs)
+                given_back = True
+        if given_back:
+            self.is_frugal = False
+            self.expire()
+        return given_back
+
+    def settle(self, num_sequences: int) -> None:
+        """Blocks have become free: their memory goes back, beside a block for each of the sequences that are left.
+
+        These are about to need a block more, and beams give up and take as much at every step.
+        """
+        if not num_sequences:
+            self.expire()
+        if any(pool.settled_idle + num_sequences < pool.idle for pool in self._pools):
+            self.give_back()
+
     def make_room(self, num_bytes: int) -> None:
         """Give up the least recently used cached blocks until `num_bytes` more fit, or nothing is cached."""
-        short = num_bytes - self.free_bytes + sum(pool.cached * pool.block_bytes for pool in self._pools)
+        self.evict_bytes(num_bytes - self.uncached_bytes)
+
+    def evict_bytes(self, num_bytes: int) -> bool:
+        """Give up the least recently used cached blocks, `num_bytes` of them; returns whether there was any."""
         victims = []
         for pool, block in self._oldest_first():
-            if short <= 0:
+            if num_bytes <= 0:
                 break
             victims.append((pool, block))
-            short -= pool.block_bytes
+            num_bytes -= pool.block_bytes
         self.give_up(victims)
+        return bool(victims)
 
     def evict(self, num_blocks: int) -> int:
         """Give up the least recently used cached blocks of all pools; returns how many there were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.budget import Budget
 from hf_paged.core.chain import BlockChain
 from hf_paged.core.plan import Copy
-from hf_paged.core.prefix import TOKEN_LIMIT, Entry, PrefixIndex, chain_key, pack_tokens, seen_from
+from hf_paged.core.prefix import Entry, PrefixIndex, are_plain, chain_key, seen_from
 from hf_paged.core.table import BlockTable
 
 Pin = tuple[int, int]  # group, block
@@ -46,6 +46,7 @@ class BlockManager:
         windows: of each group, in tokens; `None` keeps all tokens.
         block_bytes: what a block of each group costs; by default 1.
         budget_bytes: for all groups together; by default enough for every id.
+        find_limit: as `Budget` takes it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class BlockManager:
         windows: Sequence[int | None] = (None,),
         block_bytes: Sequence[int] | None = None,
         budget_bytes: int | None = None,
+        find_limit: Callable[[int], int] | None = None,
     ):
         ids = [num_blocks] * len(windows) if isinstance(num_blocks, int) else num_blocks
         costs = [1] * len(windows) if block_bytes is None else block_bytes
@@ -62,7 +64,7 @@ class BlockManager:
         self.block_size = block_size
         self.windows = tuple(windows)
         self.index = PrefixIndex(block_size, windows)
-        self.budget = Budget(enough if budget_bytes is None else budget_bytes)
+        self.budget = Budget(enough if budget_bytes is None else budget_bytes, find_limit)
         self.pools = [
             BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
             for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
@@ -179,24 +181,28 @@ class BlockManager:
                 self._append(table, count, room_tokens, growth)
             self._pinned.update(growth.pins)
             for i, table in enumerate(tables):
-                if table.root is not None:
-                    _track(table, None if tokens is None else tokens[i])
+                table.track(None if tokens is None else tokens[i])
             return growth
 
     def check_room(self, num_blocks: int) -> None:
-        """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available.
+        """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available."""
+        if num_blocks:
+            self._make_room([num_blocks] * len(self.pools))
+
+    def _make_room(self, counts: Sequence[int]) -> None:
+        """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
         All at once and before anything else changes, because giving up may take time and be interrupted.
         """
-        if num_blocks and num_blocks > self.available:
-            raise OutOfBlocks(num_blocks, self.available)
-        self._make_room([num_blocks] * len(self.pools))
-
-    def _make_room(self, counts: Sequence[int]) -> None:
-        """Give up cached blocks until there is room for `counts[group]` more blocks in each pool."""
-        self.budget.make_room(sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)))
+        num_bytes = sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True))
+        self.budget.look_up(num_bytes)
+        short = any(count > pool.available for count, pool in zip(counts, self.pools, strict=True))
+        if short or num_bytes > self.budget.free_bytes:
+            raise OutOfBlocks(max(counts), self.available)
+        self.budget.make_room(num_bytes)
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
+        self.budget.fit(counts)
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
@@ -275,6 +281,11 @@ class BlockManager:
             if self._tables.pop(id(table), None) is not None:
                 self._empty(table)
 
+    def settle(self) -> None:
+        """Let the system have the memory that the sequences which are left do not need."""
+        with self.lock:
+            self.budget.settle(sum(table.num_tokens > 0 for table in self._tables.values()))
+
     def _empty(self, table: BlockTable) -> None:
         for group, chain in enumerate(table.chains):
             self._unclaim(group, chain)
@@ -329,10 +340,10 @@ class BlockManager:
             for i in range(whole):
                 blocks = [chain.blocks[i] for chain in table.chains]
                 if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
-                    table.keys[i:] = [self.index_blocks(parent, _packed(table, i), blocks), *table.keys[i + 1 :]]
+                    table.keys[i:] = [self.index_blocks(parent, table.packed(i), blocks), *table.keys[i + 1 :]]
                 parent = table.keys[i]
-            if with_tail and table.tail_tokens and not self.index.is_covered(parent, _packed(table, whole)):
-                self.index_blocks(parent, _packed(table, whole), [chain.blocks[whole] for chain in table.chains])
+            if with_tail and table.tail_tokens and not self.index.is_covered(parent, table.packed(whole)):
+                self.index_blocks(parent, table.packed(whole), [chain.blocks[whole] for chain in table.chains])
             self.index.prune(parent)
 
     def take_blocks(
@@ -370,12 +381,8 @@ class BlockManager:
         `room` more blocks are expected behind them. Raises `OutOfBlocks` and changes nothing.
         """
         with self.lock:
-            free_bytes, taken = self.budget.free_bytes, []
-            if any(count > pool.available for count, pool in zip(counts, self.pools, strict=True)) or free_bytes < sum(
-                count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True)
-            ):
-                raise OutOfBlocks(max(counts), self.available)
             self._make_room(counts)
+            taken = []
             for pool, count, before in zip(self.pools, counts, after, strict=True):
                 blocks, claim = pool.take(count, before or None, room)
                 pool.unclaim(claim)
@@ -395,17 +402,16 @@ class BlockManager:
         with self.lock:
             entries = [replace(entry, blocks=entry.blocks.copy()) for entry in self.index.below(root)]
             pins = [(group, block) for entry in entries for group, block in enumerate(entry.blocks) if block]
-            for group, block in pins:
-                self.pools[group].share([block])
-            self._pinned.update(pins)
+            self.hold(pins)
             return entries, pins
 
     def forget_prefixes(self) -> None:
-        """Give up every cached block and forget what the others hold."""
+        """Give up every cached block, with its memory, and forget what the others hold."""
         with self.lock:
             self.index.clear()
             for pool in self.pools:
                 pool.discard_all()
+            self.budget.give_back()
 
     def check_integrity(self) -> None:
         """Prove that the pools and the index agree with the live tables; for tests."""
@@ -427,20 +433,3 @@ class BlockManager:
             self.index.check_integrity()
             spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
             assert spent <= self.budget.limit_bytes, "over the budget"
-
-
-def are_plain(tokens: Sequence[int]) -> bool:
-    """Whether all are token ids and nothing else."""
-    return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
-
-
-def _packed(table: BlockTable, i: int) -> bytes:
-    """The tokens of block `i`."""
-    return pack_tokens(table.tokens[table.block_start(i) : table.block_start(i + 1)])
-
-
-def _track(table: BlockTable, tokens: Sequence[int] | None) -> None:
-    if tokens is None or not are_plain(tokens):
-        table.untrack()
-    else:
-        table.tokens.extend(tokens)

@@ -30,6 +30,11 @@ _TOKEN_CODE, TOKEN_BYTES = "I", 4
 _MAX_COMPARED = 32
 
 
+def are_plain(tokens: Sequence[int]) -> bool:
+    """Whether all are token ids and nothing else."""
+    return not tokens or (min(tokens) >= 0 and max(tokens) < TOKEN_LIMIT)
+
+
 def pack_tokens(tokens: Sequence[int]) -> bytes:
     """Token ids as bytes, four each."""
     return array(_TOKEN_CODE, tokens).tobytes()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hf_paged.core.chain import BlockChain
+from hf_paged.core.prefix import are_plain, pack_tokens
 
 
 class BlockTable:
@@ -76,6 +79,19 @@ class BlockTable:
     def open_seam(self) -> None:
         """Go on in a new block behind a tail that others hold too."""
         self.seam_tokens, self.seam_blocks = self.num_tokens, self.num_blocks
+
+    def packed(self, block: int) -> bytes:
+        """The tokens of the table's block number `block`."""
+        return pack_tokens(self.tokens[self.block_start(block) : self.block_start(block + 1)])
+
+    def track(self, tokens: Sequence[int] | None) -> None:
+        """These tokens follow; `None`, or numbers that are no plain ids, if the sequence can be indexed no more."""
+        if self.root is None:
+            return
+        if tokens is None or not are_plain(tokens):
+            self.untrack()
+        else:
+            self.tokens.extend(tokens)
 
     def untrack(self) -> None:
         """Something was stored that token ids do not describe: the sequence is not indexed any more."""

@@ -85,6 +85,23 @@ class PoolMachine(RuleBasedStateMachine):
         while self.claims:
             self.pool.unclaim(self.claims.pop())
 
+    @rule(page_blocks=st.sampled_from([1, 2, 4, 5]))
+    def give_back(self, page_blocks):
+        """Every page of free blocks that are touched goes back, and no other."""
+        self.pool.page_blocks = page_blocks
+        used = {*self.references, *self.cached}
+        pages = [range(at, at + page_blocks) for at in range(0, self.NUM_BLOCKS, page_blocks)]
+        due = {block for page in pages if not used & set(page) for block in page}
+        before, given_back = self.touched(), {block for run in self.pool.give_back() for block in run}
+        assert given_back - {0} <= due | set(range(self.NUM_BLOCKS, self.NUM_BLOCKS + page_blocks)), (
+            "a page that is used was given back"
+        )
+        assert not self.touched() & due, "an idle page was kept"
+        assert self.touched() == before - due
+
+    def touched(self):
+        return {block for block in range(self.NUM_BLOCKS) if self.pool._touched[block]}
+
     @invariant()
     def agrees(self):
         self.pool.check_integrity(dict(self.references))
@@ -105,17 +122,40 @@ class ManagerMachine(RuleBasedStateMachine):
     WINDOWS: tuple = (None,)
     COSTS: tuple = (1,)
     BUDGET = 17
+    PAGE_BLOCKS = 1
 
     tables = Bundle("tables")
 
     def __init__(self):
         super().__init__()
         self.manager = BlockManager(17, 4, self.WINDOWS, self.COSTS, self.BUDGET)
+        self.manager.budget.on_give_back = self._lose
+        for pool in self.manager.pools:
+            pool.page_blocks = self.PAGE_BLOCKS
         self.memory: list[dict[int, tuple]] = [{} for _ in self.WINDOWS]
         self.content: dict[int, list[int]] = {}
         self.origin: dict[int, bytes] = {}
         self.live: dict[int, object] = {}
         self.unknown = TOKEN_LIMIT
+
+    def _lose(self, group, runs):
+        """Memory that is given back loses its content."""
+        for run in runs:
+            for slot in range(4 * run.start, 4 * run.stop):
+                self.memory[group].pop(slot, None)
+
+    @rule()
+    def give_back(self):
+        self.manager.budget.give_back()
+        if self.PAGE_BLOCKS == 1:
+            assert self.manager.budget.idle_bytes == 0
+
+    @rule()
+    def settle(self):
+        self.manager.settle()
+        if self.PAGE_BLOCKS == 1:
+            living = sum(table.num_tokens > 0 for table in self.live.values())
+            assert all(pool.idle <= living for pool in self.manager.pools)
 
     @rule(target=tables, root=st.sampled_from([None, *ROOTS]), count=st.integers(0, 14), data=st.data())
     def new(self, root, count, data):
@@ -232,7 +272,19 @@ class ManagerMachine(RuleBasedStateMachine):
                 for i in range(copy.tokens):
                     memory[copy.target + i] = memory[copy.source + i]
             assert len(each) <= len(sources), "at most one block a table is copied"
+        self._agrees_with_budget()
         self.manager.unpin(pins)
+
+    def _agrees_with_budget(self):
+        """Memory was taken beyond the budget only where there was nothing left to give up for it."""
+        if self.manager.budget.touched_bytes > self.BUDGET:
+            assert self.manager.cached == 0
+            for pool in self.manager.pools:
+                for at in range(0, pool.num_blocks, self.PAGE_BLOCKS):
+                    page = range(at, min(at + self.PAGE_BLOCKS, pool.num_blocks))
+                    assert any(pool._used[block] for block in page[at == 0 :]) or not any(
+                        pool._touched[block] for block in page
+                    ), "a page of idle blocks was kept"
 
     @rule(table=tables, data=st.data())
     def crop(self, table, data):
@@ -306,6 +358,12 @@ class MixedMachine(ManagerMachine):
     WINDOWS, COSTS, BUDGET = (None, 3, 6), (2, 5, 1), 90
 
 
+class PagedMixedMachine(MixedMachine):
+    """Blocks that share pages: those of one group cannot always make room for those of another."""
+
+    PAGE_BLOCKS = 4
+
+
 class WindowMachine(ManagerMachine):
     """A model whose layers all have the same window."""
 
@@ -318,5 +376,7 @@ TestManager = ManagerMachine.TestCase
 TestManager.settings = SETTINGS
 TestMixedGroups = MixedMachine.TestCase
 TestMixedGroups.settings = SETTINGS
+TestPagedMixedGroups = PagedMixedMachine.TestCase
+TestPagedMixedGroups.settings = SETTINGS
 TestWindowGroup = WindowMachine.TestCase
 TestWindowGroup.settings = SETTINGS

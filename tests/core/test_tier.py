@@ -25,6 +25,7 @@ from hf_paged.core.fetch import (  # noqa: E402
     find_hops,
     find_options,
 )
+from hf_paged.core.manager import BlockManager  # noqa: E402
 from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key, seen_from  # noqa: E402
 from hf_paged.core.records import RecordFile, RecordFolder  # noqa: E402
 from hf_paged.core.tier import TierIndex  # noqa: E402
@@ -312,3 +313,31 @@ sys.stdin.read()
         RecordFolder(tmp_path, [8]).remove()
         assert list(tmp_path.iterdir()) == [other], "the dead one's is gone, the living one's is not"
         alive.communicate()
+
+
+# Giving up blocks
+
+
+def test_an_interrupt_while_blocks_are_given_up_changes_nothing():
+    """Copying a block to disk takes time: it comes before the tables that need its memory are touched."""
+    manager = BlockManager(4, 4)
+    old, table = manager.new_table(ROOT), manager.new_table()
+    for each, count in ((old, 4), (table, 2)):
+        manager.append([each], count, tokens=[list(range(count))])
+    manager.index_table(old, True)
+    manager.free(old)
+    twin = manager.fork(table)
+
+    def interrupt(victims):
+        assert [block for _, block in victims] == [1]
+        raise KeyboardInterrupt
+
+    manager.budget.before_eviction = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        manager.append([twin], 4)  # takes a copy of the tail and one block more
+    assert twin.num_tokens == 2
+    assert manager.cached == 1
+    manager.check_integrity()
+    manager.budget.before_eviction = None
+    manager.append([twin], 4)
+    assert manager.cached == 0

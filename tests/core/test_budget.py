@@ -1,0 +1,63 @@
+"""Groups under one budget: memory that one has no use for makes room for another before content is lost."""
+
+import pytest
+
+from hf_paged.core.blocks import OutOfBlocks
+from hf_paged.core.manager import BlockManager
+
+ROOT = b"root"
+
+
+def manager_with_idle_memory(num_blocks: int, budget: int, page_blocks: int = 1) -> tuple[BlockManager, list]:
+    """Both groups have touched `num_blocks` blocks; the full group holds all of its, the window group two at most."""
+    manager = BlockManager(40, 4, (None, 4), (1, 1), budget)
+    given_back = []
+    manager.budget.on_give_back = lambda group, runs: given_back.extend((group, run) for run in runs)
+    for pool in manager.pools:
+        pool.page_blocks = page_blocks
+    table = manager.new_table(ROOT)
+    append(manager, table, 4 * num_blocks)
+    manager.trim([table])
+    assert manager.budget.touched_bytes == 2 * num_blocks
+    assert manager.pools[1].idle >= num_blocks - 2
+    return manager, [table, given_back]
+
+
+def append(manager: BlockManager, table, num_tokens: int, first: int = 0) -> None:
+    manager.append([table], num_tokens, 0, [[first + table.num_tokens + i for i in range(num_tokens)]])
+
+
+def test_idle_memory_goes_back_before_anything_is_evicted():
+    """There is room for 8 more blocks a group beside what is held and cached, but not beside idle memory, too."""
+    manager, (table, given_back) = manager_with_idle_memory(15, budget=39)
+    other = manager.new_table(ROOT)
+    append(manager, other, 8, first=1000)
+    manager.index_table(other, True)
+    manager.free(other)
+    assert (manager.cached, given_back) == (4, [])
+    append(manager, table, 32)
+    assert {group for group, _ in given_back} == {1}
+    assert (manager.evicted, manager.cached) == (0, 4)
+    manager.check_integrity()
+
+
+def test_no_call_fails_for_memory_that_cannot_go_back():
+    """Blocks that share a page with one in use; what is cached goes before they come on top of the budget."""
+    manager, (table, given_back) = manager_with_idle_memory(15, budget=39, page_blocks=64)
+    other = manager.new_table(ROOT)
+    append(manager, other, 8, first=1000)
+    manager.index_table(other, True)
+    manager.free(other)
+    append(manager, table, 40)
+    assert (manager.cached, manager.evicted, given_back) == (0, 4, [])
+    assert manager.budget.touched_bytes == 25 + 15 > manager.budget.limit_bytes
+    manager.check_integrity()
+
+
+def test_a_budget_is_filled_to_the_last_block_whatever_shares_its_pages():
+    manager, (table, _) = manager_with_idle_memory(15, budget=39, page_blocks=64)
+    assert manager.available == 10
+    with pytest.raises(OutOfBlocks):
+        append(manager, table, 44)
+    append(manager, table, 40)
+    manager.check_integrity()
