@@ -12,7 +12,28 @@ from hf_paged.backends import AttentionCall, attend_rows
 from hf_paged.lazy import PagedKV
 from hf_paged.step import UnsupportedAttentionError
 
-NAME_PREFIX = "hf_paged_"
+
+class PagedName(str):
+    """The name of an attention implementation that ours has taken the place of; it is equal to that name.
+
+    Models look at the name of their attention, not only look it up (`_attn_implementation in ("eager", "sdpa")`), and
+    take other ways where it is none that they know. So ours reads, compares, prints, pickles and saves as the name that
+    the model had before. Only its hash is another one: in the tables of attention and mask functions, which are
+    dictionaries, it finds our function.
+    """
+
+    __slots__ = ()
+    __eq__ = str.__eq__
+
+    def __hash__(self) -> int:
+        return hash(("hf_paged", str(self)))
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> str:
+        return str(self)
+
 
 # Keywords of an attention call that are honoured, and those that carry no instruction of their own once a plan says
 # what each query sees.
@@ -40,9 +61,9 @@ _KNOWN = frozenset(
 )
 
 
-def patched_name(original: str) -> str:
+def patched_name(original: str) -> PagedName:
     """Name of the attention function that hands over to `original`; registered when first asked for."""
-    name = NAME_PREFIX + original
+    name = PagedName(original)
     if not compat.is_registered(name):
         compat.register_attention(name, partial(paged_attention_forward, original), original)
     return name

@@ -140,10 +140,6 @@ def set_attention_name(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation_internal = name
 
 
-# What pickle needs to name the attribute that `set_attention_name` sets.
-ATTENTION_NAME_ATTRIBUTE = "_attn_implementation_internal"
-
-
 def register_attention(name: str, function: Callable[..., Any], original: str) -> None:
     """Register an attention function; its masks are those of the implementation `original`."""
     ALL_ATTENTION_FUNCTIONS.register(name, function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from copy import copy, deepcopy
@@ -13,7 +12,6 @@ import torch
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, StoppingCriteriaList
 
 from hf_paged import compat
-from hf_paged.attention import NAME_PREFIX
 from hf_paged.cache import PagedCache
 from hf_paged.step import UnsupportedAttentionError
 
@@ -210,17 +208,9 @@ class PagedGenerationMixin:
     # -- copies and files see the original class ------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the original class, with the attention it had, loadable without hf_paged."""
+        """Pickle as the original class, loadable without hf_paged; the name of its attention does the same."""
         state = {name: value for name, value in self.__dict__.items() if name != RUNTIME_ATTRIBUTE}
-        parts = (_Call(object.__new__, self._hf_paged_original), *self._restored_names())
-        return operator.getitem, (parts, 0), state
-
-    def _restored_names(self) -> list[_Call]:
-        return [
-            _Call(setattr, config, compat.ATTENTION_NAME_ATTRIBUTE, name.removeprefix(NAME_PREFIX))
-            for config in compat.attention_configs(self)
-            if (name := compat.attention_name(config)) and name.startswith(NAME_PREFIX)
-        ]
+        return object.__new__, (self._hf_paged_original,), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A patched copy with a runtime of its own."""
@@ -232,16 +222,6 @@ class PagedGenerationMixin:
             if name != RUNTIME_ATTRIBUTE:
                 twin.__dict__[name] = deepcopy(value, memo)
         return patch_model(twin, self.paged.config)
-
-
-class _Call:
-    """Pickles as a call of `function` and unpickles as its result."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any):
-        self._call = function, args
-
-    def __reduce__(self) -> Any:
-        return self._call
 
 
 def _count_generated(result: Any, prompt_tokens: int, config: GenerationConfig) -> int:

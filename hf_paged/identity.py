@@ -17,7 +17,6 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.attention import NAME_PREFIX
 from hf_paged.sample import Sample
 from hf_paged.weights import Tree, held_tensors, parts, tensor_states, unreadable
 
@@ -195,9 +194,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
     """What computes differently with the same weights and config."""
-    attention = [
-        (compat.attention_name(each) or "").removeprefix(NAME_PREFIX) for each in compat.attention_configs(model)
-    ]
+    attention = [str(compat.attention_name(each) or "") for each in compat.attention_configs(model)]
     training, autocast, precision = _circumstances(model)
     return {"attention": attention, "training": training, "autocast": autocast, "matmul_precision": precision}
 
