@@ -9,7 +9,8 @@ import torch
 
 from hf_paged import compat
 from hf_paged.backends import AttentionCall, attend_rows
-from hf_paged.lazy import PagedKV
+from hf_paged.cross import attend_shared
+from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
 
 
@@ -97,6 +98,10 @@ def paged_attention_forward(
     Returns:
         `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
     """
+    if isinstance(key, SharedRows):
+        function = compat.original_attention(original, module)
+        kwargs = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return attend_shared(function, module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[-1] != 0:
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -7,16 +7,31 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+# Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
+_STATE_LAYERS = (LinearAttentionLayer,)
+_NO_KV = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+_STATE_AND_KV_LAYERS = (
+    LinearAttentionAndFullAttentionLayer,
+    *filter(None, [getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None)]),
+)
 
 
 def can_generate(model: object) -> bool:
@@ -24,35 +39,71 @@ def can_generate(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin) and model.can_generate()
 
 
-def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Per layer the sliding window, or `None` for full attention, as transformers' own cache sees them.
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the layers of transformers' own cache of a model keep.
 
-    Raises `ValueError` naming the layer type where a layer keeps anything but K and V of past tokens.
+    Attributes:
+        windows: of each layer that keeps K and V, the sliding window; `None` for full attention.
+        places: for each layer of the cache its number among those, `None` where it keeps no K and V.
+        has_states: whether some layer keeps a convolutional or recurrent state.
     """
+
+    windows: list[int | None]
+    places: list[int | None]
+    has_states: bool
+
+
+def cache_layout(config: PreTrainedConfig) -> CacheLayout:
+    """The layout of the cache that stock `generate` makes for `config`.
+
+    Raises `ValueError` naming the layer type where a layer keeps anything else than K and V of past tokens or a state,
+    or where none keeps K and V.
+    """
+    layers = DynamicCache(config=config).layers
     windows: list[int | None] = []
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
+    places: list[int | None] = []
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, *_STATE_LAYERS, *_STATE_AND_KV_LAYERS, *_NO_KV):
             raise ValueError(f"config: layer {index} keeps a {type(layer).__name__}, which is not made of KV blocks")
-    return windows
+        keeps_kv = isinstance(layer, DynamicLayer)
+        places.append(len(windows) if keeps_kv else None)
+        if keeps_kv:
+            windows.append(getattr(layer, "sliding_window", None))
+    if not windows:
+        raise ValueError("config: no layer keeps K and V of past tokens")
+    return CacheLayout(windows, places, any(keeps_state(layer) for layer in layers))
 
 
-class WindowMemo:
-    """`attention_windows` of one model, found again only where the config's content has changed."""
+def stock_layers(config: PreTrainedConfig) -> list[Any]:
+    """The layers of a new cache as stock `generate` makes it."""
+    return DynamicCache(config=config).layers
+
+
+def keeps_state(layer: object) -> bool:
+    """Whether a cache layer keeps a convolutional or recurrent state."""
+    return isinstance(layer, LinearAttentionLayer)
+
+
+def init_state(layer: Any, like: Any) -> None:
+    """Give a layer the attributes of an empty state, as many as the stock layer `like` has."""
+    count = {"number_of_states": like.number_of_states} if hasattr(like, "number_of_states") else {}
+    LinearAttentionLayer.__init__(layer, **count)
+
+
+class LayoutMemo:
+    """`cache_layout` of one model, found again only where the config's content has changed."""
 
     def __init__(self) -> None:
         self._config: dict[str, Any] | None = None
-        self._windows: list[int | None] = []
+        self._layout: CacheLayout | None = None
 
-    def of(self, config: PreTrainedConfig) -> list[int | None]:
-        """The windows of `config`; raises as `attention_windows` does."""
-        if self._config != config.__dict__:
-            self._windows = attention_windows(config)
+    def of(self, config: PreTrainedConfig) -> CacheLayout:
+        """The layout of `config`; raises as `cache_layout` does."""
+        if self._layout is None or self._config != config.__dict__:
+            self._layout = cache_layout(config)
             self._config = copy.deepcopy(config.__dict__)
-        return self._windows
+        return self._layout
 
 
 def uses_dynamic_cache(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,21 @@ _KNOWN_ARGUMENTS = frozenset(
     )
 )
 _MEANINGLESS_IF_FALSE = (None, False)
+# What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
+_ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
+
+
+class InputNames(NamedTuple):
+    """What a model calls the inputs of its decoder."""
+
+    ids: str = "input_ids"
+    embeds: str = "inputs_embeds"
+    mask: str = "attention_mask"
+    positions: str = "position_ids"
+
+
+DECODER_ONLY = InputNames()
+ENCODER_DECODER = InputNames(*(f"decoder_{name}" for name in DECODER_ONLY))
 
 
 @dataclass(slots=True)
@@ -44,6 +59,7 @@ class ModelCall:
         inputs: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, hidden]`.
         new_columns: `[batch, tokens]` bool on the CPU, False at padding; `None` where there is none.
         last_only: whether the last column's logits suffice although the call does not say so.
+        names: of the inputs.
     """
 
     call: Callable[..., Any]
@@ -51,6 +67,7 @@ class ModelCall:
     inputs: torch.Tensor
     new_columns: torch.Tensor | None
     last_only: bool
+    names: InputNames = DECODER_ONLY
 
     @property
     def rows(self) -> int:
@@ -69,8 +86,18 @@ class ModelCall:
 
     @property
     def input_name(self) -> str:
-        """`"input_ids"` or `"inputs_embeds"`."""
-        return "input_ids" if self.inputs.dim() == 2 else "inputs_embeds"
+        """`"input_ids"` or `"inputs_embeds"`, or what the model calls them."""
+        return self.names.ids if self.inputs.dim() == 2 else self.names.embeds
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Attention mask of the decoder."""
+        return self.kwargs.get(self.names.mask)
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Position ids of the decoder."""
+        return self.kwargs.get(self.names.positions)
 
 
 def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None) -> str | None:
@@ -81,13 +108,15 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         cache: its cache.
         window_limit: longest sequence for which the model's attention is known to be what the backends compute.
     """
-    kwargs = request.kwargs
+    kwargs, known = request.kwargs, _KNOWN_ARGUMENTS
+    if request.names == ENCODER_DECODER:
+        known = known | frozenset(request.names) | _ENCODER_ARGUMENTS
     for name, value in kwargs.items():
-        if name not in _KNOWN_ARGUMENTS and not any(value is empty for empty in _MEANINGLESS_IF_FALSE):
+        if name not in known and not any(value is empty for empty in _MEANINGLESS_IF_FALSE):
             return f"argument {name}"
     if kwargs.get("return_dict") is False:
         return "argument return_dict=False"
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions = request.mask, request.positions
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != cache.dense_len + request.tokens:
             return "custom attention mask"
@@ -124,8 +153,16 @@ def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
     return bool((columns[:, :-1] & ~columns[:, 1:]).any())
 
 
-def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend) -> Any:
-    """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero."""
+def run_decode(
+    request: ModelCall,
+    cache: PagedCache,
+    backend: AttentionBackend,
+    windows_seen: dict[int, int | None] | None = None,
+) -> Any:
+    """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero.
+
+    `windows_seen` is filled with the sliding window of each layer's attention call.
+    """
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
@@ -142,9 +179,9 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
-    reads_rows = backend.reads_rows and columns is None
+    reads_rows = backend.reads_rows and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
-    kwargs = dict(request.kwargs, attention_mask=paged_mask(request.inputs.device))
+    kwargs = {**request.kwargs, request.names.mask: paged_mask(request.inputs.device)}
     if some:
         index = torch.tensor(active, device=request.inputs.device)
         kwargs[request.input_name] = request.inputs[index]
@@ -152,6 +189,8 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
         if positions is not None and positions.shape[0] == request.rows:
             kwargs["position_ids"] = positions[index]
     outputs = request.call(**kwargs)
+    if windows_seen is not None:
+        windows_seen.update(cache.step.windows_seen)
     cache.finish(None, 1)
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)
@@ -161,7 +200,7 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
 def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
     """Whether every row's new token has the position that its past implies."""
     stored = [table.num_tokens for table in cache.tables]
-    positions = request.kwargs.get("position_ids")
+    positions = request.positions
     given = [cache.dense_len] if positions is None else positions.flatten().tolist()
     return all(
         position == num_tokens or row in cache.finished

@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from hf_paged import compat
 from hf_paged.cache import PagedCache
+from hf_paged.encdec import paged_part
 from hf_paged.step import UnsupportedAttentionError
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ class PagedGenerationMixin:
         return self.__dict__[RUNTIME_ATTRIBUTE]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = paged_part(kwargs.get("past_key_values"))
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
         if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
             return type(self).__call__(self, *args, **kwargs)
-        if isinstance(cache, PagedCache):
+        if cache is not None:
             return runtime.run(super().__call__, cache, args, kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -110,14 +111,12 @@ class PagedGenerationMixin:
 
     def _paged_obstacle(self) -> str | None:
         """Why `generate` is left to stock, or `None`."""
-        if self.config.is_encoder_decoder:
-            return "encoder-decoder model"
         if not compat.uses_dynamic_cache(self):
             return "model keeps a cache of its own"
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
         try:
-            self.paged.windows()
+            self.paged.layout()
         except ValueError as error:
             return str(error)
         return None
@@ -130,8 +129,8 @@ class PagedGenerationMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, PagedCache):
+        cache = paged_part(model_kwargs.get("past_key_values"))
+        if cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         try:
             return self._packed_prefill(cache, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -165,15 +164,10 @@ class PagedGenerationMixin:
 
     @wraps(GenerationMixin._sample)
     def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        cache, config = paged_part(kwargs.get("past_key_values")), kwargs["generation_config"]
         criteria = kwargs["stopping_criteria"]
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        if (
-            isinstance(cache, PagedCache)
-            and ends_rows
-            and not config.return_dict_in_generate
-            and not cache.held_by_user
-        ):
+        if cache is not None and ends_rows and not config.return_dict_in_generate and not cache.held_by_user:
             kwargs["stopping_criteria"] = FinishedRows(criteria, cache)
         return self._paged_decoding(super()._sample, input_ids, kwargs)
 
@@ -189,8 +183,9 @@ class PagedGenerationMixin:
         self, decode: Callable[..., Any], input_ids: torch.LongTensor, kwargs: dict[str, Any], assisted: bool = False
     ) -> Any:
         """Run a decoding loop; whatever happens in it, no block stays behind unless the caller holds the cache."""
-        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
-        if not isinstance(cache, PagedCache):
+        given, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        cache = paged_part(given)
+        if cache is None:
             return decode(input_ids, **kwargs)
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
@@ -201,7 +196,7 @@ class PagedGenerationMixin:
         finally:
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
-                cache.release()
+                given.release()
         runtime.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
         return result
 

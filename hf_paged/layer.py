@@ -15,11 +15,18 @@ from hf_paged.store import LayerStore
 if TYPE_CHECKING:
     from hf_paged.cache import PagedCache
 
+# What `PagedLayer` itself sets; a layer that also keeps a state has more.
+PAGED_ATTRIBUTES = frozenset(("_cache", "index", "window", "sliding_window", "record_past", "seen", "kept", "done"))
+
 
 class PagedLayer(CacheLayerMixin):
     """One layer of a `PagedCache`. Layers move together: their rows and lengths are those of the cache.
 
     An operation called layer by layer takes effect with the first layer and is ticked off by the others.
+
+    Args:
+        cache: the layer's cache.
+        index: its number among the layers that keep K and V.
     """
 
     is_croppable = True
@@ -107,6 +114,12 @@ class PagedLayer(CacheLayerMixin):
         cache = self.cache
         dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
         return dense.of(getattr(self.store, name), self.kept).clone()  # others may hold these blocks
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values as `keys` and `values` give them, where possible without a copy: only to be read."""
+        cache = self.cache
+        dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
+        return dense.of(self.store.keys, self.kept), dense.of(self.store.values, self.kept)
 
     def move_to(self, seen: int) -> None:
         """The layer has seen `seen` dense columns now."""
@@ -197,7 +210,7 @@ class PagedLayer(CacheLayerMixin):
                 f"{cache.pending[self.done]}; call the method on past_key_values instead"
             )
         self.done += 1
-        if all(layer.done == len(cache.pending) for layer in cache.layers):
+        if all(layer.done == len(cache.pending) for layer in cache.paged_layers):
             cache.pending.clear()
-            for layer in cache.layers:
+            for layer in cache.paged_layers:
                 layer.done = 0

@@ -16,8 +16,9 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
+from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.footprint import footprint
-from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -26,6 +27,7 @@ from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.tiers import DiskTier
+from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 
 
 class PagedRuntime:
@@ -44,8 +46,9 @@ class PagedRuntime:
         self._lock = threading.RLock()
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
-        self._windows = compat.WindowMemo()
+        self._layout = compat.LayoutMemo()
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
+        self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
@@ -115,9 +118,10 @@ class PagedRuntime:
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
-        root = self._prefixes.root(salt, self._current_pool(self._model()))
+        obstacle = self._prompt_obstacle()
+        root = None if obstacle else self._prefixes.root(salt, self._current_pool(self._model()))
         if root is None:
-            raise ValueError(f"{what}: no prefixes are kept for this model: {self._prefixes.obstacle()}")
+            raise ValueError(f"{what}: no prefixes are kept for this model: {obstacle or self._prefixes.obstacle()}")
         return root
 
     def __repr__(self) -> str:
@@ -132,32 +136,42 @@ class PagedRuntime:
 
     # -- for the glue --------------------------------------------------------------------------------------------
 
-    def new_cache(self, room_tokens: int, salt: str | None = None) -> PagedCache:
+    def new_cache(self, room_tokens: int, salt: str | None = None) -> PagedCache | PagedEncoderDecoderCache:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
         Its rows begin with what calls of the same `salt` have left.
         """
         model = self._model()
         pool = self._current_pool(model)
-        cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
+        cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        cache.root = self._prefixes.root(salt, pool)
-        return cache
+        obstacle = self._prompt_obstacle()
+        if obstacle is None:
+            cache.root = self._prefixes.root(salt, pool)
+        elif self.config.prefix_caching:
+            self.counters.fall_back(f"prefixes not reused: {obstacle}")
+        return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:
         """A cache that comes back: its rows stay in the prefix index only if model and salt are as they were then."""
         if cache.root is not None and (cache.root.salt != salt or not cache.root.holds()):
             cache.untrack()
 
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer; `ValueError` where a layer keeps something else than K and V."""
-        return self._windows.of(self._model().config.get_text_config(decoder=True))
+    def layout(self) -> compat.CacheLayout:
+        """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
+        return self._layout.of(self._model().config.get_text_config(decoder=True))
+
+    def _prompt_obstacle(self) -> str | None:
+        """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
+        if self._model().config.is_encoder_decoder:
+            return "encoder-decoder model"
+        return "layers that keep a state" if self.layout().has_states else None
 
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
             device = compat.compute_device(model)
-            key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
+            key = (model.dtype, device, compat.autocast_dtype(device), self.layout().windows)
             if self._pool is None or self._pool_key != key:
                 self._drop_pool()
                 self._pool = self._make_pool(model)
@@ -179,24 +193,31 @@ class PagedRuntime:
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
         layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
-        return KVPool(self.config, self.windows(), layer_bytes, compat.compute_device(model), max_slots)
+        return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
         model = self._model()
-        key = (
+        key = self._circumstances(model)
+        found = self._capabilities.get(key)
+        if found is None:
+            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+        self._verify(found.obstacle)
+        return found
+
+    def _circumstances(self, model: PreTrainedModel) -> tuple[Any, ...]:
+        """What the fast path may or may not be right in."""
+        return (
             model.training,
             model.dtype,
             compat.autocast_dtype(compat.compute_device(model)),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )
-        found = self._capabilities.get(key)
-        if found is None:
-            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
-        if self.config.verify and found.obstacle is not None:
-            raise ValueError(f"verify: the paged path does not reproduce this model's logits: {found.obstacle}")
-        return found
+
+    def _verify(self, obstacle: str | None) -> None:
+        if self.config.verify and obstacle is not None:
+            raise ValueError(f"verify: the paged path does not reproduce this model's logits: {obstacle}")
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
@@ -207,23 +228,30 @@ class PagedRuntime:
         model = self._model()
         if args and "input_ids" not in kwargs:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        inputs = kwargs.get("input_ids")
+        both = kwargs["past_key_values"]
+        names = ENCODER_DECODER if isinstance(both, PagedEncoderDecoderCache) else DECODER_ONLY
+        inputs = kwargs.get(names.ids)
         if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
+            inputs = kwargs.get(names.embeds)
         if args or inputs is None or inputs.dim() not in (2, 3):
             return call(*args, **kwargs)
         self._check_owner(cache, model)
+        if both is not cache:
+            both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
             cache.sequences.pool = self._make_pool(model)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
-        request = ModelCall(call, kwargs, inputs, _padding(kwargs, inputs), cache.prefilling and not cache.assisted)
+        last_only = cache.prefilling and not cache.assisted
+        request = ModelCall(call, kwargs, inputs, _padding(kwargs.get(names.mask), inputs), last_only, names)
         lengths = [table.num_tokens for table in cache.tables]
         try:
             outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
+            if both is not cache and cache.dense_len == 0:
+                both.release()
             raise
         if cache.prefilling:
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
@@ -249,6 +277,8 @@ class PagedRuntime:
 
     def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int, int]:
         """The model's outputs, and the numbers of tokens that were computed, and that earlier calls had computed."""
+        if self._prompt_obstacle() is not None:
+            return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
         capability = self.capability(request.call)
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         backend = backend_for(self.config.attention_backend, request.inputs.device)
@@ -260,14 +290,44 @@ class PagedRuntime:
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
-            if lengths and not cache.tables:
-                raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+            self._check_not_lost(cache, lengths, obstacle)
+        self._note_padded(cache, obstacle)
+        return run_padded(request, cache), request.real_tokens, 0
+
+    def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
+        """The outputs of a model whose prompts are never packed: single tokens may read the blocks, once that was tried."""
+        obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache, None)
+        backend = backend_for(self.config.attention_backend, request.inputs.device)
+        if obstacle is None:
+            key = (*self._circumstances(self._model()), cache.columns is None)
+            if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
+                outputs, self._trials[key] = try_decode(request, cache, backend)
+                self._verify(self._trials[key])
+                return outputs
+            obstacle = self._trials.get(key, "decode steps before the first trial")
+        if obstacle is None:
+            try:
+                return run_decode(request, cache, backend)
+            except UnsupportedAttentionError as error:
+                obstacle = str(error)
+                cache.roll_back(lengths)
+            self._check_not_lost(cache, lengths, obstacle)
+        self._note_padded(cache, obstacle)
+        return run_padded(request, cache)
+
+    @staticmethod
+    def _check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
+        """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
+        if lengths and not cache.tables:
+            raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+
+    def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
+        """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""
         if cache.chunk_tokens is not None:
             raise UnsupportedAttentionError(obstacle)
         if not cache.fell_back:
             cache.fell_back = True
             self.counters.fall_back(obstacle)
-        return run_padded(request, cache), request.real_tokens, 0
 
     def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int, reused_tokens: int) -> None:
         drafted = 0
@@ -283,9 +343,8 @@ class PagedRuntime:
         )
 
 
-def _padding(kwargs: dict[str, Any], inputs: torch.Tensor) -> torch.Tensor | None:
-    """Which new columns are real, `[batch, tokens]` bool on the CPU; `None`: all."""
-    mask = kwargs.get("attention_mask")
+def _padding(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are real by an attention mask, `[batch, tokens]` bool on the CPU; `None`: all."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
         return None
     columns = mask[:, -inputs.shape[1] :].bool().cpu()
