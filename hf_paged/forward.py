@@ -100,7 +100,7 @@ class ModelCall:
         return self.kwargs.get(self.names.positions)
 
 
-def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None) -> str | None:
+def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None = None) -> str | None:
     """Why this call must take the padded path, or `None`.
 
     Args:

@@ -104,7 +104,7 @@ class PagedGenerationMixin:
                 if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
                     cache.activate_past_recording()  # guesses will be taken back
             else:
-                self.paged.counters.fall_back(f"stock generate: {obstacle}")
+                self.paged.hand_over(obstacle)
         elif isinstance(model_kwargs.get("past_key_values"), PagedCache):
             self.paged.check_root(model_kwargs["past_key_values"], salt)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
@@ -193,6 +193,8 @@ class PagedGenerationMixin:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
             cache.index_rows(with_tails=not cache.held_by_user)
+            if cache.owner is None:
+                runtime.hand_over("the model does not use the cache that generate gives it")
         finally:
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:

@@ -204,6 +204,13 @@ def describe_config(model: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN_FIELDS}
 
 
+def rotary_depends_on_length(model: nn.Module) -> bool:
+    """Whether the K of a token depends on how long the sequence, or the longest one beside it, is."""
+    return any(
+        _rope_depends_on_length(vars(module)["rope_type"]) for module in model.modules() if "rope_type" in vars(module)
+    )
+
+
 def _obstacle(tree: Tree) -> str | None:
     if any(map(_meddles, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
         return "global forward hooks of torch.nn"

@@ -88,7 +88,8 @@ class PagedLayer(CacheLayerMixin):
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
         dense = step.dense(store.group)
-        return dense.of(store.keys, visible), dense.of(store.values, visible)
+        # Attention of models that have one of their own may take it that K and V have no gaps, as stock's have not.
+        return dense.of(store.keys, visible).contiguous(), dense.of(store.values, visible).contiguous()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: memory comes with the first update."""

@@ -30,6 +30,7 @@ def run_packed(
     backend: AttentionBackend,
     keeps_logits: bool,
     windows_seen: dict[int, int | None] | None = None,
+    in_one_pass: bool = False,
 ) -> tuple[Any, int, int]:
     """All new tokens of all rows, each distinct one once, no padding, and nothing that an earlier call has computed.
 
@@ -39,6 +40,7 @@ def run_packed(
         backend: reads the blocks.
         keeps_logits: whether the model can be told whose logits are wanted.
         windows_seen: filled with the sliding window of each layer's attention call.
+        in_one_pass: whether sliding windows must not cut the tokens, of which there are few enough (`would_cut`).
 
     Returns:
         The model's outputs with logits as stock would shape them, the number of tokens that went through the model,
@@ -50,7 +52,7 @@ def run_packed(
     columns = _real_columns(request)
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     first_wanted = [max(0, len(real) - keep) if keep else 0 for real in columns]
-    stretches = _Stretches(cache, _token_keys(request, cache, columns), keep)
+    stretches = _Stretches(cache, _token_keys(request, cache, columns), keep, in_one_pass)
     logits: list[torch.Tensor] = []
     places: dict[tuple[int, int], int] = {}  # row and new token, to the place of its logits
     outputs, computed_tokens, num_logits = None, 0, 0
@@ -75,6 +77,11 @@ def run_packed(
     picked = [[places[row, i] for i in range(first_wanted[row], len(real))] for row, real in enumerate(columns)]
     outputs.logits = torch.cat(logits)[torch.tensor(picked, device=request.inputs.device)]
     return outputs, computed_tokens, sum(stretches.reused)
+
+
+def would_cut(request: ModelCall, cache: PagedCache) -> bool:
+    """Whether the new tokens may not go through the model in one pass."""
+    return request.real_tokens > (cache.chunk_tokens or PACKED_CHUNK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,10 +120,12 @@ class _Stretches:
         cache: begins with what earlier calls have left.
         sequences: the new tokens of each row.
         keep: so many last tokens of a row are computed in any case, for their logits; 0 means all.
+        in_one_pass: take all tokens at once whatever the windows.
     """
 
-    def __init__(self, cache: PagedCache, sequences: list[list[int]], keep: int):
+    def __init__(self, cache: PagedCache, sequences: list[list[int]], keep: int, in_one_pass: bool):
         self._cache = cache
+        self._may_be_short = cache.has_windows and not in_one_pass
         self._sequences = sequences
         self.reused = [0] * len(sequences)
         if cache.root is not None and cache.dense_len == 0 and keep:
@@ -125,7 +134,7 @@ class _Stretches:
                 for table, sequence in zip(cache.tables, sequences, strict=True)
             ]
         self._done = list(self.reused)
-        self._size_tokens = WINDOW_STRETCH_TOKENS if cache.has_windows else max(map(len, sequences), default=0)
+        self._size_tokens = WINDOW_STRETCH_TOKENS if self._may_be_short else max(map(len, sequences), default=0)
 
     def __iter__(self) -> Iterator[_Stretch]:
         cache = self._cache
@@ -162,7 +171,7 @@ class _Stretches:
     def _make_do(self) -> bool:
         """Whether there is a way to need less memory at a time: shorter stretches, or no blocks of earlier calls."""
         cache = self._cache
-        if cache.has_windows and self._size_tokens > cache.pool.block_size:
+        if self._may_be_short and self._size_tokens > cache.pool.block_size:
             self._size_tokens //= 2
             return True
         if not any(self.reused) or self._done != self.reused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.footprint import footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
-from hf_paged.packed import run_packed
+from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
@@ -50,6 +51,7 @@ class PagedRuntime:
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
+        self._warned: set[str] = set()
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -202,8 +204,20 @@ class PagedRuntime:
         found = self._capabilities.get(key)
         if found is None:
             found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+            if found.obstacle is not None:
+                self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         self._verify(found.obstacle)
         return found
+
+    def hand_over(self, reason: str) -> None:
+        """Count a `generate` that is left to stock, and say so once."""
+        self.counters.fall_back(f"stock generate: {reason}")
+        self._warn("is left to stock generate", reason)
+
+    def _warn(self, what: str, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"hf_paged: {type(self._model()).__name__} {what}: {reason}", stacklevel=2)
 
     def _circumstances(self, model: PreTrainedModel) -> tuple[Any, ...]:
         """What the fast path may or may not be right in."""
@@ -280,13 +294,20 @@ class PagedRuntime:
         if self._prompt_obstacle() is not None:
             return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
         capability = self.capability(request.call)
+        cache.keeps_rows |= capability.whole_batches
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
+        if obstacle is None and request.tokens > 1:
+            obstacle = capability.prompt_obstacle
+            if obstacle is None and capability.whole_batches and would_cut(request, cache):
+                obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
         backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             try:
                 if request.tokens == 1:
                     return run_decode(request, cache, backend), request.rows, 0
-                return run_packed(request, cache, backend, capability.keeps_logits)
+                return run_packed(
+                    request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches
+                )
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
@@ -295,8 +316,8 @@ class PagedRuntime:
         return run_padded(request, cache), request.real_tokens, 0
 
     def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
-        """The outputs of a model whose prompts are never packed: single tokens may read the blocks, once that was tried."""
-        obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache, None)
+        """The outputs of a model whose prompts are never packed; single tokens may read the blocks, once tried."""
+        obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             key = (*self._circumstances(self._model()), cache.columns is None)
