@@ -75,6 +75,11 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
     return CacheLayout(windows, places, any(keeps_state(layer) for layer in layers))
 
 
+def stock_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A new cache as stock `generate` makes it."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
+
+
 def stock_layers(config: PreTrainedConfig) -> list[Any]:
     """The layers of a new cache as stock `generate` makes it."""
     return DynamicCache(config=config).layers

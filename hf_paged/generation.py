@@ -119,7 +119,7 @@ class PagedGenerationMixin:
             self.paged.layout()
         except ValueError as error:
             return str(error)
-        return None
+        return self.paged.unfit(super().__call__)
 
     def _prefill(
         self,

@@ -39,6 +39,7 @@ class Capability:
         window_limit: longest sequence, in tokens, for which the model's attention calls say all that matters;
             `None`: any.
         prompt_obstacle: why several tokens of a row cannot be packed, or `None`; single ones may read the blocks.
+        unfit: why not even the padded path can be used, or `None`.
         whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
             token depends on the highest position in the pass.
     """
@@ -48,14 +49,15 @@ class Capability:
     window_limit: int | None = None
     prompt_obstacle: str | None = None
     whole_batches: bool = False
+    unfit: str | None = None
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     """Compare a packed pass and a decode step with stock forwards of the same tokens, on the model's own weights."""
-    if not compat.takes_position_ids(model):
-        return Capability("model takes no position ids")
     try:
+        if not compat.takes_position_ids(model):
+            return Capability("model takes no position ids", unfit=_unfit(model, call))
         return _compare(model, call, pool, settings)
     except UnsupportedAttentionError as error:
         return Capability(str(error))
@@ -66,6 +68,9 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settin
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     rows = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))
     expected = [_stock_logits(call, row) for row in rows]
+    unfit = _unfit(model, call)
+    if unfit is not None:
+        return Capability(unfit, unfit=unfit)
     tolerance = TOLERANCES.get(model.dtype, 8e-2)
     keeps_logits = compat.takes_logits_to_keep(model)
 
@@ -113,6 +118,15 @@ def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tenso
     positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
     outputs = call(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False)
     return outputs.logits[0, -2:].float()
+
+
+def _unfit(model: PreTrainedModel, call: Callable[..., Any]) -> str | None:
+    """Why K and V of this model are not those of its tokens, or `None`: cpmant puts a prompt of its own before them."""
+    tokens = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))[0]
+    cache = compat.stock_cache(model.config)
+    call(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
+    kept = cache.get_seq_length()
+    return f"the model keeps K and V of {kept} tokens where it was given {len(tokens)}" if kept > len(tokens) else None
 
 
 def _counts_positions(

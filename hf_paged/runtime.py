@@ -204,10 +204,14 @@ class PagedRuntime:
         found = self._capabilities.get(key)
         if found is None:
             found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
-            if found.obstacle is not None:
+            if found.obstacle is not None and found.unfit is None:
                 self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         self._verify(found.obstacle)
         return found
+
+    def unfit(self, call: Callable[..., Any]) -> str | None:
+        """Why the model cannot be run on blocks at all, or `None`."""
+        return None if self._prompt_obstacle() else self.capability(call).unfit
 
     def hand_over(self, reason: str) -> None:
         """Count a `generate` that is left to stock, and say so once."""
