@@ -129,6 +129,14 @@ def load_config(source: str, **kwargs: Any) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
 
 
+def load_weights(kind: type[PreTrainedModel], source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of class `kind` with the weights of a folder or hub id; the hub is asked where they are not here."""
+    try:
+        return kind.from_pretrained(source, dtype=dtype, local_files_only=True)
+    except OSError:
+        return kind.from_pretrained(source, dtype=dtype)
+
+
 def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     """The dtype of the weights as far as the config, or that of its decoder, names it."""
     named = config.dtype or config.get_text_config(decoder=True).dtype

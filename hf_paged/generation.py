@@ -69,6 +69,7 @@ class PagedGenerationMixin:
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         salt = kwargs.get("cache_salt")
+        self.paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
         try:
             return super().generate(*args, **kwargs)

@@ -29,6 +29,11 @@ _FAR_COLUMNS = 10_000_000
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Largest difference, as a part of the largest logit, that is taken for rounding."""
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+
+
 @dataclass(frozen=True, slots=True)
 class Capability:
     """What the fast path does for a model.
@@ -71,7 +76,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     unfit = _unfit(model, call)
     if unfit is not None:
         return Capability(unfit, unfit=unfit)
-    tolerance = TOLERANCES.get(model.dtype, 8e-2)
+    tolerance = tolerance_of(model.dtype)
     keeps_logits = compat.takes_logits_to_keep(model)
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))

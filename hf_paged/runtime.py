@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
+from hf_paged.check import check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.footprint import footprint
@@ -52,6 +53,7 @@ class PagedRuntime:
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
+        self._verified = False
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -206,7 +208,6 @@ class PagedRuntime:
             found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
             if found.obstacle is not None and found.unfit is None:
                 self._warn("takes the padded path, right but not faster than stock", found.obstacle)
-        self._verify(found.obstacle)
         return found
 
     def unfit(self, call: Callable[..., Any]) -> str | None:
@@ -233,9 +234,15 @@ class PagedRuntime:
             self.config.attention_backend,
         )
 
-    def _verify(self, obstacle: str | None) -> None:
-        if self.config.verify and obstacle is not None:
-            raise ValueError(f"verify: the paged path does not reproduce this model's logits: {obstacle}")
+    def verify(self) -> None:
+        """Where `config.verify` asks for it, once: `ValueError` where the model does not answer as stock does."""
+        if not self.config.verify or self._verified:
+            return
+        self._verified = True  # the check generates, too
+        found = mismatches(check(self._model()))
+        if found:
+            self._verified = False
+            raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
@@ -327,7 +334,6 @@ class PagedRuntime:
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(request, cache, backend)
-                self._verify(self._trials[key])
                 return outputs
             obstacle = self._trials.get(key, "decode steps before the first trial")
         if obstacle is None:
