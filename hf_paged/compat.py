@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
@@ -109,6 +110,13 @@ class LayoutMemo:
 def uses_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether stock `generate` would give this model a `DynamicCache`."""
     return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
+
+
+def is_plain_pair(cache: object) -> bool:
+    """Whether `cache` is what stock `generate` makes for an encoder-decoder model by default."""
+    return type(cache) is EncoderDecoderCache and all(
+        type(each) is DynamicCache for each in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
 
 
 def estimated_kv_elements(config: PreTrainedConfig) -> int:

@@ -295,13 +295,15 @@ class PagedRuntime:
         return run_padded(request, cache), request.real_tokens, 0
 
     def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
-        """The outputs of a model whose prompts are never packed: single tokens may read the blocks, once that was tried."""
+        """The outputs of a model whose prompts are never packed: single tokens may read blocks, once that was tried."""
+        if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
+            return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache, None)
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
-                outputs, self._trials[key] = try_decode(request, cache, backend)
+                outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)
                 self._verify(self._trials[key])
                 return outputs
             obstacle = self._trials.get(key, "decode steps before the first trial")
