@@ -114,7 +114,7 @@ class PagedCache(Cache):
         if not self.layout.has_states and None not in self.layout.places:
             return [PagedLayer(self, place) for place in self.layout.places]
         layers = []
-        for place, stock in zip(self.layout.places, compat.stock_layers(self.model_config), strict=True):
+        for place, stock in zip(self.layout.places, compat.stock_cache(self.model_config).layers, strict=True):
             if place is None:
                 layers.append(stock)
             else:

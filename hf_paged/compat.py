@@ -76,9 +76,9 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
     return CacheLayout(windows, places, any(keeps_state(layer) for layer in layers))
 
 
-def stock_layers(config: PreTrainedConfig) -> list[Any]:
-    """The layers of a new cache as stock `generate` makes it."""
-    return DynamicCache(config=config).layers
+def stock_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A new cache as stock `generate` makes it for a model that is no encoder-decoder."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
 
 
 def keeps_state(layer: object) -> bool:
@@ -248,6 +248,12 @@ def crop_zero_empties() -> bool:
     layer.update(one, one)
     layer.crop(0)
     return layer.get_seq_length() == 0
+
+
+def named_tokens(config: PreTrainedConfig) -> set[int]:
+    """The token ids that a config has a name for, such as that of an image's place."""
+    values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return {value for value in values if isinstance(value, int)}
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

@@ -125,11 +125,7 @@ class PagedGenerationMixin:
             return "model keeps a cache of its own"
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
-        try:
-            self.paged.layout()
-        except ValueError as error:
-            return str(error)
-        return None
+        return self.paged.cache_obstacle()
 
     def _prefill(
         self,

@@ -53,7 +53,7 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settin
 
 
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    rows = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))
+    rows = _prompts(_plain_tokens(model), compat.compute_device(model))
     expected = [call(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -2:].float() for row in rows]
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))
@@ -87,13 +87,22 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     return Capability(None, keeps_logits, min(untold, default=None))
 
 
-def _prompts(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:
+    """Maps any number to a token id that the config has no name for: a name may stand for an image."""
+    vocabulary, named = compat.vocabulary_size(model.config), compat.named_tokens(model.config)
+
+    def plain(number: int) -> int:
+        return next((token for i in range(vocabulary) if (token := (number + i) % vocabulary) not in named), 0)
+
+    return plain
+
+
+def _prompts(plain: Callable[[int], int], device: torch.device) -> list[torch.Tensor]:
     """Fixed token ids that spread over the vocabulary; no random state is touched."""
-    shared = [(3 + 7 * i * i) % vocabulary for i in range(_SHARED_TOKENS)]
+    shared = [plain(3 + 7 * i * i) for i in range(_SHARED_TOKENS)]
     return [
         torch.tensor(
-            shared + [(11 + 13 * i + 5 * i * i + row) % vocabulary for i in range(tokens + 1 - _SHARED_TOKENS)],
-            device=device,
+            shared + [plain(11 + 13 * i + 5 * i * i + row) for i in range(tokens + 1 - _SHARED_TOKENS)], device=device
         )
         for row, tokens in enumerate(_ROW_TOKENS)
     ]

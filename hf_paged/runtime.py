@@ -17,7 +17,7 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
-from hf_paged.footprint import footprint
+from hf_paged.footprint import Footprint, footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -47,6 +47,8 @@ class PagedRuntime:
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
         self._layout = compat.LayoutMemo()
+        self._looked_at: compat.CacheLayout | None = None
+        self._idle: str | None = None  # which layer of that keeps no K and V of text
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
@@ -161,6 +163,19 @@ class PagedRuntime:
         """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
         return self._layout.of(self._model().config.get_text_config(decoder=True))
 
+    def cache_obstacle(self) -> str | None:
+        """Why the model's K and V cannot be kept in a `PagedCache`, or `None`."""
+        try:
+            layout = self.layout()
+        except ValueError as error:
+            return str(error)
+        if self._looked_at is not layout:
+            self._looked_at, self._idle = layout, None
+            sizes = self._footprint(self._model()).layer_bytes
+            if 0 in sizes:
+                self._idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text"
+        return self._idle
+
     def _prompt_obstacle(self) -> str | None:
         """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
         if self._model().config.is_encoder_decoder:
@@ -192,8 +207,12 @@ class PagedRuntime:
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+        layer_bytes = self._footprint(model).layer_bytes
         return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
+
+    @staticmethod
+    def _footprint(model: PreTrainedModel) -> Footprint:
+        return footprint(model._hf_paged_original, model.config, model.dtype)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
