@@ -17,6 +17,7 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
+from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import Footprint, footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed
@@ -47,8 +48,7 @@ class PagedRuntime:
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
         self._layout = compat.LayoutMemo()
-        self._looked_at: compat.CacheLayout | None = None
-        self._idle: str | None = None  # which layer of that keeps no K and V of text
+        self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
@@ -169,12 +169,11 @@ class PagedRuntime:
             layout = self.layout()
         except ValueError as error:
             return str(error)
-        if self._looked_at is not layout:
-            self._looked_at, self._idle = layout, None
+        if self._looked_at is None or self._looked_at[0] is not layout:
             sizes = self._footprint(self._model()).layer_bytes
-            if 0 in sizes:
-                self._idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text"
-        return self._idle
+            idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
+            self._looked_at = layout, idle
+        return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
         """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
@@ -273,6 +272,8 @@ class PagedRuntime:
                 both.release()
             raise
         if cache.prefilling:
+            if cache.fell_back and cache.dense_len == request.tokens > self.config.block_size:
+                self._share_equal_rows(cache)
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.end_prompt()
         cache.trim()
@@ -341,6 +342,14 @@ class PagedRuntime:
         """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
         if lengths and not cache.tables:
             raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+
+    def _share_equal_rows(self, cache: PagedCache) -> None:
+        """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""
+        key = self._circumstances(self._model())
+        known = self._capabilities.get(key)
+        padded = self._trials.get((*key, cache.columns is None)) if known is None else known.obstacle
+        if padded is None and len(cache.tables) > 1:
+            share_equal_rows(cache)
 
     def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
         """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""

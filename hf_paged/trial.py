@@ -40,9 +40,7 @@ def try_decode(
         twin.reset()
 
 
-def _obstacle(
-    request: ModelCall, cache: PagedCache, backend: AttentionBackend, expected: torch.Tensor
-) -> str | None:
+def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, expected: torch.Tensor) -> str | None:
     """Why a fast decode step is not as `expected`, its logits `[rows, 1, vocabulary]`; or `None`."""
     cache.room_tokens = 0
     windows: dict[int, int | None] = {}
@@ -74,4 +72,3 @@ def _own_states(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:
 
 def _differ(before: dict[tuple[int, str], torch.Tensor], after: dict[tuple[int, str], torch.Tensor]) -> bool:
     return before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)
-
