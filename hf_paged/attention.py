@@ -116,7 +116,8 @@ def paged_attention_forward(
 def _attention_call(
     module: torch.nn.Module, query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]
 ) -> AttentionCall:
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+    is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
+    if not is_causal and query.shape[2] > 1:  # the newest token of a sequence sees all of it either way
         raise UnsupportedAttentionError("attention is not causal")
     if dropout:
         raise UnsupportedAttentionError("attention dropout")

@@ -14,39 +14,17 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from hf_paged import compat
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.manager import Pin
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
 from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
+from hf_paged.sequences import Sequences
 from hf_paged.state import PagedStateLayer
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
 DEFAULT_ROOM_TOKENS = 256
-
-
-class Sequences:
-    """The tables of a cache and the pool they are in; freed with the cache."""
-
-    def __init__(self, pool: KVPool | None):
-        self.pool = pool
-        self.tables: list[BlockTable] = []
-        self.pins: list[Pin] = []
-
-    def unpin(self) -> None:
-        """Let go of the blocks that the last pass has copied from."""
-        if self.pins:
-            self.pool.manager.unpin(self.pins)
-            self.pins.clear()
-
-    def free(self) -> None:
-        """Give every block back."""
-        self.unpin()
-        if self.pool is not None:
-            self.pool.free(self.tables)
-        self.tables.clear()
 
 
 class PagedCache(Cache):
@@ -114,7 +92,7 @@ class PagedCache(Cache):
         if not self.layout.has_states and None not in self.layout.places:
             return [PagedLayer(self, place) for place in self.layout.places]
         layers = []
-        for place, stock in zip(self.layout.places, compat.stock_layers(self.model_config), strict=True):
+        for place, stock in zip(self.layout.places, compat.stock_cache(self.model_config).layers, strict=True):
             if place is None:
                 layers.append(stock)
             else:
@@ -422,18 +400,7 @@ class PagedCache(Cache):
         rows = [row % count for row in rows]
         if rows == list(range(len(self.tables))):
             return
-        manager = self.pool.manager
-        with manager.lock:
-            kept: dict[int, BlockTable] = {}
-            tables: list[BlockTable] = []
-            for row in rows:
-                if row in kept:
-                    tables.append(manager.fork(kept[row]))
-                else:
-                    kept[row] = self.tables[row]
-                    tables.append(kept[row])
-            self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
-            self.tables[:] = tables
+        self.sequences.select(rows)
         if self.columns is not None:
             self.columns = self.columns[rows]
         for layer in self.states:

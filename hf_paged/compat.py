@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
@@ -76,13 +77,8 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
 
 
 def stock_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A new cache as stock `generate` makes it."""
+    """A new cache as stock `generate` makes it for a model that is no encoder-decoder."""
     return DynamicCache(config=config.get_text_config(decoder=True))
-
-
-def stock_layers(config: PreTrainedConfig) -> list[Any]:
-    """The layers of a new cache as stock `generate` makes it."""
-    return DynamicCache(config=config).layers
 
 
 def keeps_state(layer: object) -> bool:
@@ -114,6 +110,13 @@ class LayoutMemo:
 def uses_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether stock `generate` would give this model a `DynamicCache`."""
     return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
+
+
+def is_plain_pair(cache: object) -> bool:
+    """Whether `cache` is what stock `generate` makes for an encoder-decoder model by default."""
+    return type(cache) is EncoderDecoderCache and all(
+        type(each) is DynamicCache for each in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
 
 
 def estimated_kv_elements(config: PreTrainedConfig) -> int:
@@ -249,6 +252,12 @@ def crop_zero_empties() -> bool:
     layer.update(one, one)
     layer.crop(0)
     return layer.get_seq_length() == 0
+
+
+def named_tokens(config: PreTrainedConfig) -> set[int]:
+    """The token ids that a config has a name for, such as that of an image's place."""
+    values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return {value for value in values if isinstance(value, int)}
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

@@ -31,7 +31,8 @@ _KNOWN_ARGUMENTS = frozenset(
         "cache_position",
     )
 )
-_MEANINGLESS_IF_FALSE = (None, False)
+# One number a token, whose zeros say what leaving them out says: that there is only text.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
 _ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
 
@@ -112,7 +113,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     if request.names == ENCODER_DECODER:
         known = known | frozenset(request.names) | _ENCODER_ARGUMENTS
     for name, value in kwargs.items():
-        if name not in known and not any(value is empty for empty in _MEANINGLESS_IF_FALSE):
+        if name not in known and not _says_nothing(name, value, request):
             return f"argument {name}"
     if kwargs.get("return_dict") is False:
         return "argument return_dict=False"
@@ -125,9 +126,9 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
             return "attention mask differs from what is cached"
     elif cache.columns is not None:
         return "attention mask differs from what is cached"
-    if positions is not None and positions.dim() != 2:
-        return "position ids of several dimensions"
     new, tokens = request.new_columns, request.tokens
+    if positions is not None and positions.dim() != 2 and tokens > 1 and not _planes_agree(positions, new):
+        return "position ids of several dimensions"
     if new is not None and not bool(new[:, -1].all()):
         return "padding on the right"
     if window_limit is not None and cache.dense_len + tokens > window_limit:
@@ -143,6 +144,21 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     if new is not None and not bool(new[:, -keep:].all()):
         return "logits of padding"
     return None
+
+
+def _says_nothing(name: str, value: Any, request: ModelCall) -> bool:
+    """Whether an argument might as well be left out."""
+    if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
+        return value.shape == (request.rows, request.tokens) and not bool(value.any())
+    return value is None or value is False or (isinstance(value, dict | list | tuple) and not value)
+
+
+def _planes_agree(positions: torch.Tensor, new: torch.Tensor | None) -> bool:
+    """Whether position ids `[planes, rows, tokens]` are the same in each plane, where tokens are real."""
+    if positions.dim() != 3:
+        return False
+    differ = (positions != positions[:1]).any(dim=0)
+    return not bool(differ.any() if new is None else (differ.expand(new.shape).cpu() & new).any())
 
 
 def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
@@ -185,9 +201,9 @@ def run_decode(
     if some:
         index = torch.tensor(active, device=request.inputs.device)
         kwargs[request.input_name] = request.inputs[index]
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[0] == request.rows:
-            kwargs["position_ids"] = positions[index]
+        for name in (request.names.positions, *TOKEN_TYPES):
+            if kwargs.get(name) is not None and kwargs[name].shape[-2] == request.rows:
+                kwargs[name] = kwargs[name].index_select(-2, index)
     outputs = request.call(**kwargs)
     if windows_seen is not None:
         windows_seen.update(cache.step.windows_seen)
@@ -201,10 +217,11 @@ def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
     """Whether every row's new token has the position that its past implies."""
     stored = [table.num_tokens for table in cache.tables]
     positions = request.positions
-    given = [cache.dense_len] if positions is None else positions.flatten().tolist()
+    planes = [[[cache.dense_len]]] if positions is None else positions.reshape(-1, *positions.shape[-2:]).tolist()
+    given = [[row[0] for row in plane] * (len(stored) // len(plane)) for plane in planes]
     return all(
-        position == num_tokens or row in cache.finished
-        for row, (position, num_tokens) in enumerate(zip(given * (len(stored) // len(given)), stored, strict=True))
+        row in cache.finished or all(plane[row] == num_tokens for plane in given)
+        for row, num_tokens in enumerate(stored)
     )
 
 

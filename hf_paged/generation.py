@@ -97,18 +97,26 @@ class PagedGenerationMixin:
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
-        if not chosen:
-            obstacle = self._paged_obstacle()
-            if obstacle is None:
-                room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-                model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
-                if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
-                    cache.activate_past_recording()  # guesses will be taken back
-            else:
-                self.paged.hand_over(obstacle)
-        elif isinstance(model_kwargs.get("past_key_values"), PagedCache):
-            self.paged.check_root(model_kwargs["past_key_values"], salt)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        arguments = (generation_config, model_kwargs, generation_mode, *args)
+        if chosen:
+            if isinstance(model_kwargs.get("past_key_values"), PagedCache):
+                self.paged.check_root(model_kwargs["past_key_values"], salt)
+            return super()._prepare_cache_for_generation(*arguments, **kwargs)
+        result, obstacle = None, self._paged_obstacle()
+        if obstacle is not None or self.config.is_encoder_decoder:
+            result = super()._prepare_cache_for_generation(*arguments, **kwargs)
+            if obstacle is None and not compat.is_plain_pair(model_kwargs.get("past_key_values")):
+                obstacle = "model keeps a cache of its own"
+        if obstacle is not None:
+            self.paged.hand_over(obstacle)
+            return result
+        room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
+        model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
+        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            cache.activate_past_recording()  # guesses will be taken back
+        if self.config.is_encoder_decoder:
+            return result
+        return super()._prepare_cache_for_generation(*arguments, **kwargs)
 
     def _paged_obstacle(self) -> str | None:
         """Why `generate` is left to stock, or `None`."""
@@ -116,11 +124,7 @@ class PagedGenerationMixin:
             return "model keeps a cache of its own"
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
-        try:
-            self.paged.layout()
-        except ValueError as error:
-            return str(error)
-        return self.paged.unfit(super().__call__)
+        return self.paged.cache_obstacle() or self.paged.unfit(super().__call__)
 
     def _prefill(
         self,

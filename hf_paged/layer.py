@@ -72,6 +72,7 @@ class PagedLayer(CacheLayerMixin):
         cache = self.cache
         step = cache.step
         if step is not None and step.fast:
+            self._check_tokens(key_states, step.plans[self.index].num_queries)
             store = cache.sequences.pool.layer(self.index, key_states, value_states)
             store.write(step.plans[self.index], key_states, value_states)
             return (
@@ -83,6 +84,7 @@ class PagedLayer(CacheLayerMixin):
             step = cache.step
         elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
             raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
+        self._check_tokens(key_states, len(cache.tables) * step.tokens_per_row)
         store = cache.pool.layer(self.index, key_states, value_states)
         store.write(step.plans[self.index], key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
@@ -90,6 +92,14 @@ class PagedLayer(CacheLayerMixin):
         dense = step.dense(store.group)
         # Attention of models that have one of their own may take it that K and V have no gaps, as stock's have not.
         return dense.of(store.keys, visible).contiguous(), dense.of(store.values, visible).contiguous()
+
+    def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
+        given = key_states.shape[0] * key_states.shape[2]
+        if given != expected:
+            raise ValueError(
+                f"layer {self.index} of past_key_values is given K and V of {given} tokens in a pass over {expected}; "
+                "a PagedCache keeps those of the sequence only, a DynamicCache takes any"
+            )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: memory comes with the first update."""

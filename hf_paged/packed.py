@@ -14,7 +14,7 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import PackedPlan, plan_packed
-from hf_paged.forward import ModelCall
+from hf_paged.forward import TOKEN_TYPES, ModelCall
 
 # Packed tokens per forward pass: bounds activation memory.
 PACKED_CHUNK_TOKENS = 8192
@@ -225,8 +225,9 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
         # Equal embeddings get equal numbers, none of which could be a token id.
         flat = request.inputs.flatten(0, 1)
         keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
-    positions = request.kwargs.get("position_ids")
+    positions = request.positions
     if positions is not None:
+        positions = positions[0] if positions.dim() == 3 else positions  # which are all the same then
         usual = torch.zeros_like(keys)
         for row, real in enumerate(columns):
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
@@ -240,10 +241,11 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
 def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any]:
     kwargs = dict(request.kwargs)
     kwargs[request.input_name] = request.inputs.flatten(0, 1).index_select(0, source).unsqueeze(0)
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        positions = positions.expand(request.inputs.shape[:2])
-        kwargs["position_ids"] = positions.reshape(-1).index_select(0, source).unsqueeze(0)
+    for name in (request.names.positions, *TOKEN_TYPES):
+        each = kwargs.get(name)
+        if each is not None:
+            each = each.expand(*each.shape[:-2], *request.inputs.shape[:2])
+            kwargs[name] = each.flatten(-2).index_select(-1, source).unsqueeze(-2)
     kwargs["attention_mask"] = paged_mask(source.device)
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("cache_position", None)

@@ -71,7 +71,7 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settin
 
 
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    rows = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))
+    rows = _prompts(_plain_tokens(model), compat.compute_device(model))
     expected = [_stock_logits(call, row) for row in rows]
     unfit = _unfit(model, call)
     if unfit is not None:
@@ -127,7 +127,7 @@ def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tenso
 
 def _unfit(model: PreTrainedModel, call: Callable[..., Any]) -> str | None:
     """Why K and V of this model are not those of its tokens, or `None`: cpmant puts a prompt of its own before them."""
-    tokens = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))[0]
+    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0]
     cache = compat.stock_cache(model.config)
     call(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
     kept = cache.get_seq_length()
@@ -173,13 +173,22 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-def _prompts(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:
+    """Maps any number to a token id that the config has no name for: a name may stand for an image."""
+    vocabulary, named = compat.vocabulary_size(model.config), compat.named_tokens(model.config)
+
+    def plain(number: int) -> int:
+        return next((token for i in range(vocabulary) if (token := (number + i) % vocabulary) not in named), 0)
+
+    return plain
+
+
+def _prompts(plain: Callable[[int], int], device: torch.device) -> list[torch.Tensor]:
     """Fixed token ids that spread over the vocabulary; no random state is touched."""
-    shared = [(3 + 7 * i * i) % vocabulary for i in range(_SHARED_TOKENS)]
+    shared = [plain(3 + 7 * i * i) for i in range(_SHARED_TOKENS)]
     return [
         torch.tensor(
-            shared + [(11 + 13 * i + 5 * i * i + row) % vocabulary for i in range(tokens + 1 - _SHARED_TOKENS)],
-            device=device,
+            shared + [plain(11 + 13 * i + 5 * i * i + row) for i in range(tokens + 1 - _SHARED_TOKENS)], device=device
         )
         for row, tokens in enumerate(_ROW_TOKENS)
     ]

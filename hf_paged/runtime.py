@@ -19,7 +19,8 @@ from hf_paged.cache import PagedCache
 from hf_paged.check import check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
-from hf_paged.footprint import footprint
+from hf_paged.equal_rows import share_equal_rows
+from hf_paged.footprint import Footprint, footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -49,6 +50,7 @@ class PagedRuntime:
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
         self._layout = compat.LayoutMemo()
+        self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
@@ -165,6 +167,18 @@ class PagedRuntime:
         """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
         return self._layout.of(self._model().config.get_text_config(decoder=True))
 
+    def cache_obstacle(self) -> str | None:
+        """Why the model's K and V cannot be kept in a `PagedCache`, or `None`."""
+        try:
+            layout = self.layout()
+        except ValueError as error:
+            return str(error)
+        if self._looked_at is None or self._looked_at[0] is not layout:
+            sizes = self._footprint(self._model()).layer_bytes
+            idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
+            self._looked_at = layout, idle
+        return self._looked_at[1]
+
     def _prompt_obstacle(self) -> str | None:
         """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
         if self._model().config.is_encoder_decoder:
@@ -196,8 +210,12 @@ class PagedRuntime:
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+        layer_bytes = self._footprint(model).layer_bytes
         return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
+
+    @staticmethod
+    def _footprint(model: PreTrainedModel) -> Footprint:
+        return footprint(model._hf_paged_original, model.config, model.dtype)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -279,6 +297,8 @@ class PagedRuntime:
                 both.release()
             raise
         if cache.prefilling:
+            if cache.fell_back and cache.dense_len == request.tokens > self.config.block_size:
+                self._share_equal_rows(cache)
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.end_prompt()
         cache.trim()
@@ -327,13 +347,15 @@ class PagedRuntime:
         return run_padded(request, cache), request.real_tokens, 0
 
     def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
-        """The outputs of a model whose prompts are never packed; single tokens may read the blocks, once tried."""
+        """The outputs of a model whose prompts are never packed: single tokens may read blocks, once that was tried."""
+        if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
+            return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
-                outputs, self._trials[key] = try_decode(request, cache, backend)
+                outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)
                 return outputs
             obstacle = self._trials.get(key, "decode steps before the first trial")
         if obstacle is None:
@@ -351,6 +373,14 @@ class PagedRuntime:
         """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
         if lengths and not cache.tables:
             raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+
+    def _share_equal_rows(self, cache: PagedCache) -> None:
+        """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""
+        key = self._circumstances(self._model())
+        known = self._capabilities.get(key)
+        padded = self._trials.get((*key, cache.columns is None)) if known is None else known.obstacle
+        if padded is None and len(cache.tables) > 1:
+            share_equal_rows(cache)
 
     def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
         """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
@@ -20,39 +21,54 @@ from hf_paged.step import UnsupportedAttentionError
 MIN_TRIAL_TOKENS = 8
 
 
-def try_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend) -> tuple[Any, str | None]:
-    """One decode step, computed both ways: on a copy of the cache by the fast path, then as stock does.
+def try_decode(
+    model: nn.Module, request: ModelCall, cache: PagedCache, backend: AttentionBackend
+) -> tuple[Any, str | None]:
+    """One decode step, computed both ways: as stock does, then by the fast path on a copy of the cache.
 
-    Returns the outputs of the latter, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`
-    as the padded path does.
+    Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
     """
     twin = deepcopy(request.kwargs["past_key_values"])
-    part = paged_part(twin)
-    windows: dict[int, int | None] = {}
-    fast, obstacle = None, None
     try:
-        part.room_tokens = 0
-        kwargs = {**request.kwargs, "past_key_values": twin}
-        fast = run_decode(replace(request, kwargs=kwargs), part, backend, windows).logits
+        before = _own_states(model)
+        outputs = run_padded(request, cache)
+        if _differ(before, _own_states(model)):
+            return outputs, "modules that keep a state of their own"
+        request = replace(request, kwargs={**request.kwargs, "past_key_values": twin})
+        return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
+    finally:
+        twin.reset()
+
+
+def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, expected: torch.Tensor) -> str | None:
+    """Why a fast decode step is not as `expected`, its logits `[rows, 1, vocabulary]`; or `None`."""
+    cache.room_tokens = 0
+    windows: dict[int, int | None] = {}
+    try:
+        fast = run_decode(request, cache, backend, windows).logits
     except PagedMemoryError:
         raise
     except UnsupportedAttentionError as error:
-        obstacle = str(error)
+        return str(error)
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
-        obstacle = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    finally:
-        (twin.release if part is twin else twin.reset)()
-    outputs = run_padded(request, cache)
-    if obstacle is None:
-        obstacle = _difference(fast, outputs.logits)
-    if obstacle is None and any(windows.get(layer) != window for layer, window in enumerate(cache.windows)):
-        obstacle = "sliding window that attention is not told of"
-    return outputs, obstacle
-
-
-def _difference(fast: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """How logits `[rows, 1, vocabulary]` of the fast path differ from those expected, where they do."""
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if any(windows.get(layer) != window for layer, window in enumerate(cache.windows)):
+        return "sliding window that attention is not told of"
     error = (fast - expected).float().abs().max() / expected.float().abs().max().clamp(min=1e-6)
     if float(error) <= TOLERANCES.get(expected.dtype, 8e-2):
         return None
     return f"decoded logits differ from stock by {float(error):.1g} of the largest"
+
+
+def _own_states(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:
+    """Copies of the tensors that modules hold as attributes, by number of the module and name."""
+    return {
+        (index, name): value.clone()
+        for index, module in enumerate(model.modules())
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _differ(before: dict[tuple[int, str], torch.Tensor], after: dict[tuple[int, str], torch.Tensor]) -> bool:
+    return before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)

@@ -55,7 +55,7 @@ def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
     if config.is_encoder_decoder:
         raise _stays_on_stock(source, "it is an encoder-decoder model")
     try:
-        windows = compat.attention_windows(config.get_text_config(decoder=True))
+        windows = compat.cache_layout(config.get_text_config(decoder=True)).windows
     except ValueError as error:
         raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
     known = dtype or compat.config_dtype(config)
