@@ -81,6 +81,11 @@ def stock_cache(config: PreTrainedConfig) -> DynamicCache:
     return DynamicCache(config=config.get_text_config(decoder=True))
 
 
+def kept_tokens(cache: DynamicCache) -> list[int]:
+    """Number of tokens whose K and V each layer holds, of those that hold any."""
+    return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
 def keeps_state(layer: object) -> bool:
     """Whether a cache layer keeps a convolutional or recurrent state."""
     return isinstance(layer, LinearAttentionLayer)

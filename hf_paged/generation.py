@@ -14,6 +14,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from hf_paged import compat
 from hf_paged.cache import PagedCache
 from hf_paged.encdec import paged_part
+from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class PagedGenerationMixin:
             cache.held_by_user |= bool(config.return_dict_in_generate)
             cache.index_rows(with_tails=not cache.held_by_user)
             if cache.owner is None:
-                runtime.hand_over("the model does not use the cache that generate gives it")
+                runtime.hand_over(CACHE_UNUSED)
         finally:
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:

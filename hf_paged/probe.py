@@ -24,6 +24,8 @@ _SHARED_TOKENS, _ROW_TOKENS = 5, (12, 9)
 PROBE_SLOTS = 512
 # Columns that a cache is said to hold in the last check: where positions are taken from that number, it shows.
 _FAR_COLUMNS = 10_000_000
+# Said of models that compute everything anew each step, or keep a cache elsewhere.
+CACHE_UNUSED = "the model does not use the cache that generate gives it"
 # Largest difference of logits, relative to the largest logit. Stock itself differs by about a tenth of these
 # figures between batch shapes; a model that the fast path gets wrong differs by 0.1 to 1.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -127,11 +129,20 @@ def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tenso
 
 def _unfit(model: PreTrainedModel, call: Callable[..., Any]) -> str | None:
     """Why K and V of this model are not those of its tokens, or `None`: cpmant puts a prompt of its own before them."""
-    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0]
+    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0].unsqueeze(0)
     cache = compat.stock_cache(model.config)
-    call(input_ids=tokens.unsqueeze(0), past_key_values=cache, use_cache=True)
-    kept = cache.get_seq_length()
-    return f"the model keeps K and V of {kept} tokens where it was given {len(tokens)}" if kept > len(tokens) else None
+    positions = {"position_ids": torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)}
+    call(
+        input_ids=tokens,
+        past_key_values=cache,
+        use_cache=True,
+        **(positions if compat.takes_position_ids(model) else {}),
+    )
+    kept = max(compat.kept_tokens(cache), default=0)
+    if kept == 0:
+        return CACHE_UNUSED
+    given = tokens.shape[1]
+    return None if kept <= given else f"the model keeps K and V of {kept} tokens where it was given {given}"
 
 
 def _counts_positions(
