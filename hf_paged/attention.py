@@ -9,10 +9,32 @@ import torch
 
 from hf_paged import compat
 from hf_paged.backends import AttentionCall, attend_rows
-from hf_paged.lazy import PagedKV
+from hf_paged.cross import attend_shared
+from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
 
-NAME_PREFIX = "hf_paged_"
+
+class PagedName(str):
+    """The name of an attention implementation that ours has taken the place of; it is equal to that name.
+
+    Models look at the name of their attention, not only look it up (`_attn_implementation in ("eager", "sdpa")`), and
+    take other ways where it is none that they know. So ours reads, compares, prints, pickles and saves as the name that
+    the model had before. Only its hash is another one: in the tables of attention and mask functions, which are
+    dictionaries, it finds our function.
+    """
+
+    __slots__ = ()
+    __eq__ = str.__eq__
+
+    def __hash__(self) -> int:
+        return hash(("hf_paged", str(self)))
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> str:
+        return str(self)
+
 
 # Keywords of an attention call that are honoured, and those that carry no instruction of their own once a plan says
 # what each query sees.
@@ -40,9 +62,9 @@ _KNOWN = frozenset(
 )
 
 
-def patched_name(original: str) -> str:
+def patched_name(original: str) -> PagedName:
     """Name of the attention function that hands over to `original`; registered when first asked for."""
-    name = NAME_PREFIX + original
+    name = PagedName(original)
     if not compat.is_registered(name):
         compat.register_attention(name, partial(paged_attention_forward, original), original)
     return name
@@ -76,6 +98,10 @@ def paged_attention_forward(
     Returns:
         `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
     """
+    if isinstance(key, SharedRows):
+        function = compat.original_attention(original, module)
+        kwargs = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return attend_shared(function, module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[-1] != 0:
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -90,7 +116,8 @@ def paged_attention_forward(
 def _attention_call(
     module: torch.nn.Module, query: torch.Tensor, scaling: float | None, dropout: float, kwargs: dict[str, Any]
 ) -> AttentionCall:
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+    is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
+    if not is_causal and query.shape[2] > 1:  # the newest token of a sequence sees all of it either way
         raise UnsupportedAttentionError("attention is not causal")
     if dropout:
         raise UnsupportedAttentionError("attention dropout")

@@ -4,47 +4,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from hf_paged import compat
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.manager import Pin
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
-from hf_paged.layer import PagedLayer
+from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
+from hf_paged.sequences import Sequences
+from hf_paged.state import PagedStateLayer
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
 DEFAULT_ROOM_TOKENS = 256
-
-
-class Sequences:
-    """The tables of a cache and the pool they are in; freed with the cache."""
-
-    def __init__(self, pool: KVPool | None):
-        self.pool = pool
-        self.tables: list[BlockTable] = []
-        self.pins: list[Pin] = []
-
-    def unpin(self) -> None:
-        """Let go of the blocks that the last pass has copied from."""
-        if self.pins:
-            self.pool.manager.unpin(self.pins)
-            self.pins.clear()
-
-    def free(self) -> None:
-        """Give every block back."""
-        self.unpin()
-        if self.pool is not None:
-            self.pool.free(self.tables)
-        self.tables.clear()
 
 
 class PagedCache(Cache):
@@ -59,7 +39,8 @@ class PagedCache(Cache):
         max_memory: budget as in `PagedConfig`.
 
     Raises:
-        ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep more than K and V.
+        ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep something else than K and V
+            or a convolutional or recurrent state.
     """
 
     def __init__(
@@ -70,7 +51,7 @@ class PagedCache(Cache):
         *,
         pool: KVPool | None = None,
         settings: PagedConfig | None = None,
-        windows: Sequence[int | None] | None = None,
+        layout: compat.CacheLayout | None = None,
     ):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a transformers config (model.config), got {type(config).__name__}")
@@ -78,8 +59,12 @@ class PagedCache(Cache):
         if settings is None and self.settings.budget_bytes("disk") is not None:
             raise ValueError("max_memory['disk'] is for cached prefixes, which a patched model keeps; leave 'disk' out")
         self.model_config = config.get_text_config(decoder=True)
-        self.windows = compat.attention_windows(self.model_config) if windows is None else windows
-        super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
+        self.layout = compat.cache_layout(self.model_config) if layout is None else layout
+        self.windows = self.layout.windows
+        super().__init__(layers=self._make_layers())
+        # Those that keep K and V, and those that keep a state; a layer may be both.
+        self.paged_layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+        self.states = [layer for layer in self.layers if compat.keeps_state(layer)]
         self.sequences = Sequences(pool)
         self.has_windows = any(window is not None for window in self.windows)
         self._finalizer = weakref.finalize(self, self.sequences.free)
@@ -96,10 +81,24 @@ class PagedCache(Cache):
         self.held_by_user = True
         # What `generate` is doing with the cache just now.
         self.generating = self.prefilling = self.assisted = self.fell_back = False
+        # Whether rows are computed to the end of the call, because more than K and V goes with them.
+        self.keeps_rows = bool(self.states)
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
+
+    def _make_layers(self) -> list[Any]:
+        if not self.layout.has_states and None not in self.layout.places:
+            return [PagedLayer(self, place) for place in self.layout.places]
+        layers = []
+        for place, stock in zip(self.layout.places, compat.stock_cache(self.model_config).layers, strict=True):
+            if place is None:
+                layers.append(stock)
+            else:
+                both = compat.keeps_state(stock)
+                layers.append(PagedStateLayer(self, place, stock) if both else PagedLayer(self, place))
+        return layers
 
     # -- what the rows hold --------------------------------------------------------------------------------------
 
@@ -167,7 +166,7 @@ class PagedCache(Cache):
 
         Passes that are stock-shaped compute every row, so nothing changes there.
         """
-        if self.fell_back:
+        if self.fell_back or self.keeps_rows:
             return
         for row, is_done in enumerate(done):
             if is_done and row not in self.finished and len(self.finished) < len(self.tables) - 1:
@@ -189,7 +188,7 @@ class PagedCache(Cache):
 
         What a prompt has left stays for later calls with the same prompt, what was generated does not.
         """
-        if not self.has_windows or any(layer.record_past for layer in self.layers):
+        if not self.has_windows or any(layer.record_past for layer in self.paged_layers):
             return
         manager = self.pool.manager
         if self.root is not None:
@@ -202,18 +201,20 @@ class PagedCache(Cache):
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens.
 
-        Where it was to copy blocks, or has given up what the rows' windows saw, something is lost: forget all.
+        Where it was to copy blocks, or has given up what the rows' windows saw, or has moved states on, something is
+        lost: forget all.
         """
+        moved_on = bool(self.states) and self.step is not None
         self.step, copying = None, self.is_copying
         self.sequences.unpin()
         counts = [min(num_tokens, table.num_tokens) for table, num_tokens in zip(self.tables, lengths, strict=False)]
         lost = self.tables and not all(map(self.pool.manager.reaches, self.tables, counts))
-        if (copying and self.dense_len) or lost:
+        if (copying and self.dense_len) or lost or moved_on:
             self.release()
             return
         for table, num_tokens in zip(self.tables, counts, strict=False):
             self.pool.manager.crop(table, num_tokens)
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.move_to(self.dense_len)
 
     def release(self) -> None:
@@ -224,8 +225,10 @@ class PagedCache(Cache):
     def _forget(self) -> None:
         self.dense_len, self.columns, self.step, self.is_copying = 0, None, None, False
         self.finished.clear()
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.seen = layer.kept = 0
+        for layer in self.states:
+            LinearAttentionLayer.reset(layer)
 
     # -- a forward pass ------------------------------------------------------------------------------------------
 
@@ -234,7 +237,7 @@ class PagedCache(Cache):
         self.add_columns(new_columns, tokens_per_row)
         self.step, self.is_copying = None, False
         self.sequences.unpin()
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.move_to(self.dense_len)
 
     def begin_dense(self, tokens_per_row: int, new_columns: torch.Tensor | None = None) -> Step:
@@ -289,7 +292,7 @@ class PagedCache(Cache):
     def begin_unplanned(self, key: torch.Tensor) -> None:
         """The first layer of a pass that nobody planned: an unpatched model calls `update`."""
         if self.sequences.pool is None:
-            layer_bytes = [2 * key.shape[1] * key.shape[3] * key.element_size()] * len(self.layers)
+            layer_bytes = [2 * key.shape[1] * key.shape[3] * key.element_size()] * len(self.windows)
             self.sequences.pool = KVPool(self.settings, self.windows, layer_bytes, key.device)
         self.ensure_rows(key.shape[0])
         self.sequences.unpin()
@@ -303,25 +306,36 @@ class PagedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
-        step = self.step
+        layer, step = self.layers[layer_idx], self.step
         if step is not None and step.reads_rows and not key_states.requires_grad:
-            span = step.plans[layer_idx].span
+            span = step.plans[layer.index].span
             if span is not None:
                 # The common decode step, which the layers' bookkeeping has nothing to add to.
-                store = self.sequences.pool.layer(layer_idx, key_states, value_states)
+                store = self.sequences.pool.layer(layer.index, key_states, value_states)
                 return store.append_rows(span, key_states, value_states)
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Dense columns that a layer has seen, padding included."""
-        return self.layers[layer_idx].seen if layer_idx < len(self.layers) else 0
+        """Dense columns that a layer has seen, padding included; where it keeps no K and V, that the first has seen."""
+        if layer_idx >= len(self.layers):
+            return 0
+        return self.paged_layers[self.layout.places[layer_idx] or 0].seen
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-        for layer in self.layers:
-            yield layer.keys, layer.values, None if layer.window is None else torch.tensor(layer.window)
+        for place in self.layout.places:
+            if place is None:
+                yield None, None, None
+            else:
+                layer = self.paged_layers[place]
+                yield layer.keys, layer.values, None if layer.window is None else torch.tensor(layer.window)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer, whether it keeps a state and no K and V."""
+        return [compat.keeps_state(layer) and not isinstance(layer, PagedLayer) for layer in self.layers]
 
     def reset(self) -> None:
         """Empty the cache; its blocks go back to the pool."""
@@ -333,6 +347,8 @@ class PagedCache(Cache):
         Raises `ValueError` where more are to be removed than there are.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        for layer in self.states:
+            LinearAttentionLayer.crop(layer, tokens_to_remove)
         keep = self.dense_len + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if tokens_to_remove == 0 and compat.crop_zero_empties():
             keep = 0
@@ -344,7 +360,7 @@ class PagedCache(Cache):
             self._go_back(tokens_to_remove, keep)
         if self.has_windows and self.tables:
             self.pool.manager.trim(self.tables)
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.move_to(min(layer.seen, keep))
 
     def _go_back(self, tokens_to_remove: int, keep: int) -> None:
@@ -385,38 +401,37 @@ class PagedCache(Cache):
         rows = [row % count for row in rows]
         if rows == list(range(len(self.tables))):
             return
-        manager = self.pool.manager
-        with manager.lock:
-            kept: dict[int, BlockTable] = {}
-            tables: list[BlockTable] = []
-            for row in rows:
-                if row in kept:
-                    tables.append(manager.fork(kept[row]))
-                else:
-                    kept[row] = self.tables[row]
-                    tables.append(kept[row])
-            self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
-            self.tables[:] = tables
+        self.sequences.select(rows)
         if self.columns is not None:
             self.columns = self.columns[rows]
+        for layer in self.states:
+            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows))
 
     def activate_past_recording(self) -> None:
-        """Window layers keep what falls out of their window from now on, and show it, until the next `crop`."""
+        """Window layers keep what falls out of their window from now on, and show it, until the next `crop`.
+
+        States that stock can go back to are kept as well.
+        """
         for layer in self.layers:
-            layer.activate_past_recording()
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A cache that continues on its own and shares the blocks until one of the two changes them."""
-        twin = PagedCache(self.model_config, pool=self.sequences.pool, settings=self.settings)
+        twin = PagedCache(self.model_config, pool=self.sequences.pool, settings=self.settings, layout=self.layout)
         memo[id(self)] = twin
         if self.tables:
             twin.tables.extend(self.pool.manager.fork(table) for table in self.tables)
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root = self.root
+        twin.root, twin.keeps_rows = self.root, self.keeps_rows
         twin.owner, twin.held_by_user = self.owner, True
-        for mine, theirs in zip(self.layers, twin.layers, strict=True):
+        for mine, theirs in zip(self.states, twin.states, strict=True):
+            vars(theirs).update(
+                deepcopy({name: vars(mine)[name] for name in vars(mine).keys() - PAGED_ATTRIBUTES}, memo)
+            )
+        for mine, theirs in zip(self.paged_layers, twin.paged_layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past
         return twin
 

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_paged.commands import plan
+from hf_paged.commands import doctor, plan
 from hf_paged.commands.arguments import UsageError
 
-COMMANDS = {"plan": plan}
+COMMANDS = {"doctor": doctor, "plan": plan}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,16 +7,32 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+# Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
+_STATE_LAYERS = (LinearAttentionLayer,)
+_NO_KV = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+_STATE_AND_KV_LAYERS = (
+    LinearAttentionAndFullAttentionLayer,
+    *filter(None, [getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None)]),
+)
 
 
 def can_generate(model: object) -> bool:
@@ -24,40 +40,88 @@ def can_generate(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin) and model.can_generate()
 
 
-def attention_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Per layer the sliding window, or `None` for full attention, as transformers' own cache sees them.
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the layers of transformers' own cache of a model keep.
 
-    Raises `ValueError` naming the layer type where a layer keeps anything but K and V of past tokens.
+    Attributes:
+        windows: of each layer that keeps K and V, the sliding window; `None` for full attention.
+        places: for each layer of the cache its number among those, `None` where it keeps no K and V.
+        has_states: whether some layer keeps a convolutional or recurrent state.
     """
+
+    windows: list[int | None]
+    places: list[int | None]
+    has_states: bool
+
+
+def cache_layout(config: PreTrainedConfig) -> CacheLayout:
+    """The layout of the cache that stock `generate` makes for `config`.
+
+    Raises `ValueError` naming the layer type where a layer keeps anything else than K and V of past tokens or a state,
+    or where none keeps K and V.
+    """
+    layers = DynamicCache(config=config).layers
     windows: list[int | None] = []
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(layer.sliding_window)
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
+    places: list[int | None] = []
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, *_STATE_LAYERS, *_STATE_AND_KV_LAYERS, *_NO_KV):
             raise ValueError(f"config: layer {index} keeps a {type(layer).__name__}, which is not made of KV blocks")
-    return windows
+        keeps_kv = isinstance(layer, DynamicLayer)
+        places.append(len(windows) if keeps_kv else None)
+        if keeps_kv:
+            windows.append(getattr(layer, "sliding_window", None))
+    if not windows:
+        raise ValueError("config: no layer keeps K and V of past tokens")
+    return CacheLayout(windows, places, any(keeps_state(layer) for layer in layers))
 
 
-class WindowMemo:
-    """`attention_windows` of one model, found again only where the config's content has changed."""
+def stock_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A new cache as stock `generate` makes it for a model that is no encoder-decoder."""
+    return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def kept_tokens(cache: DynamicCache) -> list[int]:
+    """Number of tokens whose K and V each layer holds, of those that hold any."""
+    return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def keeps_state(layer: object) -> bool:
+    """Whether a cache layer keeps a convolutional or recurrent state."""
+    return isinstance(layer, LinearAttentionLayer)
+
+
+def init_state(layer: Any, like: Any) -> None:
+    """Give a layer the attributes of an empty state, as many as the stock layer `like` has."""
+    count = {"number_of_states": like.number_of_states} if hasattr(like, "number_of_states") else {}
+    LinearAttentionLayer.__init__(layer, **count)
+
+
+class LayoutMemo:
+    """`cache_layout` of one model, found again only where the config's content has changed."""
 
     def __init__(self) -> None:
         self._config: dict[str, Any] | None = None
-        self._windows: list[int | None] = []
+        self._layout: CacheLayout | None = None
 
-    def of(self, config: PreTrainedConfig) -> list[int | None]:
-        """The windows of `config`; raises as `attention_windows` does."""
-        if self._config != config.__dict__:
-            self._windows = attention_windows(config)
+    def of(self, config: PreTrainedConfig) -> CacheLayout:
+        """The layout of `config`; raises as `cache_layout` does."""
+        if self._layout is None or self._config != config.__dict__:
+            self._layout = cache_layout(config)
             self._config = copy.deepcopy(config.__dict__)
-        return self._windows
+        return self._layout
 
 
 def uses_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether stock `generate` would give this model a `DynamicCache`."""
     return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
+
+
+def is_plain_pair(cache: object) -> bool:
+    """Whether `cache` is what stock `generate` makes for an encoder-decoder model by default."""
+    return type(cache) is EncoderDecoderCache and all(
+        type(each) is DynamicCache for each in (cache.self_attention_cache, cache.cross_attention_cache)
+    )
 
 
 def estimated_kv_elements(config: PreTrainedConfig) -> int:
@@ -71,6 +135,14 @@ def estimated_kv_elements(config: PreTrainedConfig) -> int:
 def load_config(source: str, **kwargs: Any) -> PreTrainedConfig:
     """The config that a hub id, a folder or a file names; code that comes with it is not run."""
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def load_weights(kind: type[PreTrainedModel], source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of class `kind` with the weights of a folder or hub id; the hub is asked where they are not here."""
+    try:
+        return kind.from_pretrained(source, dtype=dtype, local_files_only=True)
+    except OSError:
+        return kind.from_pretrained(source, dtype=dtype)
 
 
 def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
@@ -140,10 +212,6 @@ def set_attention_name(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation_internal = name
 
 
-# What pickle needs to name the attribute that `set_attention_name` sets.
-ATTENTION_NAME_ATTRIBUTE = "_attn_implementation_internal"
-
-
 def register_attention(name: str, function: Callable[..., Any], original: str) -> None:
     """Register an attention function; its masks are those of the implementation `original`."""
     ALL_ATTENTION_FUNCTIONS.register(name, function)
@@ -189,6 +257,12 @@ def crop_zero_empties() -> bool:
     layer.update(one, one)
     layer.crop(0)
     return layer.get_seq_length() == 0
+
+
+def named_tokens(config: PreTrainedConfig) -> set[int]:
+    """The token ids that a config has a name for, such as that of an image's place."""
+    values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    return {value for value in values if isinstance(value, int)}
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

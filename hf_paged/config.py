@@ -28,7 +28,8 @@ class PagedConfig:
         kv_cache_dtype: `"auto"` stores KV in the model's dtype.
         attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.
-        verify: compare logits with the stock path on first use and raise `ValueError` on a mismatch.
+        verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
+            answers differ; `hf-paged doctor` asks the same ones.
 
     Raises:
         ValueError: naming the field that is unknown, out of range or not available in this version.

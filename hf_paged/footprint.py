@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
 
@@ -18,7 +18,7 @@ class Footprint:
     """Bytes of K and V of one token.
 
     Attributes:
-        layer_bytes: in each layer that transformers' own cache has.
+        layer_bytes: in each layer that keeps K and V, in order.
         estimated: why these come from fields of the config instead of the shapes of real K and V, or `None`.
         weight_bytes: of all parameters in that dtype, `None` where that is not known.
     """
@@ -42,7 +42,7 @@ def footprint(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torc
         except Exception as error:  # whatever a model does with numbers that are not there
             reason = f"{kind.__name__} cannot be tried without weights: {type(error).__name__}"
     decoder = config.get_text_config(decoder=True)
-    num_layers = len(DynamicCache(config=decoder).layers)
+    num_layers = len(compat.cache_layout(decoder).windows)
     return Footprint((compat.estimated_kv_elements(decoder) * dtype.itemsize,) * num_layers, reason)
 
 
@@ -73,10 +73,16 @@ class _Sizes:
 def _measure(build: _Build) -> _Sizes:
     model = compat.build_on_meta(build.kind, build.config)
     one = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    model(input_ids=one, attention_mask=one + 1, past_key_values=cache, use_cache=True)
+    decoder = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=decoder)
+    if model.config.is_encoder_decoder:
+        both = EncoderDecoderCache(cache, DynamicCache(config=decoder))
+        model(input_ids=one, decoder_input_ids=one, past_key_values=both, use_cache=True)
+    else:
+        model(input_ids=one, attention_mask=one + 1, past_key_values=cache, use_cache=True)
     elements, fixed_bytes = [], []
-    for layer in cache.layers:
+    layers = zip(cache.layers, compat.cache_layout(decoder).places, strict=True)
+    for layer in (layer for layer, place in layers if place is not None):
         # Layers that read the K and V of another one keep none.
         kept = [] if layer.keys is None else [layer.keys, layer.values]
         counts = [(tensor.shape[1] * tensor.shape[3], tensor.dtype) for tensor in kept]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,23 @@ _KNOWN_ARGUMENTS = frozenset(
         "cache_position",
     )
 )
-_MEANINGLESS_IF_FALSE = (None, False)
+# One number a token, whose zeros say what leaving them out says: that there is only text.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
+_ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
+
+
+class InputNames(NamedTuple):
+    """What a model calls the inputs of its decoder."""
+
+    ids: str = "input_ids"
+    embeds: str = "inputs_embeds"
+    mask: str = "attention_mask"
+    positions: str = "position_ids"
+
+
+DECODER_ONLY = InputNames()
+ENCODER_DECODER = InputNames(*(f"decoder_{name}" for name in DECODER_ONLY))
 
 
 @dataclass(slots=True)
@@ -44,6 +60,7 @@ class ModelCall:
         inputs: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, hidden]`.
         new_columns: `[batch, tokens]` bool on the CPU, False at padding; `None` where there is none.
         last_only: whether the last column's logits suffice although the call does not say so.
+        names: of the inputs.
     """
 
     call: Callable[..., Any]
@@ -51,6 +68,7 @@ class ModelCall:
     inputs: torch.Tensor
     new_columns: torch.Tensor | None
     last_only: bool
+    names: InputNames = DECODER_ONLY
 
     @property
     def rows(self) -> int:
@@ -69,11 +87,21 @@ class ModelCall:
 
     @property
     def input_name(self) -> str:
-        """`"input_ids"` or `"inputs_embeds"`."""
-        return "input_ids" if self.inputs.dim() == 2 else "inputs_embeds"
+        """`"input_ids"` or `"inputs_embeds"`, or what the model calls them."""
+        return self.names.ids if self.inputs.dim() == 2 else self.names.embeds
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Attention mask of the decoder."""
+        return self.kwargs.get(self.names.mask)
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Position ids of the decoder."""
+        return self.kwargs.get(self.names.positions)
 
 
-def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None) -> str | None:
+def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None = None) -> str | None:
     """Why this call must take the padded path, or `None`.
 
     Args:
@@ -81,13 +109,15 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         cache: its cache.
         window_limit: longest sequence for which the model's attention is known to be what the backends compute.
     """
-    kwargs = request.kwargs
+    kwargs, known = request.kwargs, _KNOWN_ARGUMENTS
+    if request.names == ENCODER_DECODER:
+        known = known | frozenset(request.names) | _ENCODER_ARGUMENTS
     for name, value in kwargs.items():
-        if name not in _KNOWN_ARGUMENTS and not any(value is empty for empty in _MEANINGLESS_IF_FALSE):
+        if name not in known and not _says_nothing(name, value, request):
             return f"argument {name}"
     if kwargs.get("return_dict") is False:
         return "argument return_dict=False"
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions = request.mask, request.positions
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != cache.dense_len + request.tokens:
             return "custom attention mask"
@@ -96,9 +126,9 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
             return "attention mask differs from what is cached"
     elif cache.columns is not None:
         return "attention mask differs from what is cached"
-    if positions is not None and positions.dim() != 2:
-        return "position ids of several dimensions"
     new, tokens = request.new_columns, request.tokens
+    if positions is not None and positions.dim() != 2 and tokens > 1 and not _planes_agree(positions, new):
+        return "position ids of several dimensions"
     if new is not None and not bool(new[:, -1].all()):
         return "padding on the right"
     if window_limit is not None and cache.dense_len + tokens > window_limit:
@@ -116,6 +146,21 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     return None
 
 
+def _says_nothing(name: str, value: Any, request: ModelCall) -> bool:
+    """Whether an argument might as well be left out."""
+    if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
+        return value.shape == (request.rows, request.tokens) and not bool(value.any())
+    return value is None or value is False or (isinstance(value, dict | list | tuple) and not value)
+
+
+def _planes_agree(positions: torch.Tensor, new: torch.Tensor | None) -> bool:
+    """Whether position ids `[planes, rows, tokens]` are the same in each plane, where tokens are real."""
+    if positions.dim() != 3:
+        return False
+    differ = (positions != positions[:1]).any(dim=0)
+    return not bool(differ.any() if new is None else (differ.expand(new.shape).cpu() & new).any())
+
+
 def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
     """Whether padding follows a stored column."""
     if new is None and cache.columns is None:
@@ -124,8 +169,16 @@ def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
     return bool((columns[:, :-1] & ~columns[:, 1:]).any())
 
 
-def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend) -> Any:
-    """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero."""
+def run_decode(
+    request: ModelCall,
+    cache: PagedCache,
+    backend: AttentionBackend,
+    windows_seen: dict[int, int | None] | None = None,
+) -> Any:
+    """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero.
+
+    `windows_seen` is filled with the sliding window of each layer's attention call.
+    """
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
@@ -142,16 +195,18 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
-    reads_rows = backend.reads_rows and columns is None
+    reads_rows = backend.reads_rows and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
-    kwargs = dict(request.kwargs, attention_mask=paged_mask(request.inputs.device))
+    kwargs = {**request.kwargs, request.names.mask: paged_mask(request.inputs.device)}
     if some:
         index = torch.tensor(active, device=request.inputs.device)
         kwargs[request.input_name] = request.inputs[index]
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[0] == request.rows:
-            kwargs["position_ids"] = positions[index]
+        for name in (request.names.positions, *TOKEN_TYPES):
+            if kwargs.get(name) is not None and kwargs[name].shape[-2] == request.rows:
+                kwargs[name] = kwargs[name].index_select(-2, index)
     outputs = request.call(**kwargs)
+    if windows_seen is not None:
+        windows_seen.update(cache.step.windows_seen)
     cache.finish(None, 1)
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)
@@ -161,11 +216,12 @@ def run_decode(request: ModelCall, cache: PagedCache, backend: AttentionBackend)
 def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
     """Whether every row's new token has the position that its past implies."""
     stored = [table.num_tokens for table in cache.tables]
-    positions = request.kwargs.get("position_ids")
-    given = [cache.dense_len] if positions is None else positions.flatten().tolist()
+    positions = request.positions
+    planes = [[[cache.dense_len]]] if positions is None else positions.reshape(-1, *positions.shape[-2:]).tolist()
+    given = [[row[0] for row in plane] * (len(stored) // len(plane)) for plane in planes]
     return all(
-        position == num_tokens or row in cache.finished
-        for row, (position, num_tokens) in enumerate(zip(given * (len(stored) // len(given)), stored, strict=True))
+        row in cache.finished or all(plane[row] == num_tokens for plane in given)
+        for row, num_tokens in enumerate(stored)
     )
 
 

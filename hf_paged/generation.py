@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from contextvars import ContextVar
 from copy import copy, deepcopy
@@ -13,9 +12,10 @@ import torch
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, StoppingCriteriaList
 
 from hf_paged import compat
-from hf_paged.attention import NAME_PREFIX
 from hf_paged.cache import PagedCache
+from hf_paged.encdec import paged_part
 from hf_paged.identity import Sampling
+from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class PagedGenerationMixin:
         return self.__dict__[RUNTIME_ATTRIBUTE]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = paged_part(kwargs.get("past_key_values"))
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
         if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
             return type(self).__call__(self, *args, **kwargs)
-        if isinstance(cache, PagedCache):
+        if cache is not None:
             return runtime.run(super().__call__, cache, args, kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -73,6 +73,7 @@ class PagedGenerationMixin:
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         salt = kwargs.get("cache_salt")
+        self.paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
         outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
         try:
@@ -107,32 +108,34 @@ class PagedGenerationMixin:
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
-        if not chosen:
-            obstacle = self._paged_obstacle()
-            if obstacle is None:
-                room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-                model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
-                if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
-                    cache.activate_past_recording()  # guesses will be taken back
-            else:
-                self.paged.counters.fall_back(f"stock generate: {obstacle}")
-        elif isinstance(model_kwargs.get("past_key_values"), PagedCache):
-            self.paged.check_root(model_kwargs["past_key_values"], salt)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        arguments = (generation_config, model_kwargs, generation_mode, *args)
+        if chosen:
+            if isinstance(model_kwargs.get("past_key_values"), PagedCache):
+                self.paged.check_root(model_kwargs["past_key_values"], salt)
+            return super()._prepare_cache_for_generation(*arguments, **kwargs)
+        result, obstacle = None, self._paged_obstacle()
+        if obstacle is not None or self.config.is_encoder_decoder:
+            result = super()._prepare_cache_for_generation(*arguments, **kwargs)
+            if obstacle is None and not compat.is_plain_pair(model_kwargs.get("past_key_values")):
+                obstacle = "model keeps a cache of its own"
+        if obstacle is not None:
+            self.paged.hand_over(obstacle)
+            return result
+        room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
+        model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
+        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+            cache.activate_past_recording()  # guesses will be taken back
+        if self.config.is_encoder_decoder:
+            return result
+        return super()._prepare_cache_for_generation(*arguments, **kwargs)
 
     def _paged_obstacle(self) -> str | None:
         """Why `generate` is left to stock, or `None`."""
-        if self.config.is_encoder_decoder:
-            return "encoder-decoder model"
         if not compat.uses_dynamic_cache(self):
             return "model keeps a cache of its own"
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
-        try:
-            self.paged.windows()
-        except ValueError as error:
-            return str(error)
-        return None
+        return self.paged.cache_obstacle() or self.paged.unfit(super().__call__)
 
     def _prefill(
         self,
@@ -142,8 +145,8 @@ class PagedGenerationMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, PagedCache):
+        cache = paged_part(model_kwargs.get("past_key_values"))
+        if cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         try:
             return self._packed_prefill(cache, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -177,15 +180,10 @@ class PagedGenerationMixin:
 
     @wraps(GenerationMixin._sample)
     def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        cache, config = paged_part(kwargs.get("past_key_values")), kwargs["generation_config"]
         criteria = kwargs["stopping_criteria"]
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        if (
-            isinstance(cache, PagedCache)
-            and ends_rows
-            and not config.return_dict_in_generate
-            and not cache.held_by_user
-        ):
+        if cache is not None and ends_rows and not config.return_dict_in_generate and not cache.held_by_user:
             kwargs["stopping_criteria"] = FinishedRows(criteria, cache)
         return self._paged_decoding(super()._sample, input_ids, kwargs)
 
@@ -201,8 +199,9 @@ class PagedGenerationMixin:
         self, decode: Callable[..., Any], input_ids: torch.LongTensor, kwargs: dict[str, Any], assisted: bool = False
     ) -> Any:
         """Run a decoding loop; whatever happens in it, no block stays behind unless the caller holds the cache."""
-        cache, config = kwargs.get("past_key_values"), kwargs["generation_config"]
-        if not isinstance(cache, PagedCache):
+        given, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        cache = paged_part(given)
+        if cache is None:
             return decode(input_ids, **kwargs)
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
@@ -210,27 +209,21 @@ class PagedGenerationMixin:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
             cache.index_rows(with_tails=not cache.held_by_user)
+            if cache.owner is None:
+                runtime.hand_over(CACHE_UNUSED)
         finally:
             cache.generating = cache.prefilling = cache.assisted = False
             if not cache.held_by_user:
-                cache.release()
+                given.release()
         runtime.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
         return result
 
     # -- copies and files see the original class ------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the original class, with the attention it had, loadable without hf_paged."""
+        """Pickle as the original class, loadable without hf_paged; the name of its attention does the same."""
         state = {name: value for name, value in self.__dict__.items() if name != RUNTIME_ATTRIBUTE}
-        parts = (_Call(object.__new__, self._hf_paged_original), *self._restored_names())
-        return operator.getitem, (parts, 0), state
-
-    def _restored_names(self) -> list[_Call]:
-        return [
-            _Call(setattr, config, compat.ATTENTION_NAME_ATTRIBUTE, name.removeprefix(NAME_PREFIX))
-            for config in compat.attention_configs(self)
-            if (name := compat.attention_name(config)) and name.startswith(NAME_PREFIX)
-        ]
+        return object.__new__, (self._hf_paged_original,), state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A patched copy with a runtime of its own."""
@@ -242,16 +235,6 @@ class PagedGenerationMixin:
             if name != RUNTIME_ATTRIBUTE:
                 twin.__dict__[name] = deepcopy(value, memo)
         return patch_model(twin, self.paged.config)
-
-
-class _Call:
-    """Pickles as a call of `function` and unpickles as its result."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any):
-        self._call = function, args
-
-    def __reduce__(self) -> Any:
-        return self._call
 
 
 def _count_generated(result: Any, prompt_tokens: int, config: GenerationConfig) -> int:

@@ -19,7 +19,6 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.attention import NAME_PREFIX
 from hf_paged.sample import Sample
 from hf_paged.weights import Tree, held_tensors, parts, tensor_states, unreadable
 
@@ -219,9 +218,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
     """What computes differently with the same weights and config."""
-    attention = [
-        (compat.attention_name(each) or "").removeprefix(NAME_PREFIX) for each in compat.attention_configs(model)
-    ]
+    attention = [str(compat.attention_name(each) or "") for each in compat.attention_configs(model)]
     training, autocast, precision = _circumstances(model)
     return {"attention": attention, "training": training, "autocast": autocast, "matmul_precision": precision}
 
@@ -229,6 +226,13 @@ def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
 def describe_config(model: PreTrainedModel) -> dict[str, Any]:
     """The config without the fields that say where it came from."""
     return {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN_FIELDS}
+
+
+def rotary_depends_on_length(model: nn.Module) -> bool:
+    """Whether the K of a token depends on how long the sequence, or the longest one beside it, is."""
+    return any(
+        _rope_depends_on_length(vars(module)["rope_type"]) for module in model.modules() if "rope_type" in vars(module)
+    )
 
 
 def _obstacle(tree: Tree) -> str | None:

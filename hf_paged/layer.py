@@ -15,11 +15,18 @@ from hf_paged.store import LayerStore
 if TYPE_CHECKING:
     from hf_paged.cache import PagedCache
 
+# What `PagedLayer` itself sets; a layer that also keeps a state has more.
+PAGED_ATTRIBUTES = frozenset(("_cache", "index", "window", "sliding_window", "record_past", "seen", "kept", "done"))
+
 
 class PagedLayer(CacheLayerMixin):
     """One layer of a `PagedCache`. Layers move together: their rows and lengths are those of the cache.
 
     An operation called layer by layer takes effect with the first layer and is ticked off by the others.
+
+    Args:
+        cache: the layer's cache.
+        index: its number among the layers that keep K and V.
     """
 
     is_croppable = True
@@ -65,6 +72,7 @@ class PagedLayer(CacheLayerMixin):
         cache = self.cache
         step = cache.step
         if step is not None and step.fast:
+            self._check_tokens(key_states, step.plans[self.index].num_queries)
             store = cache.sequences.pool.layer(self.index, key_states, value_states)
             step.backend.write(store, step.plans[self.index], key_states, value_states)
             return (
@@ -76,12 +84,22 @@ class PagedLayer(CacheLayerMixin):
             step = cache.step
         elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
             raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
+        self._check_tokens(key_states, len(cache.tables) * step.tokens_per_row)
         store = cache.pool.layer(self.index, key_states, value_states)
         store.write(step.plans[self.index], key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
         dense = step.dense(store.group)
-        return dense.of(store.keys, visible), dense.of(store.values, visible)
+        # Attention of models that have one of their own may take it that K and V have no gaps, as stock's have not.
+        return dense.of(store.keys, visible).contiguous(), dense.of(store.values, visible).contiguous()
+
+    def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
+        given = key_states.shape[0] * key_states.shape[2]
+        if given != expected:
+            raise ValueError(
+                f"layer {self.index} of past_key_values is given K and V of {given} tokens in a pass over {expected}; "
+                "a PagedCache keeps those of the sequence only, a DynamicCache takes any"
+            )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: memory comes with the first update."""
@@ -107,6 +125,12 @@ class PagedLayer(CacheLayerMixin):
         cache = self.cache
         dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
         return dense.of(getattr(self.store, name), self.kept).clone()  # others may hold these blocks
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense keys and values as `keys` and `values` give them, where possible without a copy: only to be read."""
+        cache = self.cache
+        dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
+        return dense.of(self.store.keys, self.kept), dense.of(self.store.values, self.kept)
 
     def move_to(self, seen: int) -> None:
         """The layer has seen `seen` dense columns now."""
@@ -197,7 +221,7 @@ class PagedLayer(CacheLayerMixin):
                 f"{cache.pending[self.done]}; call the method on past_key_values instead"
             )
         self.done += 1
-        if all(layer.done == len(cache.pending) for layer in cache.layers):
+        if all(layer.done == len(cache.pending) for layer in cache.paged_layers):
             cache.pending.clear()
-            for layer in cache.layers:
+            for layer in cache.paged_layers:
                 layer.done = 0

@@ -1,4 +1,4 @@
-"""K and V that look dense and are not: what `update` returns on the fast path."""
+"""K and V that look dense and are not: read where they lie by our attention function, gathered for anyone else."""
 
 from __future__ import annotations
 
@@ -46,5 +46,39 @@ class PagedKV(torch.Tensor):
         return func(*args, **kwargs)
 
 
+class SharedRows(torch.Tensor):
+    """K or V `[rows, kv_heads, tokens, dim]` of which several rows are the same, each distinct one stored once.
+
+    Attributes:
+        distinct: `[distinct rows, kv_heads, tokens, dim]`.
+        owners: which of these each row is.
+    """
+
+    distinct: torch.Tensor
+    owners: list[int]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, distinct: torch.Tensor, owners: list[int]) -> SharedRows:
+        shape = (len(owners), *distinct.shape[1:])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=distinct.dtype, device=distinct.device)
+        self.__dict__ = {"distinct": distinct, "owners": owners}
+        return self
+
+    def to_dense(self) -> torch.Tensor:
+        """The tensor that this one stands for."""
+        if len(self.distinct) == 1:
+            return self.distinct.expand(len(self.owners), -1, -1, -1)
+        return self.distinct.index_select(0, torch.tensor(self.owners, device=self.distinct.device))
+
+    def __repr__(self) -> str:  # the default one would gather
+        return f"SharedRows(shape={tuple(self.shape)}, distinct={len(self.distinct)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_to_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def _to_dense(value: Any) -> Any:
-    return value.to_dense() if isinstance(value, PagedKV) else value
+    return value.to_dense() if isinstance(value, PagedKV | SharedRows) else value

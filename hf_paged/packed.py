@@ -14,7 +14,7 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import PackedPlan, plan_packed
-from hf_paged.forward import ModelCall
+from hf_paged.forward import TOKEN_TYPES, ModelCall
 
 # Packed tokens per forward pass: bounds activation memory.
 PACKED_CHUNK_TOKENS = 8192
@@ -30,6 +30,7 @@ def run_packed(
     backend: AttentionBackend,
     keeps_logits: bool,
     windows_seen: dict[int, int | None] | None = None,
+    in_one_pass: bool = False,
 ) -> tuple[Any, int, int]:
     """All new tokens of all rows, each distinct one once, no padding, and nothing that an earlier call has computed.
 
@@ -39,6 +40,7 @@ def run_packed(
         backend: reads the blocks.
         keeps_logits: whether the model can be told whose logits are wanted.
         windows_seen: filled with the sliding window of each layer's attention call.
+        in_one_pass: whether sliding windows must not cut the tokens, of which there are few enough (`would_cut`).
 
     Returns:
         The model's outputs with logits as stock would shape them, the number of tokens that went through the model,
@@ -50,7 +52,7 @@ def run_packed(
     columns = _real_columns(request)
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     first_wanted = [max(0, len(real) - keep) if keep else 0 for real in columns]
-    stretches = _Stretches(cache, _token_keys(request, cache, columns), keep)
+    stretches = _Stretches(cache, _token_keys(request, cache, columns), keep, in_one_pass)
     logits: list[torch.Tensor] = []
     places: dict[tuple[int, int], int] = {}  # row and new token, to the place of its logits
     outputs, computed_tokens, num_logits = None, 0, 0
@@ -75,6 +77,11 @@ def run_packed(
     picked = [[places[row, i] for i in range(first_wanted[row], len(real))] for row, real in enumerate(columns)]
     outputs.logits = torch.cat(logits)[torch.tensor(picked, device=request.inputs.device)]
     return outputs, computed_tokens, sum(stretches.reused)
+
+
+def would_cut(request: ModelCall, cache: PagedCache) -> bool:
+    """Whether the new tokens may not go through the model in one pass."""
+    return request.real_tokens > (cache.chunk_tokens or PACKED_CHUNK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,10 +120,12 @@ class _Stretches:
         cache: begins with what earlier calls have left.
         sequences: the new tokens of each row.
         keep: so many last tokens of a row are computed in any case, for their logits; 0 means all.
+        in_one_pass: take all tokens at once whatever the windows.
     """
 
-    def __init__(self, cache: PagedCache, sequences: list[list[int]], keep: int):
+    def __init__(self, cache: PagedCache, sequences: list[list[int]], keep: int, in_one_pass: bool):
         self._cache = cache
+        self._may_be_short = cache.has_windows and not in_one_pass
         self._sequences = sequences
         self.reused = [0] * len(sequences)
         if cache.root is not None and cache.dense_len == 0 and keep:
@@ -125,7 +134,7 @@ class _Stretches:
                 for table, sequence in zip(cache.tables, sequences, strict=True)
             ]
         self._done = list(self.reused)
-        self._size_tokens = WINDOW_STRETCH_TOKENS if cache.has_windows else max(map(len, sequences), default=0)
+        self._size_tokens = WINDOW_STRETCH_TOKENS if self._may_be_short else max(map(len, sequences), default=0)
 
     def __iter__(self) -> Iterator[_Stretch]:
         cache = self._cache
@@ -162,7 +171,7 @@ class _Stretches:
     def _make_do(self) -> bool:
         """Whether there is a way to need less memory at a time: shorter stretches, or no blocks of earlier calls."""
         cache = self._cache
-        if cache.has_windows and self._size_tokens > cache.pool.block_size:
+        if self._may_be_short and self._size_tokens > cache.pool.block_size:
             self._size_tokens //= 2
             return True
         if not any(self.reused) or self._done != self.reused:
@@ -216,8 +225,9 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
         # Equal embeddings get equal numbers, none of which could be a token id.
         flat = request.inputs.flatten(0, 1)
         keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
-    positions = request.kwargs.get("position_ids")
+    positions = request.positions
     if positions is not None:
+        positions = positions[0] if positions.dim() == 3 else positions  # which are all the same then
         usual = torch.zeros_like(keys)
         for row, real in enumerate(columns):
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
@@ -231,10 +241,11 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
 def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any]:
     kwargs = dict(request.kwargs)
     kwargs[request.input_name] = request.inputs.flatten(0, 1).index_select(0, source).unsqueeze(0)
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        positions = positions.expand(request.inputs.shape[:2])
-        kwargs["position_ids"] = positions.reshape(-1).index_select(0, source).unsqueeze(0)
+    for name in (request.names.positions, *TOKEN_TYPES):
+        each = kwargs.get(name)
+        if each is not None:
+            each = each.expand(*each.shape[:-2], *request.inputs.shape[:2])
+            kwargs[name] = each.flatten(-2).index_select(-1, source).unsqueeze(-2)
     kwargs["attention_mask"] = paged_mask(source.device)
     kwargs.pop("logits_to_keep", None)
     kwargs.pop("cache_position", None)

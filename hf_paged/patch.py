@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from transformers import Pipeline, PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.attention import NAME_PREFIX, patched_name
+from hf_paged.attention import PagedName, patched_name
 from hf_paged.config import PagedConfig
 from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
 from hf_paged.runtime import PagedRuntime
@@ -107,12 +107,12 @@ def find_generating_model(model: Any) -> PreTrainedModel:
 def _name_attention(model: PreTrainedModel) -> None:
     for config in compat.attention_configs(model):
         name = compat.attention_name(config)
-        if name is not None and not name.startswith(NAME_PREFIX):
+        if name is not None and not isinstance(name, PagedName):
             compat.set_attention_name(config, patched_name(name))
 
 
 def _take_names_back(model: PreTrainedModel) -> None:
     for config in compat.attention_configs(model):
         name = compat.attention_name(config)
-        if name is not None and name.startswith(NAME_PREFIX):
-            compat.set_attention_name(config, name.removeprefix(NAME_PREFIX))
+        if isinstance(name, PagedName):
+            compat.set_attention_name(config, str(name))

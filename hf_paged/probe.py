@@ -14,15 +14,26 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, run_decode
+from hf_paged.identity import rotary_depends_on_length
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
+from hf_paged.step import UnsupportedAttentionError
 
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.
 _SHARED_TOKENS, _ROW_TOKENS = 5, (12, 9)
 PROBE_SLOTS = 512
+# Columns that a cache is said to hold in the last check: where positions are taken from that number, it shows.
+_FAR_COLUMNS = 10_000_000
+# Said of models that compute everything anew each step, or keep a cache elsewhere.
+CACHE_UNUSED = "the model does not use the cache that generate gives it"
 # Largest difference of logits, relative to the largest logit. Stock itself differs by about a tenth of these
 # figures between batch shapes; a model that the fast path gets wrong differs by 0.1 to 1.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Largest difference, as a part of the largest logit, that is taken for rounding."""
+    return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +45,41 @@ class Capability:
         keeps_logits: whether the model can be told whose logits are wanted.
         window_limit: longest sequence, in tokens, for which the model's attention calls say all that matters;
             `None`: any.
+        prompt_obstacle: why several tokens of a row cannot be packed, or `None`; single ones may read the blocks.
+        unfit: why not even the padded path can be used, or `None`.
+        whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
+            token depends on the highest position in the pass.
     """
 
     obstacle: str | None
     keeps_logits: bool = False
     window_limit: int | None = None
+    prompt_obstacle: str | None = None
+    whole_batches: bool = False
+    unfit: str | None = None
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     """Compare a packed pass and a decode step with stock forwards of the same tokens, on the model's own weights."""
-    if not compat.takes_position_ids(model):
-        return Capability("model takes no position ids")
     try:
+        if not compat.takes_position_ids(model):
+            return Capability("model takes no position ids", unfit=_unfit(model, call))
         return _compare(model, call, pool, settings)
+    except UnsupportedAttentionError as error:
+        return Capability(str(error))
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
         return Capability(f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
 
 
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    rows = _prompts(compat.vocabulary_size(model.config), compat.compute_device(model))
-    expected = [call(input_ids=row.unsqueeze(0), use_cache=False).logits[0, -2:].float() for row in rows]
+    rows = _prompts(_plain_tokens(model), compat.compute_device(model))
+    expected = [_stock_logits(call, row) for row in rows]
+    unfit = _unfit(model, call)
+    if unfit is not None:
+        return Capability(unfit, unfit=unfit)
+    tolerance = tolerance_of(model.dtype)
+    keeps_logits = compat.takes_logits_to_keep(model)
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))
     cache = PagedCache(model.config, pool=pool, settings=settings)
@@ -64,7 +89,6 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     inputs = torch.stack([torch.cat([row.new_zeros(longest + 1 - len(row)), row]) for row in rows])
     real = torch.stack([torch.arange(longest) >= longest - tokens for tokens in _ROW_TOKENS])
     positions = (real.cumsum(dim=1) - 1).clamp(min=0).to(inputs.device)
-    keeps_logits = compat.takes_logits_to_keep(model)
     prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
     windows: dict[int, int | None] = {}
     outputs, *_ = run_packed(ModelCall(call, prompt, inputs[:, :-1], real, True), cache, backend, keeps_logits, windows)
@@ -76,24 +100,106 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
     for row, reference in enumerate(expected):
-        actual = torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]).float()
-        error = float((actual - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
-        if not error <= TOLERANCES.get(model.dtype, 8e-2):
+        error = _difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
+        if not error <= tolerance:
             return Capability(f"packed logits differ from stock by {error:.1g} of the largest")
+    # A window that only the cache knows is in the mask, which is not looked at; one that only the call knows is not.
     untold = [
-        window for layer, window in enumerate(cache.windows) if window is not None and windows.get(layer) != window
+        min(each for each in (window, windows.get(layer)) if each is not None)
+        for layer, window in enumerate(cache.windows)
+        if windows.get(layer) != window
     ]
     cache.release()
-    return Capability(None, keeps_logits, min(untold, default=None))
+    counts = _counts_positions(model, call, pool, settings, rows[0][:-1], expected[0][0], tolerance)
+    return Capability(
+        None,
+        keeps_logits,
+        min(untold, default=None),
+        "positions that the model counts itself" if counts else None,
+        rotary_depends_on_length(model),
+    )
 
 
-def _prompts(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[2, vocabulary]` of the last two of `tokens`, told their positions as `generate` does."""
+    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
+    outputs = call(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False)
+    return outputs.logits[0, -2:].float()
+
+
+def _unfit(model: PreTrainedModel, call: Callable[..., Any]) -> str | None:
+    """Why K and V of this model are not those of its tokens, or `None`: cpmant puts a prompt of its own before them."""
+    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0].unsqueeze(0)
+    cache = compat.stock_cache(model.config)
+    positions = {"position_ids": torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)}
+    call(
+        input_ids=tokens,
+        past_key_values=cache,
+        use_cache=True,
+        **(positions if compat.takes_position_ids(model) else {}),
+    )
+    kept = max(compat.kept_tokens(cache), default=0)
+    if kept == 0:
+        return CACHE_UNUSED
+    given = tokens.shape[1]
+    return None if kept <= given else f"the model keeps K and V of {kept} tokens where it was given {given}"
+
+
+def _counts_positions(
+    model: PreTrainedModel,
+    call: Callable[..., Any],
+    pool: KVPool,
+    settings: PagedConfig,
+    tokens: torch.Tensor,
+    expected: torch.Tensor,
+    tolerance: float,
+) -> bool:
+    """Whether the model looks at the length of the cache although it is told the positions of `tokens`.
+
+    In a packed pass that length is no token's position. With few tokens this need not show: llama4 scales its queries
+    by one step every 8,192 tokens. So the same tokens come again, with a cache that claims to be long.
+    """
+    cache = PagedCache(model.config, pool=pool, settings=settings)
+    cache.ensure_rows(1)
+    cache.dense_len = _FAR_COLUMNS
+    for layer in cache.paged_layers:
+        layer.seen = _FAR_COLUMNS
+    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
+    inputs = tokens.unsqueeze(0)
+    prompt = {"input_ids": inputs, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+    backend = backend_for(settings.attention_backend, tokens.device)
+    try:
+        outputs, *_ = run_packed(
+            ModelCall(call, prompt, inputs, None, True), cache, backend, compat.takes_logits_to_keep(model)
+        )
+        return not _difference(outputs.logits[0, -1], expected) <= tolerance
+    except Exception:  # of a table of positions that is not that long, for one
+        return True
+    finally:
+        cache.release()
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of logits, as a part of the largest that is expected."""
+    return float((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:
+    """Maps any number to a token id that the config has no name for: a name may stand for an image."""
+    vocabulary, named = compat.vocabulary_size(model.config), compat.named_tokens(model.config)
+
+    def plain(number: int) -> int:
+        return next((token for i in range(vocabulary) if (token := (number + i) % vocabulary) not in named), 0)
+
+    return plain
+
+
+def _prompts(plain: Callable[[int], int], device: torch.device) -> list[torch.Tensor]:
     """Fixed token ids that spread over the vocabulary; no random state is touched."""
-    shared = [(3 + 7 * i * i) % vocabulary for i in range(_SHARED_TOKENS)]
+    shared = [plain(3 + 7 * i * i) for i in range(_SHARED_TOKENS)]
     return [
         torch.tensor(
-            shared + [(11 + 13 * i + 5 * i * i + row) % vocabulary for i in range(tokens + 1 - _SHARED_TOKENS)],
-            device=device,
+            shared + [plain(11 + 13 * i + 5 * i * i + row) for i in range(tokens + 1 - _SHARED_TOKENS)], device=device
         )
         for row, tokens in enumerate(_ROW_TOKENS)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
+from hf_paged.check import check, mismatches
 from hf_paged.config import PagedConfig
-from hf_paged.footprint import footprint
-from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.encdec import PagedEncoderDecoderCache
+from hf_paged.equal_rows import share_equal_rows
+from hf_paged.footprint import Footprint, footprint
+from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.identity import Sampling
-from hf_paged.packed import run_packed
+from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
@@ -27,6 +31,7 @@ from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.tiers import DiskTier
+from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 
 
 class PagedRuntime:
@@ -47,9 +52,13 @@ class PagedRuntime:
         self._lock = threading.RLock()
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
-        self._windows = compat.WindowMemo()
+        self._layout = compat.LayoutMemo()
+        self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities: dict[tuple[Any, ...], Capability] = {}
+        self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
+        self._warned: set[str] = set()
+        self._verified = False
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -126,9 +135,10 @@ class PagedRuntime:
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
-        root = self._prefixes.root(salt, self._current_pool(self._model()))
+        obstacle = self._prompt_obstacle()
+        root = None if obstacle else self._prefixes.root(salt, self._current_pool(self._model()))
         if root is None:
-            raise ValueError(f"{what}: no prefixes are kept for this model: {self._prefixes.obstacle()}")
+            raise ValueError(f"{what}: no prefixes are kept for this model: {obstacle or self._prefixes.obstacle()}")
         return root
 
     def __repr__(self) -> str:
@@ -147,32 +157,56 @@ class PagedRuntime:
         """Begins to find out, on other threads, whether the weights are as they were; `new_cache` takes the answer."""
         return self._prefixes.begin_look()
 
-    def new_cache(self, room_tokens: int, salt: str | None = None, begun: Sampling | None = None) -> PagedCache:
+    def new_cache(
+        self, room_tokens: int, salt: str | None = None, begun: Sampling | None = None
+    ) -> PagedCache | PagedEncoderDecoderCache:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
         Its rows begin with what calls of the same `salt` have left. `begun`: what `begin_look` gave.
         """
         model = self._model()
         pool = self._current_pool(model)
-        cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
+        cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        cache.root = self._prefixes.root(salt, pool, begun)
-        return cache
+        obstacle = self._prompt_obstacle()
+        if obstacle is None:
+            cache.root = self._prefixes.root(salt, pool, begun)
+        elif self.config.prefix_caching:
+            self.counters.fall_back(f"prefixes not reused: {obstacle}")
+        return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:
         """A cache that comes back: its rows stay in the prefix index only if model and salt are as they were then."""
         if cache.root is not None and (cache.root.salt != salt or not cache.root.holds()):
             cache.untrack()
 
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer; `ValueError` where a layer keeps something else than K and V."""
-        return self._windows.of(self._model().config.get_text_config(decoder=True))
+    def layout(self) -> compat.CacheLayout:
+        """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
+        return self._layout.of(self._model().config.get_text_config(decoder=True))
+
+    def cache_obstacle(self) -> str | None:
+        """Why the model's K and V cannot be kept in a `PagedCache`, or `None`."""
+        try:
+            layout = self.layout()
+        except ValueError as error:
+            return str(error)
+        if self._looked_at is None or self._looked_at[0] is not layout:
+            sizes = self._footprint(self._model()).layer_bytes
+            idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
+            self._looked_at = layout, idle
+        return self._looked_at[1]
+
+    def _prompt_obstacle(self) -> str | None:
+        """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
+        if self._model().config.is_encoder_decoder:
+            return "encoder-decoder model"
+        return "layers that keep a state" if self.layout().has_states else None
 
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
             device = compat.compute_device(model)
-            key = (model.dtype, device, compat.autocast_dtype(device), self.windows())
+            key = (model.dtype, device, compat.autocast_dtype(device), self.layout().windows)
             if self._pool is not None and self._pool_key != key:
                 self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
@@ -199,25 +233,57 @@ class PagedRuntime:
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
     def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        layer_bytes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
-        return KVPool(self.config, self.windows(), layer_bytes, compat.compute_device(model), max_slots)
+        layer_bytes = self._footprint(model).layer_bytes
+        return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
+
+    @staticmethod
+    def _footprint(model: PreTrainedModel) -> Footprint:
+        return footprint(model._hf_paged_original, model.config, model.dtype)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
         model = self._model()
-        key = (
+        key = self._circumstances(model)
+        found = self._capabilities.get(key)
+        if found is None:
+            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+            if found.obstacle is not None and found.unfit is None:
+                self._warn("takes the padded path, right but not faster than stock", found.obstacle)
+        return found
+
+    def unfit(self, call: Callable[..., Any]) -> str | None:
+        """Why the model cannot be run on blocks at all, or `None`."""
+        return None if self._prompt_obstacle() else self.capability(call).unfit
+
+    def hand_over(self, reason: str) -> None:
+        """Count a `generate` that is left to stock, and say so once."""
+        self.counters.fall_back(f"stock generate: {reason}")
+        self._warn("is left to stock generate", reason)
+
+    def _warn(self, what: str, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"hf_paged: {type(self._model()).__name__} {what}: {reason}", stacklevel=2)
+
+    def _circumstances(self, model: PreTrainedModel) -> tuple[Any, ...]:
+        """What the fast path may or may not be right in."""
+        return (
             model.training,
             model.dtype,
             compat.autocast_dtype(compat.compute_device(model)),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )
-        found = self._capabilities.get(key)
-        if found is None:
-            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
-        if self.config.verify and found.obstacle is not None:
-            raise ValueError(f"verify: the paged path does not reproduce this model's logits: {found.obstacle}")
-        return found
+
+    def verify(self) -> None:
+        """Where `config.verify` asks for it, once: `ValueError` where the model does not answer as stock does."""
+        if not self.config.verify or self._verified:
+            return
+        self._verified = True  # the check generates, too
+        found = mismatches(check(self._model()))
+        if found:
+            self._verified = False
+            raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
@@ -228,25 +294,34 @@ class PagedRuntime:
         model = self._model()
         if args and "input_ids" not in kwargs:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        inputs = kwargs.get("input_ids")
+        both = kwargs["past_key_values"]
+        names = ENCODER_DECODER if isinstance(both, PagedEncoderDecoderCache) else DECODER_ONLY
+        inputs = kwargs.get(names.ids)
         if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
+            inputs = kwargs.get(names.embeds)
         if args or inputs is None or inputs.dim() not in (2, 3):
             return call(*args, **kwargs)
         self._check_owner(cache, model)
+        if both is not cache:
+            both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
             cache.sequences.pool = self._make_pool(model)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
-        request = ModelCall(call, kwargs, inputs, _padding(kwargs, inputs), cache.prefilling and not cache.assisted)
+        last_only = cache.prefilling and not cache.assisted
+        request = ModelCall(call, kwargs, inputs, _padding(kwargs.get(names.mask), inputs), last_only, names)
         lengths = [table.num_tokens for table in cache.tables]
         try:
             outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
+            if both is not cache and cache.dense_len == 0:
+                both.release()
             raise
         if cache.prefilling:
+            if cache.fell_back and cache.dense_len == request.tokens > self.config.block_size:
+                self._share_equal_rows(cache)
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.end_prompt()
         cache.trim()
@@ -270,25 +345,73 @@ class PagedRuntime:
 
     def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int, int]:
         """The model's outputs, and the numbers of tokens that were computed, and that earlier calls had computed."""
+        if self._prompt_obstacle() is not None:
+            return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
         capability = self.capability(request.call)
+        cache.keeps_rows |= capability.whole_batches
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
+        if obstacle is None and request.tokens > 1:
+            obstacle = capability.prompt_obstacle
+            if obstacle is None and capability.whole_batches and would_cut(request, cache):
+                obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
         backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             try:
                 if request.tokens == 1:
                     return run_decode(request, cache, backend), request.rows, 0
-                return run_packed(request, cache, backend, capability.keeps_logits)
+                return run_packed(
+                    request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches
+                )
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
-            if lengths and not cache.tables:
-                raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+            self._check_not_lost(cache, lengths, obstacle)
+        self._note_padded(cache, obstacle)
+        return run_padded(request, cache), request.real_tokens, 0
+
+    def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
+        """The outputs of a model whose prompts are never packed: single tokens may read blocks, once that was tried."""
+        if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
+            return run_padded(request, cache)  # there is nothing to read, and models may take another way here
+        obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
+        if obstacle is None:
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            key = (*self._circumstances(self._model()), cache.columns is None)
+            if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
+                outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)
+                return outputs
+            obstacle = self._trials.get(key, "decode steps before the first trial")
+        if obstacle is None:
+            try:
+                return run_decode(request, cache, backend)
+            except UnsupportedAttentionError as error:
+                obstacle = str(error)
+                cache.roll_back(lengths)
+            self._check_not_lost(cache, lengths, obstacle)
+        self._note_padded(cache, obstacle)
+        return run_padded(request, cache)
+
+    @staticmethod
+    def _check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
+        """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
+        if lengths and not cache.tables:
+            raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+
+    def _share_equal_rows(self, cache: PagedCache) -> None:
+        """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""
+        key = self._circumstances(self._model())
+        known = self._capabilities.get(key)
+        padded = self._trials.get((*key, cache.columns is None)) if known is None else known.obstacle
+        if padded is None and len(cache.tables) > 1:
+            share_equal_rows(cache)
+
+    def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
+        """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""
         if cache.chunk_tokens is not None:
             raise UnsupportedAttentionError(obstacle)
         if not cache.fell_back:
             cache.fell_back = True
             self.counters.fall_back(obstacle)
-        return run_padded(request, cache), request.real_tokens, 0
 
     def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int, reused_tokens: int) -> None:
         drafted = 0
@@ -304,9 +427,8 @@ class PagedRuntime:
         )
 
 
-def _padding(kwargs: dict[str, Any], inputs: torch.Tensor) -> torch.Tensor | None:
-    """Which new columns are real, `[batch, tokens]` bool on the CPU; `None`: all."""
-    mask = kwargs.get("attention_mask")
+def _padding(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are real by an attention mask, `[batch, tokens]` bool on the CPU; `None`: all."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
         return None
     columns = mask[:, -inputs.shape[1] :].bool().cpu()

@@ -64,8 +64,10 @@ def held_tensors(module: nn.Module, from_disk: bool = False) -> Iterator[tuple[s
 def parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory that a tensor subclass (torchao's, DTensor) is made of; the tensor itself elsewhere."""
     if hasattr(type(tensor), "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from parts(getattr(tensor, name))
+        inside = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        for each in inside:
+            if isinstance(each, torch.Tensor):  # a DTensor names its device mesh, too
+                yield from parts(each)
     else:
         yield tensor
 

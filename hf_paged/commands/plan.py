@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from hf_paged.commands.arguments import Budget, block_size, count_of, memory_budget, merged
 from hf_paged.commands.subject import DTYPES, Subject, find_subject
@@ -54,9 +54,9 @@ def _lines(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     dtype = str(subject.dtype).removeprefix("torch.")
     yield f"{subject.source}: {subject.kind.__name__}, {dtype}, {args.block_size} tokens a block"
     yield ""
-    yield from _aligned(_costs(subject, args))
+    yield from aligned(_costs(subject, args))
     yield ""
-    yield from _aligned(_tiers(subject, budget, args))
+    yield from aligned(_tiers(subject, budget, args))
     yield ""
     yield from (f"- {note}" for note in _notes(subject, budget, args))
 
@@ -159,7 +159,7 @@ def _refusal(tier: str, device: int | str) -> str | None:
     return None
 
 
-def _aligned(rows: Iterator[Sequence[str]]) -> list[str]:
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     """Columns, the first to the left, the others to the right."""
     table = list(rows)
     widths = [max(len(row[at]) for row in table if at < len(row)) for at in range(max(map(len, table)))]

@@ -44,9 +44,7 @@ class Subject:
 
 def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
     """The model that `source` names; `UsageError` where there is none that keeps K and V of past tokens in blocks."""
-    transformers.logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # else each attempt to reach the hub is a line on stderr
-    config = _load_config(source)
+    config = find_config(source, ARGUMENT)
     kind = compat.generating_class(config)
     if kind is None:
         named = ", ".join(config.architectures or [type(config).__name__])
@@ -57,7 +55,7 @@ def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
     if config.is_encoder_decoder:
         raise _stays_on_stock(source, "it is an encoder-decoder model")
     try:
-        windows = compat.attention_windows(config.get_text_config(decoder=True))
+        windows = compat.cache_layout(config.get_text_config(decoder=True)).windows
     except ValueError as error:
         raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
     known = dtype or compat.config_dtype(config)
@@ -72,12 +70,16 @@ def _stays_on_stock(source: str, reason: str) -> UsageError:
     return UsageError(ARGUMENT, f"hf_paged leaves {source} on stock's cache: {reason}; there is nothing to plan")
 
 
-def _load_config(source: str) -> PreTrainedConfig:
+def find_config(source: str, argument: str) -> PreTrainedConfig:
+    """The config that `source` names, as `argument`; `UsageError` where there is none."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # else each attempt to reach the hub is a line on stderr
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(ARGUMENT, f"the folder {source} has no config.json; name one that save_pretrained has written")
+        raise UsageError(argument, f"the folder {source} has no config.json; name one that save_pretrained has written")
     if not path.exists() and (path.suffix == ".json" or source.startswith((".", "/", "~"))):
-        raise UsageError(ARGUMENT, f"there is no file or folder {source}; check the path, or name a hub id")
+        raise UsageError(argument, f"there is no file or folder {source}; check the path, or name a hub id")
     found = str(path) if path.exists() else source
     try:
         try:
@@ -87,7 +89,7 @@ def _load_config(source: str) -> PreTrainedConfig:
                 raise
             return compat.load_config(found)
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UsageError(ARGUMENT, _explain(source, path.exists(), error)) from None
+        raise UsageError(argument, _explain(source, path.exists(), error)) from None
 
 
 def _explain(source: str, is_local: bool, error: Exception) -> str:

@@ -1,0 +1,102 @@
+"""Is it right, and what is fast: a model asked in a few ways, patched and by stock, and why what is not fast is not."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+import transformers
+
+from hf_paged.backends import backend_for
+from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, check
+from hf_paged.commands.arguments import UsageError, block_size, count_of
+from hf_paged.commands.loading import load_model
+from hf_paged.commands.plan import aligned
+from hf_paged.commands.subject import DTYPES
+from hf_paged.config import ATTENTION_BACKENDS
+from hf_paged.patch import patch_model
+
+ARGUMENT = "MODEL"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hf-paged doctor`."""
+    parser.add_argument(
+        "model",
+        metavar=ARGUMENT,
+        help="hub id or folder; a config.json is built with random weights, which is no test"
+        " of weights but of the code",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the config says)")
+    parser.add_argument(
+        "--length",
+        type=count_of("tokens"),
+        default=DEFAULT_LENGTH,
+        metavar="N",
+        help="tokens of the longest prompt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--attention-backend", choices=ATTENTION_BACKENDS, default="auto", help="as in patch_model (default: auto)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; 1 where an answer differs from stock's."""
+    if args.length < MIN_LENGTH:
+        raise UsageError("--length", f"must be {MIN_LENGTH} or more, got {args.length}")
+    model = load_model(args.model, DTYPES.get(args.dtype))
+    try:
+        patch_model(model, block_size=args.block_size, attention_backend=args.attention_backend)
+    except (TypeError, ValueError) as error:
+        raise UsageError(ARGUMENT, str(error)) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says it
+        findings = check(model, args.length)
+    print("\n".join(_lines(args, model, findings)))
+    return 1 if any(finding.mismatch for finding in findings) else 0
+
+
+def _lines(args: argparse.Namespace, model: transformers.PreTrainedModel, findings: Sequence[Finding]) -> Iterator[str]:
+    dtype = str(model.dtype).removeprefix("torch.")
+    yield f"{args.model}: {type(model).__name__}, {dtype}, {args.block_size} tokens a block"
+    yield f"transformers {transformers.__version__}, torch {torch.__version__}"
+    yield ""
+    yield from aligned([("attention", backend_for(args.attention_backend, model.device).describe())])
+    yield ""
+    yield from aligned([("question", "way", "off by", "allowed", ""), *map(_row, findings)])
+    reasons = list(dict.fromkeys(reason for finding in findings for reason in finding.reasons))
+    if reasons:
+        yield ""
+        yield "Not fast, or not kept for later calls, because of:"
+        yield from (f"- {reason} ({', '.join(_asked(findings, reason))})" for reason in reasons)
+    yield ""
+    yield from _verdict(args, model, findings)
+
+
+def _row(finding: Finding) -> Sequence[str]:
+    verdict = "DIFFERS" if finding.mismatch else "same"
+    return finding.name, finding.way, f"{finding.error:.1e}", f"{finding.tolerance:.0e}", verdict
+
+
+def _asked(findings: Sequence[Finding], reason: str) -> list[str]:
+    names = [finding.name for finding in findings if reason in finding.reasons]
+    return ["all"] if len(names) == len(findings) else names
+
+
+def _verdict(
+    args: argparse.Namespace, model: transformers.PreTrainedModel, findings: Sequence[Finding]
+) -> Iterator[str]:
+    wrong = [finding.name for finding in findings if finding.mismatch]
+    if wrong:
+        yield f"{len(wrong)} of {len(findings)} answers differ from stock's: {', '.join(wrong)}."
+    else:
+        yield "All answers are those of stock."
+    windows = {window for window in model.paged.layout().windows if window is not None and window >= args.length}
+    if windows:
+        shortest = min(windows)
+        yield f"Windows of {shortest:,} tokens are longer than the prompts; --length {2 * shortest} looks beyond."

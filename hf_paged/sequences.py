@@ -1,0 +1,46 @@
+"""The block tables of a cache, apart from it, so that they can be freed when it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_paged.core.manager import Pin
+from hf_paged.core.table import BlockTable
+from hf_paged.pool import KVPool
+
+
+class Sequences:
+    """The tables of a cache and the pool they are in; freed with the cache."""
+
+    def __init__(self, pool: KVPool | None):
+        self.pool = pool
+        self.tables: list[BlockTable] = []
+        self.pins: list[Pin] = []
+
+    def unpin(self) -> None:
+        """Let go of the blocks that the last pass has copied from."""
+        if self.pins:
+            self.pool.manager.unpin(self.pins)
+            self.pins.clear()
+
+    def free(self) -> None:
+        """Give every block back."""
+        self.unpin()
+        if self.pool is not None:
+            self.pool.free(self.tables)
+        self.tables.clear()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row `i` goes on with what row `rows[i]` holds: tables are moved and forked, no data is."""
+        manager = self.pool.manager
+        with manager.lock:
+            kept: dict[int, BlockTable] = {}
+            tables: list[BlockTable] = []
+            for row in rows:
+                if row in kept:
+                    tables.append(manager.fork(kept[row]))
+                else:
+                    kept[row] = self.tables[row]
+                    tables.append(kept[row])
+            self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
+            self.tables[:] = tables

@@ -1,0 +1,74 @@
+"""Models whose prompts cannot be packed: may their decode steps read the blocks? Tried on a step of a real call."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_paged.backends import AttentionBackend
+from hf_paged.cache import PagedCache
+from hf_paged.encdec import paged_part
+from hf_paged.errors import PagedMemoryError
+from hf_paged.forward import ModelCall, run_decode, run_padded
+from hf_paged.probe import TOLERANCES
+from hf_paged.step import UnsupportedAttentionError
+
+# With fewer tokens to attend to, a model that the fast path gets wrong might not show it.
+MIN_TRIAL_TOKENS = 8
+
+
+def try_decode(
+    model: nn.Module, request: ModelCall, cache: PagedCache, backend: AttentionBackend
+) -> tuple[Any, str | None]:
+    """One decode step, computed both ways: as stock does, then by the fast path on a copy of the cache.
+
+    Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
+    """
+    twin = deepcopy(request.kwargs["past_key_values"])
+    try:
+        before = _own_states(model)
+        outputs = run_padded(request, cache)
+        if _differ(before, _own_states(model)):
+            return outputs, "modules that keep a state of their own"
+        request = replace(request, kwargs={**request.kwargs, "past_key_values": twin})
+        return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
+    finally:
+        twin.reset()
+
+
+def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, expected: torch.Tensor) -> str | None:
+    """Why a fast decode step is not as `expected`, its logits `[rows, 1, vocabulary]`; or `None`."""
+    cache.room_tokens = 0
+    windows: dict[int, int | None] = {}
+    try:
+        fast = run_decode(request, cache, backend, windows).logits
+    except PagedMemoryError:
+        raise
+    except UnsupportedAttentionError as error:
+        return str(error)
+    except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    if any(windows.get(layer) != window for layer, window in enumerate(cache.windows)):
+        return "sliding window that attention is not told of"
+    error = (fast - expected).float().abs().max() / expected.float().abs().max().clamp(min=1e-6)
+    if float(error) <= TOLERANCES.get(expected.dtype, 8e-2):
+        return None
+    return f"decoded logits differ from stock by {float(error):.1g} of the largest"
+
+
+def _own_states(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:
+    """Copies of the tensors that modules hold as attributes, by number of the module and name."""
+    return {
+        (index, name): value.clone()
+        for index, module in enumerate(model.modules())
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _differ(before: dict[tuple[int, str], torch.Tensor], after: dict[tuple[int, str], torch.Tensor]) -> bool:
+    return before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)

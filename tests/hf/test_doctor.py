@@ -1,0 +1,139 @@
+"""`hf-paged doctor` and `verify=True`: they say what is fast and why, and notice an answer that is not stock's."""
+
+import pytest
+import torch
+from families import FAMILIES
+
+from hf_paged import check as check_module
+from hf_paged import patch_model
+from hf_paged.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    FAMILIES["llama"].build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken_decode(monkeypatch):
+    """Attention over blocks that is wrong once there are more tokens than the trial of a model looks at."""
+    from hf_paged.backends import cpu
+
+    honest = cpu.CPUBackend.attend_flat
+
+    def attend_flat(self, query, store, plan, call):
+        out = honest(self, query, store, plan, call)
+        return out * 0.5 if plan.kv_len > 30 else out
+
+    monkeypatch.setattr(cpu.CPUBackend, "attend_flat", attend_flat)
+
+
+def rows(output):
+    """The table's rows by question: way, error, allowed, verdict."""
+    lines = output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip().startswith("question")) + 1
+    table = lines[start : lines.index("", start)]
+    return {line[: line.index("  ", 3)].strip(): line[line.index("  ", 3) :].split() for line in table}
+
+
+def test_a_model_that_is_right(folder, capsys):
+    assert main(["doctor", str(folder), "--length", "40"]) == 0
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert {name: (row[0], row[-1]) for name, row in found.items()} == {
+        "prompts of unequal length": ("fast", "same"),
+        "the same again": ("reused", "same"),
+        "samples of one prompt": ("reused", "same"),
+        "beams": ("reused", "same"),
+        "a hole in the mask": ("reused", "same"),
+        "with hidden states": ("padded", "same"),
+    }
+    assert all(float(row[1]) <= 1e-4 for row in found.values()), "float32 differs by more than rounding"
+    assert "- argument output_hidden_states (with hidden states)" in output
+    assert "All answers are those of stock." in output
+    assert "cpu (" in output
+
+
+def test_a_config_is_built_with_random_weights(folder, capsys):
+    state = torch.get_rng_state()
+    assert main(["doctor", str(folder / "config.json"), "--dtype", "bfloat16", "--length", "20"]) == 0
+    assert "LlamaForCausalLM, bfloat16" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_why_a_model_is_not_fast(tmp_path, capsys):
+    FAMILIES["bloom"].build().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--length", "20"]) == 0
+    output = capsys.readouterr().out
+    assert {row[0] for row in rows(output).values()} == {"padded"}
+    assert "- model takes no position ids (all)" in output
+
+
+def test_an_answer_that_is_not_stocks(folder, capsys, broken_decode):
+    assert main(["doctor", str(folder), "--length", "40", "--attention-backend", "cpu"]) == 1
+    output = capsys.readouterr().out
+    found = rows(output)
+    assert found["prompts of unequal length"][-1] == "DIFFERS"
+    assert found["with hidden states"][-1] == "same", "the padded path is not broken"
+    assert "answers differ from stock's: prompts of unequal length" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at/all.json"], "argument MODEL: there is no file or folder"),
+        (["{folder}", "--length", "3"], "argument --length: must be 16 or more, got 3"),
+        (["{empty}"], "argument MODEL: the folder"),
+        (["{weightless}"], "its weights cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_looked_at(folder, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text((folder / "config.json").read_text())
+    places = {"folder": folder, "empty": tmp_path / "empty", "weightless": tmp_path / "weightless"}
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *[each.format(**places) for each in arguments]])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len([line for line in said.splitlines() if line.startswith("hf-paged")]) == 1
+
+
+# verify=True
+
+
+def inputs():
+    return {"input_ids": torch.tensor([[5, 9, 33, 7, 20]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+
+
+def test_verify_asks_once_and_leaves_nothing_behind(monkeypatch):
+    asked = []
+    honest = check_module.check
+    monkeypatch.setattr("hf_paged.runtime.check", lambda model: asked.append(model) or honest(model))
+    stock = FAMILIES["llama"].build()
+    model = patch_model(FAMILIES["llama"].build(), verify=True)
+    torch.manual_seed(4)
+    expected = stock.generate(**inputs(), do_sample=True, max_new_tokens=5)
+    torch.manual_seed(4)
+    assert torch.equal(model.generate(**inputs(), do_sample=True, max_new_tokens=5), expected)
+    model.generate(**inputs(), do_sample=False, max_new_tokens=5)
+    assert asked == [model]
+    assert model.paged.stats().prompt_tokens == 10, "the check's own prompts are not counted"
+    assert model.paged.stats().blocks_in_use == 0
+
+
+def test_verify_refuses_a_model_that_does_not_answer_as_stock(broken_decode):
+    model = patch_model(FAMILIES["llama"].build(), verify=True)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=r"verify: .* prompts of unequal length: differs by"):
+            model.generate(**inputs(), do_sample=False, max_new_tokens=5)
+    assert model.paged.stats().blocks_in_use == 0
+
+
+def test_verify_takes_a_model_that_is_right_on_the_padded_path():
+    model = patch_model(FAMILIES["bloom"].build(), verify=True)
+    expected = FAMILIES["bloom"].build().generate(**inputs(), do_sample=False, max_new_tokens=5)
+    assert torch.equal(model.generate(**inputs(), do_sample=False, max_new_tokens=5), expected)
