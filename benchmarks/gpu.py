@@ -47,6 +47,7 @@ def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
         "decode": lambda: gpu_kernels.decode(device, kernels, bandwidth()),
         "moves": lambda: gpu_kernels.moves(device, kernels, bandwidth()),
         "prefill": lambda: gpu_kernels.prefill(device, kernels),
+        "tiles": lambda: gpu_kernels.tiles(device, kernels, bandwidth()),
         "end-to-end": lambda: gpu_generate.end_to_end(device, whole),
         "samples": lambda: gpu_generate.samples(device, whole),
     }
@@ -95,7 +96,7 @@ def has_failed(outcome: dict[str, object]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for; returns the exit status."""
-    names = ("bandwidth", "check", "tokens", "decode", "moves", "prefill", "end-to-end", "samples")
+    names = ("bandwidth", "check", "tokens", "decode", "moves", "prefill", "tiles", "end-to-end", "samples")
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from hf_paged import paged
 
+BATCH_PAGE_TOKENS, BATCH_TOKENS = 256, 8192
+"""``generate_batch``: its page, which is its default, and the tokens of a pass."""
 RUNS = 2
 """Timed calls of each side, after one that is not timed."""
 
@@ -116,6 +118,7 @@ def _sides(
     if copies > 1:
         arguments["num_return_sequences"] = copies
     rows = prompts.shape[0] * copies
+    num_blocks = rows * (-(-(prompts.shape[1] + sizes.new) // BATCH_PAGE_TOKENS) + 1) + 4
 
     def stock() -> int:
         return model.generate(prompts, **arguments).shape[0]
@@ -124,8 +127,15 @@ def _sides(
         return model.generate(prompts, cache_implementation="static", **arguments).shape[0]
 
     def batched() -> int:
-        config = GenerationConfig(eos_token_id=-1, pad_token_id=0, **arguments)
-        made = model.generate_batch(prompts.tolist(), generation_config=config, persistent_manager=True)
+        config = GenerationConfig(max_new_tokens=sizes.new, do_sample=copies > 1, eos_token_id=-1, pad_token_id=0)
+        made = model.generate_batch(
+            # A request per sample, which may share blocks: asked for several of one, 5.17 does not return them all.
+            prompts.repeat_interleave(copies, 0).tolist(),
+            generation_config=config,
+            # Room for the work; left alone, it takes most of the device, and a try on the CPU takes minutes.
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=BATCH_TOKENS),
+            persistent_manager=True,
+        )
         if len(made) != rows:
             raise RuntimeError(f"{len(made)} of {rows} rows came back")
         return len(made)

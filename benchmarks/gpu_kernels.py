@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,7 +13,7 @@ import torch
 from hf_paged_kernels.attend import attend, attend_parts_reference, merge_reference
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, pack_copies
 from hf_paged_kernels.store import store_tokens, store_tokens_reference
-from hf_paged_kernels.tuning import PAGE_TOKENS, processors, tiles_for
+from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, processors, tiles_for
 from hf_paged_kernels.work import PageTables, Work, lay_out
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -41,11 +41,19 @@ class Sizes:
     share_of_memory: float = 0.6
     seconds: float = 0.3
     """Time for each figure."""
+    decode_tiles: tuple[Tile, ...] = tuple(
+        Tile(16, tokens, 4, stages) for tokens in (32, 64, 128) for stages in (3, 4, 5) if tokens * stages <= 384
+    )
+    prefill_tiles: tuple[Tile, ...] = (
+        Tile(64, 64, 4, 3), Tile(128, 32, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
+        Tile(128, 128, 8, 3),
+    )  # fmt: skip
 
 
 TINY = Sizes(
     heads=4, kv_heads=2, dim=32, contexts=(32,), batches=(1,), prompts=(40,), shapes=((4, 2, 32, 24),),
     lengths=((1, 1), (3, 21), (1, 33)), working_bytes=1, seconds=0,
+    decode_tiles=(Tile(16, 16, 4, 2),), prefill_tiles=(Tile(32, 16, 4, 2),),
 )  # fmt: skip
 
 
@@ -56,16 +64,16 @@ class Clock:
         self.device, self.seconds = device, seconds
 
     def run(self, call: Callable[[], object]) -> float:
-        """Median seconds of ``call``, everything that it starts included."""
+        """Median seconds of ``call``, everything that it starts included, but for the first of several calls."""
         times: list[float] = []
         begin = time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - begin < self.seconds:
+        while len(times) < (3 if self.seconds else 1) or time.perf_counter() - begin < self.seconds:
             self._wait()
             start = time.perf_counter()
             call()
             self._wait()
             times.append(time.perf_counter() - start)
-        return median(times[1:])
+        return median(times[1:] or times)
 
     def replay(self, call: Callable[[], object]) -> float | None:
         """The same without the time that Python takes: recorded once as a CUDA graph. ``None`` where that fails."""
@@ -206,7 +214,7 @@ class Layers:
         ]
         self.query = torch.randn(batch, sizes.heads, sizes.dim, device=device).bfloat16()
 
-    def work(self, is_random: bool) -> Work:
+    def work(self, is_random: bool, tiles: Sequence[Tile] | None = None) -> Work:
         """One query a row over all of its context; its pages adjacent or anywhere."""
         each = self.context // PAGE_TOKENS
         pages = list(range(1, self.batch * each + 1))
@@ -217,7 +225,7 @@ class Layers:
             mine = pages[row * each : (row + 1) * each]
             tables.add(row, row + 1, [(page * PAGE_TOKENS, PAGE_TOKENS) for page in mine])
         sizes, group = self.sizes, self.sizes.heads // self.sizes.kv_heads
-        tiles = tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
+        tiles = tiles or tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
         return lay_out(tables, range(self.batch), tiles, group, sizes.kv_heads, processors(self.device), self.device)
 
     def attend(self, work: Work) -> None:
@@ -294,14 +302,8 @@ def prefill(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
     group = sizes.heads // sizes.kv_heads
     tiles = tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
     for length in sizes.prompts:
-        keys, values = (
-            torch.randn(sizes.kv_heads, length + PAGE_TOKENS, sizes.dim, device=device).bfloat16() for _ in range(2)
-        )
-        query = torch.randn(length, sizes.heads, sizes.dim, device=device).bfloat16()
-        tables = PageTables()
-        tables.add(0, length, [(PAGE_TOKENS, length)], 0)
-        work = lay_out(tables, range(length), tiles, group, sizes.kv_heads, processors(device), device)
-        ours = clock.run(lambda q=query, k=keys, v=values, w=work: attend(q, k, v, w, sizes.dim**-0.5))
+        query, keys, values = _prompt(sizes, length, device)
+        ours = _prefill_seconds(clock, sizes, tiles, query, keys, values)
         dense = [query.transpose(0, 1), *(m[:, PAGE_TOKENS:].repeat_interleave(group, 0) for m in (keys, values))]
         dense = [each.contiguous().unsqueeze(0) for each in dense]
         theirs = clock.run(lambda d=dense: torch.nn.functional.scaled_dot_product_attention(*d, is_causal=True))
@@ -313,3 +315,46 @@ def prefill(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
             "teraflops": flops / ours / 1e12,
             "share_of_sdpa": theirs / ours,
         }
+
+
+def _prompt(sizes: Sizes, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries ``[length, heads, dim]``, and K and V behind a null page."""
+    query = torch.randn(length, sizes.heads, sizes.dim, device=device).bfloat16()
+    shape = (sizes.kv_heads, length + PAGE_TOKENS, sizes.dim)
+    return query, torch.randn(shape, device=device).bfloat16(), torch.randn(shape, device=device).bfloat16()
+
+
+def _prefill_seconds(
+    clock: Clock, sizes: Sizes, tiles: Sequence[Tile], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> float:
+    length, device = query.shape[0], query.device
+    tables = PageTables()
+    tables.add(0, length, [(PAGE_TOKENS, length)], 0)
+    group = sizes.heads // sizes.kv_heads
+    work = lay_out(tables, range(length), tiles, group, sizes.kv_heads, processors(device), device)
+    return clock.run(lambda: attend(query, keys, values, work, sizes.dim**-0.5))
+
+
+def tiles(device: torch.device, sizes: Sizes, bandwidth: float) -> Iterator[dict[str, object]]:
+    """Other shapes of tiles than those of ``tuning.py``, to choose from; what does not fit a GPU says so."""
+    clock = Clock(device, sizes.seconds)
+    layers = Layers(sizes, sizes.batches[0], sizes.contexts[-1], device)
+    query, keys, values = _prompt(sizes, sizes.prompts[0], device)
+
+    def decode_share(tile: Tile) -> float:
+        work = layers.work(False, (tile,))
+        seconds = clock.replay(lambda: layers.attend(work)) or clock.run(lambda: layers.attend(work))
+        return layers.bytes * len(layers.memories) / seconds / bandwidth
+
+    def prefill_microseconds(tile: Tile) -> float:
+        return 1e6 * _prefill_seconds(clock, sizes, (tile,), query, keys, values)
+
+    for what, shapes, figure in (
+        ("decode, share of copy bandwidth", sizes.decode_tiles, decode_share),
+        ("prefill, microseconds", sizes.prefill_tiles, prefill_microseconds),
+    ):
+        for tile in shapes:
+            try:
+                yield {"what": what, "tile": tile._asdict(), "figure": figure(tile)}
+            except Exception as error:  # out of shared memory, say
+                yield {"what": what, "tile": tile._asdict(), "failed": f"{type(error).__name__}: {str(error)[:200]}"}

@@ -42,8 +42,7 @@ CALLS = {
 # What the Triton kernels run through. Their interpreter takes some 20 ms a program; test_triton.py has more shapes.
 TRITON_CASES = {
     "plain": ("gqa 4", torch.float32, "plain", {"fragmented": True}),
-    "windows": ("gqa 4", torch.float16, "window", {"block_size": 32}),
-    "all": ("mqa", torch.float32, "all", {"block_size": 16}),
+    "all": ("mqa", torch.float32, "all", {"block_size": 32}),
 }
 TRITON_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 

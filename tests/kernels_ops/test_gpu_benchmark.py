@@ -20,13 +20,15 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 
 def test_parts_write_their_results(tmp_path):
-    assert gpu.main(["--tiny", "--only", "bandwidth", "decode", "moves", "prefill", "--out", str(tmp_path)]) == 0
+    parts = ["bandwidth", "decode", "moves", "prefill", "tiles"]
+    assert gpu.main(["--tiny", "--only", *parts, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     written = json.loads(path.read_text())
     assert written["environment"]["interpreted"] is True
     results = written["results"]
-    assert list(results) == ["bandwidth", "decode", "moves", "prefill"]
+    assert list(results) == parts
     assert all(part["rows"] and "failed" not in part for part in results.values())
+    assert all("figure" in row for row in results["tiles"]["rows"])
     assert {row["kernel"] for row in results["moves"]["rows"]} == {"store", "copy"}
 
 

@@ -66,38 +66,45 @@ def test_copy_to_another_memory(dtype, key_dim, value_dim):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_copies_that_depend_on_each_other_are_done_in_order(seed):
-    """Launches in which all is read before anything is written leave what copies one after the other leave."""
+    """The copies of a launch may run in any order, and at the same time."""
     rng = random.Random(seed)
     copies = [(rng.randrange(40), rng.randrange(40), rng.randint(1, 8)) for _ in range(10)]
     copies = [(source, target, tokens) for source, target, tokens in copies if abs(source - target) >= tokens]
-    expected, actual = list(range(48)), list(range(48))
+    expected, backwards, at_once = (list(range(48)) for _ in range(3))
     for source, target, tokens in copies:
         expected[target : target + tokens] = expected[source : source + tokens]
-    waves = copy_waves(copies, torch.device("cpu"))
-    for wave in waves:
-        before = list(actual)
+    for wave in copy_waves(copies, torch.device("cpu")):
+        before = list(at_once)
         for source, target, tokens, _ in wave.tolist():
-            actual[target : target + tokens] = before[source : source + tokens]
-    assert actual == expected
+            at_once[target : target + tokens] = before[source : source + tokens]
+        for source, target, tokens, _ in reversed(wave.tolist()):
+            backwards[target : target + tokens] = backwards[source : source + tokens]
+    assert at_once == expected
+    assert backwards == expected
     assert copy_waves([(0, 16, 8), (32, 48, 8), (0, 64, 8)], torch.device("cpu"))[0].shape[0] == 3
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
+# Queries and tokens of the rows of a case.
+LENGTHS = ((1, 37), (5, 5), (3, 40), (1, 1))
+
+
 class Case:
     """Ragged queries over runs of random blocks: prompts with a past, single queries, and a past that some share."""
 
-    def __init__(self, dtype, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, sinks=False, seed=0):
-        rng = random.Random(seed)
-        torch.manual_seed(seed)
+    def __init__(
+        self, dtype, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, sinks=False, lengths=LENGTHS
+    ):
+        rng = random.Random(0)
         self.group, self.kv_heads, self.window = heads // kv_heads, kv_heads, window
         self.keys = poisoned(kv_heads, 40 * PAGE_TOKENS, key_dim, dtype=dtype)
         self.values = poisoned(kv_heads, 40 * PAGE_TOKENS, value_dim, dtype=dtype)
         self.free = rng.sample(range(1, 40), 39)
         self.tables, queries = PageTables(), 0
         self.seen: dict[int, list[int]] = {}  # slots that each query sees
-        for length, kv_len in ((1, 37), (5, 5), (3, 40), (1, 1)):
+        for length, kv_len in lengths:
             runs = self.runs(kv_len)
             is_causal = window is not None or length > 1
             self.tables.add(queries, queries + length, runs, kv_len - length if is_causal else None)
@@ -106,7 +113,7 @@ class Case:
                 last = kv_len - length + i + 1
                 self.seen[queries + i] = slots[max(0, last - window) if window else 0 : last]
             queries += length
-        if window is None:
+        if window is None and lengths == LENGTHS:
             # Runs that begin and end within a page, as behind a seam.
             blocks = [self.free.pop() * PAGE_TOKENS for _ in range(3)]
             runs = self.fill([(blocks[0] + 5, 11), (blocks[1], 13), (blocks[2], 7)])
@@ -179,6 +186,13 @@ def test_attend(name, split, monkeypatch):
     assert_near(case.attend(work), case.expected(), name)
 
 
+@pytest.mark.parametrize("window", [None, 17])
+def test_tiles_of_many_queries(window):
+    """Queries of one tile that see up to two tiles of tokens more, or less, than others."""
+    case = Case(torch.float32, 1, 1, 16, 16, window=window, lengths=((30, 73),))
+    assert_near(case.attend(case.work()), case.expected(), "a chunk of a prompt")
+
+
 def test_real_tiles():
     """The shapes that are used on a GPU, where they leave most of a tile empty."""
     case = Case(torch.bfloat16, 4, 2, 64, 64)
@@ -202,11 +216,13 @@ def test_parts_and_empty_parts(monkeypatch):
     assert_near(case.attend(work), merge_reference(*expected, work), "merged")
 
 
-def test_a_query_that_sees_nothing_gets_zeros():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_query_that_sees_nothing_gets_zeros(parts):
     tables = PageTables()
-    tables.add(0, 1, [(16, 3)])
+    for _ in range(parts):
+        tables.add(0, 1, [(16, 3)])
     work = lay_out(tables, [0], SMALL_TILES, 1, 1, 1, DEVICE)
-    work.launches[0].items[0, 4] = work.launches[0].items[0, 3]
+    work.launches[0].items[:, 4] = work.launches[0].items[:, 3]
     memory = poisoned(1, 32, 16)
     assert attend(randn(1, 1, 16), memory, memory, work, 1.0).eq(0).all()
 

@@ -14,8 +14,6 @@ import torch
 
 # Slots per entry of a page table. Runs of slots are cut at multiples of it; the default block is as long.
 PAGE_TOKENS = 16
-# Tiles of K and V for each stage may take this many bytes; Triton keeps one stage less.
-_STAGED_BYTES = 96 * 1024
 # Parts shorter than this cost more to start and merge than they read.
 _MIN_PART_TOKENS = 128
 # The float32 partial result of a row is written and read once per part; K and V of as many tokens outweigh it.
@@ -66,9 +64,11 @@ def tiles_for(dtype: torch.dtype, key_dim: int, value_dim: int, group: int) -> t
 
 
 def _tile(rows: int, token_bytes: int) -> Tile:
-    stages = 3 if 3 * 64 * token_bytes <= _STAGED_BYTES else 2
-    tokens = 64 if stages * 64 * token_bytes <= _STAGED_BYTES + _STAGED_BYTES // 2 else 32
-    return Tile(rows, tokens, 8 if rows >= 128 else 4, stages)
+    stages = 2
+    if token_bytes <= 512:
+        # Tiles of few rows wait for memory: five stages keep two tiles of K and V on their way, three keep one.
+        stages = 5 if rows <= 32 else 3
+    return Tile(rows, 64 if token_bytes <= 1024 else 32, 8 if rows >= 128 else 4, stages)
 
 
 @functools.cache
