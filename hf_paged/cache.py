@@ -46,6 +46,11 @@ class Sequences:
             self.pool.free(self.tables)
         self.tables.clear()
 
+    def abandon(self) -> None:
+        """Give every block back without waiting for anyone: the cache is garbage."""
+        if self.tables or self.pins:
+            self.pool.free_soon(self.tables, self.pins)
+
 
 class PagedCache(Cache):
     """A cache of `config`'s attention layers in blocks; takes the place of `DynamicCache`, method for method.
@@ -82,7 +87,7 @@ class PagedCache(Cache):
         super().__init__(layers=[PagedLayer(self, index) for index in range(len(self.windows))])
         self.sequences = Sequences(pool)
         self.has_windows = any(window is not None for window in self.windows)
-        self._finalizer = weakref.finalize(self, self.sequences.free)
+        self._finalizer = weakref.finalize(self, self.sequences.abandon)
         self.room_tokens = DEFAULT_ROOM_TOKENS
         self.dense_len = 0
         self.columns: torch.Tensor | None = None
