@@ -15,6 +15,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from hf_paged import compat
 from hf_paged.attention import NAME_PREFIX
 from hf_paged.cache import PagedCache
+from hf_paged.identity import Sampling
 from hf_paged.step import UnsupportedAttentionError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ MAX_ROOM_TOKENS = 4096
 
 # The salt of the `generate` that runs: that of a draft model, inside it, has the same.
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
+# The look at the weights that the `generate` that runs has begun.
+_BEGUN: ContextVar[Sampling | None] = ContextVar("begun", default=None)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -71,10 +74,17 @@ class PagedGenerationMixin:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         salt = kwargs.get("cache_salt")
         outer = _SALT.set(_SALT.get() if salt is None else salt)
+        outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
         try:
             return super().generate(*args, **kwargs)
         finally:
+            _BEGUN.reset(outer_begun)
             _SALT.reset(outer)
+
+    def _leaves_weights_alone(self, kwargs: dict[str, Any]) -> bool:
+        """Whether stock's own code alone runs from here to `_prepare_cache_for_generation`, if it gets there."""
+        is_stock = self._hf_paged_original.generate is GenerationMixin.generate
+        return is_stock and kwargs.get("past_key_values") is None and not kwargs.get("custom_generate")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         salt = model_kwargs.pop("cache_salt", None)
@@ -101,7 +111,7 @@ class PagedGenerationMixin:
             obstacle = self._paged_obstacle()
             if obstacle is None:
                 room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-                model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
+                model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
                 if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
                     cache.activate_past_recording()  # guesses will be taken back
             else:

@@ -18,6 +18,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.footprint import footprint
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -140,16 +141,20 @@ class PagedRuntime:
 
     # -- for the glue --------------------------------------------------------------------------------------------
 
-    def new_cache(self, room_tokens: int, salt: str | None = None) -> PagedCache:
+    def begin_look(self) -> Sampling | None:
+        """Begins to find out, on other threads, whether the weights are as they were; `new_cache` takes the answer."""
+        return self._prefixes.begin_look()
+
+    def new_cache(self, room_tokens: int, salt: str | None = None, begun: Sampling | None = None) -> PagedCache:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
-        Its rows begin with what calls of the same `salt` have left.
+        Its rows begin with what calls of the same `salt` have left. `begun`: what `begin_look` gave.
         """
         model = self._model()
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, windows=self.windows())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        cache.root = self._prefixes.root(salt, pool)
+        cache.root = self._prefixes.root(salt, pool, begun)
         return cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:
