@@ -67,7 +67,7 @@ class PagedCache(Cache):
         self.states = [layer for layer in self.layers if compat.keeps_state(layer)]
         self.sequences = Sequences(pool)
         self.has_windows = any(window is not None for window in self.windows)
-        self._finalizer = weakref.finalize(self, self.sequences.free)
+        self._finalizer = weakref.finalize(self, self.sequences.abandon)
         self.room_tokens = DEFAULT_ROOM_TOKENS
         self.dense_len = 0
         self.columns: torch.Tensor | None = None

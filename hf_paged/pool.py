@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ from hf_paged.arena import can_give_back
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.capacity import group_costs
-from hf_paged.core.manager import BlockManager
+from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
 from hf_paged.store import POISON, LayerStore
@@ -83,6 +84,7 @@ class KVPool:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
         self.tier: DiskTier | None = None
+        self._abandoned: deque[tuple[Sequence[BlockTable], Sequence[Pin]]] = deque()
 
     @property
     def token_bytes(self) -> int:
@@ -162,6 +164,7 @@ class KVPool:
 
     def forget_prefixes(self) -> None:
         """Give up everything that is kept for later calls, on every tier."""
+        self.free(())
         self.manager.forget_prefixes()
         if self.tier is not None:
             self.tier.clear()
@@ -169,9 +172,28 @@ class KVPool:
     def free(self, tables: Sequence[BlockTable]) -> None:
         """Give up sequences; memory that lies idle then goes back to the system."""
         with self.manager.lock:
+            while self._abandoned:
+                orphans, pins = self._abandoned.popleft()
+                self.manager.unpin(pins)
+                for table in orphans:
+                    self.manager.free(table)
             for table in tables:
                 self.manager.free(table)
             self.manager.settle()
+
+    def free_soon(self, tables: Sequence[BlockTable], pins: Sequence[Pin]) -> None:
+        """Give up sequences, and blocks that they have pinned, from a finalizer.
+
+        It may run anywhere: in the midst of an operation of the manager's, or in a thread that one waits for. Then the
+        next that is freed takes them along.
+        """
+        self._abandoned.append((tables, pins))
+        lock = self.manager.lock
+        if not lock._is_owned() and lock.acquire(blocking=False):
+            try:
+                self.free(())
+            finally:
+                lock.release()
 
     def _layers(self, group: int) -> list[LayerStore]:
         return [layer for layer in self.stores if layer is not None and layer.group == group]

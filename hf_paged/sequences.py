@@ -30,6 +30,11 @@ class Sequences:
             self.pool.free(self.tables)
         self.tables.clear()
 
+    def abandon(self) -> None:
+        """Give every block back without waiting for anyone: the cache is garbage."""
+        if self.tables or self.pins:
+            self.pool.free_soon(self.tables, self.pins)
+
     def select(self, rows: Sequence[int]) -> None:
         """Row `i` goes on with what row `rows[i]` holds: tables are moved and forked, no data is."""
         manager = self.pool.manager

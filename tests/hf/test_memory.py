@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -239,6 +240,51 @@ def test_another_thread_is_not_disturbed(meanwhile):
     assert not pair.paged.stats().fallbacks
     assert bool(disk) == (pair.paged.stats().offloaded_bytes > 0)
     pair.check()
+
+
+def abandon_a_cache(model) -> weakref.ref:
+    """It is part of a cycle, so that it is found later, in whatever thread and whatever that is doing."""
+    inputs = batch([tokens(50, seed=1)])
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
+    output.past_key_values.itself = output.past_key_values
+    return weakref.ref(output.past_key_values)
+
+
+def test_garbage_in_a_thread_that_the_manager_waits_for():
+    """As the disk tier's thread is, while blocks are given up."""
+    pair = Pair("llama")
+    gc.disable()
+    try:
+        cache = abandon_a_cache(pair.model)
+        assert cache() is not None
+        with pair.pool.lock:
+            thread = threading.Thread(target=gc.collect, daemon=True)
+            thread.start()
+            thread.join(timeout=20)
+            assert not thread.is_alive()
+        assert cache() is None
+    finally:
+        gc.enable()
+    assert pair.pool.in_use > 0
+    pair.ask([piece(9, 1)])
+    assert pair.pool.in_use == 0
+
+
+def test_garbage_in_the_midst_of_an_operation_changes_nothing_under_it():
+    pair = Pair("llama")
+    gc.disable()
+    try:
+        cache = abandon_a_cache(pair.model)
+        assert cache() is not None
+        with pair.pool.lock:
+            in_use = pair.pool.in_use
+            gc.collect()
+            assert cache() is None
+            assert pair.pool.in_use == in_use
+        pair.paged.clear()
+    finally:
+        gc.enable()
+    assert pair.pool.in_use == 0
 
 
 @pytest.mark.parametrize("name", ["llama", PURE, MIXED])
