@@ -24,6 +24,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
     **SPECIAL,
 }
 MAMBA2 = {
@@ -126,7 +127,7 @@ def _gemma3(kind):
     text = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
     return kind(vision_config=VISION, text_config=text, mm_tokens_per_image=IMAGE_TOKENS, image_token_index=IMAGE,
-                boi_token_index=IMAGE_START, eoi_token_index=IMAGE_END)  # fmt: skip
+                boi_token_index=IMAGE_START, eoi_token_index=IMAGE_END, tie_word_embeddings=False)  # fmt: skip
 
 
 def _llava(kind):
@@ -178,13 +179,19 @@ def build(name: str) -> torch.nn.Module:
     return built
 
 
+def assert_varied(answer: torch.Tensor, new: int) -> None:
+    """A row of one token over and over would be right whatever the cache holds."""
+    distinct = [len(set(row.tolist())) for row in answer[:, -new:]]
+    assert sum(distinct) >= 3 * len(distinct), f"only {distinct} distinct tokens of {new}"
+
+
 def plain_tokens(length: int, seed: int = 0) -> list[int]:
     """Random token ids below those that stand for images."""
     return [token % 100 + 3 for token in prompts.tokens(length, seed)]
 
 
 def image_prompt(name: str, texts: list[tuple[int, int, int]], images: list[int]) -> dict[str, torch.Tensor]:
-    """Rows of text with an image in it: `(tokens before, tokens after, seed)` a row; image `i` has pixels of its own."""
+    """Rows of text with an image in it, `(tokens before, tokens after, seed)` each; image `i` has its own pixels."""
     marks = ([IMAGE_START], [IMAGE_END]) if name == "qwen2_5_vl" else ([], [])
     rows = [
         [*plain_tokens(before, seed), *marks[0], *[IMAGE] * IMAGE_TOKENS, *marks[1], *plain_tokens(after, seed + 50)]
@@ -196,12 +203,13 @@ def image_prompt(name: str, texts: list[tuple[int, int, int]], images: list[int]
         inputs["pixel_values"] = pixels.repeat(1, 2, 1, 1).reshape(len(rows) * 16, -1)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(rows))
         types = {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
-        return {**inputs, **(types if _takes("Qwen2_5_VLForConditionalGeneration", "mm_token_type_ids") else {})}
+        return {**inputs, **(types if takes("Qwen2_5_VLForConditionalGeneration", "mm_token_type_ids") else {})}
     inputs["pixel_values"] = pixels.unsqueeze(1) if name == "idefics3" else pixels
     if name == "gemma3":
         inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     return inputs
 
 
-def _takes(class_name: str, argument: str) -> bool:
+def takes(class_name: str, argument: str) -> bool:
+    """Whether the `forward` of a class of transformers has an argument."""
     return argument in inspect.signature(getattr(transformers, class_name).forward).parameters

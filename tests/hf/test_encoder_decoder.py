@@ -28,7 +28,7 @@ def inputs_of(name: str, rows: int = 3) -> dict[str, torch.Tensor]:
 def test_same_as_stock(name):
     pair = Pair.of(more_models.build(name))
     inputs = inputs_of(name)
-    pair.ask(inputs, max_new_tokens=NEW)
+    more_models.assert_varied(pair.ask(inputs, max_new_tokens=NEW), NEW)
     pair.ask(inputs, max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
     pair.ask(inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
     assert "prefixes not reused: encoder-decoder model" in pair.paged.stats().fallbacks
@@ -136,7 +136,9 @@ def test_operations_of_the_cache():
         for _, cache in both:
             change(cache)
             parts = cache.self_attention_cache, cache.cross_attention_cache
-            contents.append([each + 0 for part in parts for layer in part.layers for each in (layer.keys, layer.values)])
+            contents.append(
+                [each + 0 for part in parts for layer in part.layers for each in (layer.keys, layer.values)]
+            )
         for expected, actual in zip(*contents, strict=True):
             torch.testing.assert_close(actual, expected)
     both[1][1].reset()

@@ -26,7 +26,7 @@ def trials(pair: Pair) -> list[str | None]:
 @pytest.mark.parametrize("name", more_models.HYBRIDS)
 def test_same_as_stock(name):
     pair = Pair.of(more_models.build(name))
-    pair.ask(prompts.ragged(), max_new_tokens=NEW)
+    more_models.assert_varied(pair.ask(prompts.ragged(), max_new_tokens=NEW), NEW)
     pair.ask(prompts.ragged(), max_new_tokens=NEW, num_beams=3)
     pair.ask(prompts.single(), max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
     assert pair.paged.stats().fallbacks == {NOT_REUSED: 1, "layers that keep a state": 1} or name == "recurrent_gemma"
