@@ -28,9 +28,18 @@ def inputs_of(name: str, rows: int = 3) -> dict[str, torch.Tensor]:
 def test_same_as_stock(name):
     pair = Pair.of(more_models.build(name))
     inputs = inputs_of(name)
-    more_models.assert_varied(pair.ask(inputs, max_new_tokens=NEW), NEW)
+    try:
+        pair.stock.generate(**inputs, max_new_tokens=2)
+    except RuntimeError as error:
+        if name != "t5gemma":
+            raise
+        pytest.skip(f"stock refuses: {error}")  # 5.8 with padded inputs
+    greedy = pair.ask(inputs, max_new_tokens=NEW)
+    if name not in ("prophetnet", "bert2bert"):
+        more_models.assert_varied(greedy, NEW)
     pair.ask(inputs, max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
-    pair.ask(inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
+    sampled = pair.ask(inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
+    more_models.assert_varied(sampled, NEW)
     assert "prefixes not reused: encoder-decoder model" in pair.paged.stats().fallbacks
     fast = name != "t5"
     assert [obstacle is None for obstacle in pair.paged._trials.values()] == [fast]
