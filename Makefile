@@ -5,6 +5,8 @@
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
+#   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
+#   make capabilities  what is fast with which model: every text model of transformers, into docs/capabilities.md
 #   make lint       ruff; `make format` repairs what it can
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
@@ -17,6 +19,7 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
 OLDER_TESTS ?= tests/hf
+MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 
 BIN := $(VENV)/bin
@@ -28,10 +31,10 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: help demo bench bench-dialogues bench-attention sanitize test-arm wheel test test-newest $(OLDER:%=test-%) fuzz capabilities lint format wheel-check clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -15
 
 # --- environments: a stamp each, newer than what it was made from -----------------------------------------------------
 
@@ -106,6 +109,13 @@ test-newest: $(VENV)/.test
 $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
 	@PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(VERSIONS)
 	PYTHONPATH=$(abspath $(VENV)/transformers-$*) $(PYTEST) $(OLDER_TESTS)
+
+# Memory that no block owns reads as NaN, as in the tests.
+fuzz: $(VENV)/.test
+	HF_PAGED_POISON=1 $(BIN)/python tests/hf/fuzz.py --minutes $(MINUTES)
+
+capabilities: $(VENV)/.test
+	HF_PAGED_POISON=1 $(BIN)/python tests/hf/walk.py --write docs/capabilities.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
