@@ -14,6 +14,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 from hf_paged import compat
 from hf_paged.cache import PagedCache
 from hf_paged.encdec import paged_part
+from hf_paged.identity import Sampling
 from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 
@@ -26,6 +27,8 @@ MAX_ROOM_TOKENS = 4096
 
 # The salt of the `generate` that runs: that of a draft model, inside it, has the same.
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
+# The look at the weights that the `generate` that runs has begun.
+_BEGUN: ContextVar[Sampling | None] = ContextVar("begun", default=None)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -72,10 +75,17 @@ class PagedGenerationMixin:
         salt = kwargs.get("cache_salt")
         self.paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
+        outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
         try:
             return super().generate(*args, **kwargs)
         finally:
+            _BEGUN.reset(outer_begun)
             _SALT.reset(outer)
+
+    def _leaves_weights_alone(self, kwargs: dict[str, Any]) -> bool:
+        """Whether stock's own code alone runs from here to `_prepare_cache_for_generation`, if it gets there."""
+        is_stock = self._hf_paged_original.generate is GenerationMixin.generate
+        return is_stock and kwargs.get("past_key_values") is None and not kwargs.get("custom_generate")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         salt = model_kwargs.pop("cache_salt", None)
@@ -112,7 +122,7 @@ class PagedGenerationMixin:
             self.paged.hand_over(obstacle)
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-        model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt)
+        model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache.activate_past_recording()  # guesses will be taken back
         if self.config.is_encoder_decoder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from hf_paged.core.prefix import root_key
-from hf_paged.identity import ModelIdentity
+from hf_paged.identity import ModelIdentity, Sampling
 from hf_paged.pool import KVPool
 from hf_paged.stats import Counters
 
@@ -51,14 +51,18 @@ class Prefixes:
         """Why nothing is kept for later calls, or `None`."""
         return self._identity.obstacle() if self._enabled else "prefix_caching is False"
 
-    def root(self, salt: str | None, pool: KVPool) -> PrefixRoot | None:
+    def begin_look(self) -> Sampling | None:
+        """Begins with what takes longest in `root`, on other threads; see `ModelIdentity.begin_look`."""
+        return self._identity.begin_look() if self._enabled else None
+
+    def root(self, salt: str | None, pool: KVPool, begun: Sampling | None = None) -> PrefixRoot | None:
         """Where to look for prefixes and to keep them; `None` where nothing may be reused, and that is counted.
 
         Forgets what weights have left that are gone for good.
         """
         if not self._enabled:
             return None
-        digest, obstacle = self._identity.look()
+        digest, obstacle = self._identity.look(begun)
         if digest is None:
             self._counters.fall_back(f"prefixes not reused: {obstacle}")
             return None

@@ -22,6 +22,7 @@ from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import Footprint, footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -142,10 +143,16 @@ class PagedRuntime:
 
     # -- for the glue --------------------------------------------------------------------------------------------
 
-    def new_cache(self, room_tokens: int, salt: str | None = None) -> PagedCache | PagedEncoderDecoderCache:
+    def begin_look(self) -> Sampling | None:
+        """Begins to find out, on other threads, whether the weights are as they were; `new_cache` takes the answer."""
+        return self._prefixes.begin_look()
+
+    def new_cache(
+        self, room_tokens: int, salt: str | None = None, begun: Sampling | None = None
+    ) -> PagedCache | PagedEncoderDecoderCache:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
-        Its rows begin with what calls of the same `salt` have left.
+        Its rows begin with what calls of the same `salt` have left. `begun`: what `begin_look` gave.
         """
         model = self._model()
         pool = self._current_pool(model)
@@ -153,7 +160,7 @@ class PagedRuntime:
         cache.room_tokens, cache.held_by_user = room_tokens, False
         obstacle = self._prompt_obstacle()
         if obstacle is None:
-            cache.root = self._prefixes.root(salt, pool)
+            cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {obstacle}")
         return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache

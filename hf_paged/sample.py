@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -37,7 +39,12 @@ class Sample:
 
     def differs(self, tensors: list[torch.Tensor]) -> bool:
         """Whether any byte is another than when this was made; `tensors` are in the same states as then."""
-        return any(group.differs([tensors[index] for index in indices]) for indices, group in self._groups)
+        return self.begin(tensors)()
+
+    def begin(self, tensors: list[torch.Tensor]) -> Callable[[], bool]:
+        """`differs(tensors)` when called; what the native library reads is read from now on, by other threads."""
+        looks = [group.begin([tensors[index] for index in indices]) for indices, group in self._groups]
+        return lambda: any(look() for look in looks)
 
 
 class _TorchSample:
@@ -57,6 +64,10 @@ class _TorchSample:
     def differs(self, tensors: list[torch.Tensor]) -> bool:
         """Whether any byte is another than when this was made."""
         return not torch.equal(self._read(tensors), self._before)
+
+    def begin(self, tensors: list[torch.Tensor]) -> Callable[[], bool]:
+        """`differs(tensors)` when called; nothing is read before."""
+        return partial(self.differs, tensors)
 
     def _read(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():

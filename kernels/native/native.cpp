@@ -295,14 +295,15 @@ HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, c
     return hfp::store({*call, {key, value}, writes, copies, num_writes, num_copies});
 }
 
-// Keeps what the reads find where `is_recording`; otherwise says in `differs` whether any of it is not as kept.
-HFP_PUBLIC int64_t hf_paged_sample(const hfp::SampleCall *call, int64_t threads, int64_t is_recording,
-                                   int64_t *differs) {
+// Begins to keep what the reads find where `is_recording`, and to compare it with what was kept elsewhere. Reads and
+// memory must stay until the end; `look` is what the end is told.
+HFP_PUBLIC int64_t hf_paged_sample_begin(const hfp::SampleCall *call, int64_t threads, int64_t is_recording,
+                                         void **look) {
     const hfp::Error error = threads < 1 ? hfp::kBadSize : hfp::check(*call);
     if (error) return error;
-    hfp::SampleWork work = {call, is_recording != 0, 0, 0};
-    if (threads > 1 && hfp::run_parallel) hfp::run_parallel(hfp::sample, &work, (unsigned)threads, 0);
-    else hfp::sample(&work);
-    *differs = work.differs;
-    return hfp::kOk;
+    *look = hfp::begin_look(*call, threads, is_recording != 0);
+    return *look ? hfp::kOk : hfp::kNoMemory;
 }
+
+// Waits for the reads that are left; 1 where any of what they found is not as kept.
+HFP_PUBLIC int64_t hf_paged_sample_end(void *look) { return hfp::end_look((hfp::SampleLook *)look); }

@@ -1,6 +1,13 @@
 // A sample of what tensors hold: elements that lie equally far apart, kept one after the other and compared with later
 // ones. Almost every element is a miss in all caches and in the TLB, so what counts is how many are asked for at once.
+//
+// A look is begun, goes on by itself on threads of its own, and is ended later by whoever needs the answer, who then
+// lends a hand. (Threads of OpenMP cannot be left alone: whoever starts a team works in it until the end.)
 #pragma once
+
+#include <pthread.h>
+
+#include <cstdlib>
 
 #include "native.h"
 
@@ -19,11 +26,15 @@ struct SampleCall {
     int64_t kept_bytes;
 };
 
-// What the threads of a call share.
-struct SampleWork {
-    const SampleCall *call;
+// Threads that read along. Memory gives no more from some point on, and each takes some 20 us to start.
+static const int64_t kMostReaders = 7;
+
+// What the threads of a look share.
+struct SampleLook {
+    SampleCall call;
     bool is_recording;
-    int64_t next, differs;
+    int64_t next, differs, num_readers;
+    pthread_t readers[kMostReaders];
 };
 
 // Elements that are on their way from memory while one is compared. 240,000 of them in 4 KiB pages, right after a
@@ -69,18 +80,38 @@ static bool differs(const Read &read, const char *kept) {
 }
 
 // What every thread does: one read after the other until none is left.
-static void sample(void *data) {
-    SampleWork &work = *(SampleWork *)data;
+static void *sample(void *data) {
+    SampleLook &look = *(SampleLook *)data;
     for (;;) {
-        const int64_t at = __atomic_fetch_add(&work.next, 1, __ATOMIC_RELAXED);
-        if (at >= work.call->num_reads) return;
-        const Read &read = work.call->reads[at];
-        char *kept = work.call->kept + read.at;
-        if (work.is_recording)
+        const int64_t at = __atomic_fetch_add(&look.next, 1, __ATOMIC_RELAXED);
+        if (at >= look.call.num_reads) return nullptr;
+        const Read &read = look.call.reads[at];
+        char *kept = look.call.kept + read.at;
+        if (look.is_recording)
             for (int64_t i = 0; i < read.count; ++i) memcpy(kept + i * read.size, read.data + i * read.step, read.size);
         else if (differs(read, kept))
-            __atomic_store_n(&work.differs, 1, __ATOMIC_RELAXED);
+            __atomic_store_n(&look.differs, 1, __ATOMIC_RELAXED);
     }
+}
+
+// Null where there is no memory. Threads that cannot be had are done without.
+static SampleLook *begin_look(const SampleCall &call, int64_t threads, bool is_recording) {
+    SampleLook *look = (SampleLook *)calloc(1, sizeof(SampleLook));
+    if (!look) return nullptr;
+    look->call = call, look->is_recording = is_recording;
+    const int64_t most = threads - 1 < kMostReaders ? threads - 1 : kMostReaders;
+    while (look->num_readers < most && !pthread_create(&look->readers[look->num_readers], nullptr, sample, look))
+        ++look->num_readers;
+    return look;
+}
+
+// Whether anything differs. What the look reads must be there until now.
+static bool end_look(SampleLook *look) {
+    sample(look);
+    for (int64_t i = 0; i < look->num_readers; ++i) pthread_join(look->readers[i], nullptr);
+    const bool is_different = look->differs != 0;
+    free(look);
+    return is_different;
 }
 
 }  // namespace hfp

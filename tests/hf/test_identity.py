@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import threading
 import types
 
@@ -812,6 +813,51 @@ def test_look_is_digest_and_obstacle():
     assert identity.look() == (identity.digest(), None) != (digest, None)
     attention(model).train()
     assert identity.look() == (None, identity.obstacle()) != (None, None)
+
+
+def test_a_look_that_was_begun_is_a_look():
+    model = llama()
+    identity = ModelIdentity(model)
+    assert identity.begin_look() is None, "there is nothing to compare with yet"
+    digest = identity.digest()
+    assert identity.look(identity.begin_look()) == (digest, None)
+    add_to_data(model)
+    begun = identity.begin_look()
+    assert begun.differs(), "what is begun sees the edit, and not only the look that it is given to"
+    after = identity.look(begun)
+    assert after != (digest, None)
+    assert identity.look(identity.begin_look()) == after
+
+
+@by_name("change", [add_in_place, other_parameter, other_data, edit_config, add_a_bias])
+def test_changes_between_the_begin_of_a_look_and_its_end(change):
+    model = llama()
+    identity = ModelIdentity(model)
+    digest = identity.digest()
+    begun = identity.begin_look()
+    change(model)
+    assert identity.look(begun) == (identity.digest(), None) != (digest, None)
+
+
+def test_a_begun_look_compares_with_the_sample_that_holds_now():
+    model = llama()
+    identity = ModelIdentity(model)
+    identity.digest()
+    begun = identity.begin_look()
+    add_to_data(model)
+    digest = identity.digest()  # another thread's
+    assert identity.look(begun) == (digest, None)
+    add_to_data(model)
+    assert identity.look(begun) != (digest, None)
+
+
+def test_no_look_is_begun_with_tensors_that_are_gone():
+    model = llama()
+    identity = ModelIdentity(model)
+    identity.digest()
+    other_parameter(model)
+    gc.collect()
+    assert identity.begin_look() is None
 
 
 def test_holds_is_unchanged_and_no_obstacle():

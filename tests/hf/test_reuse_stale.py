@@ -1,6 +1,7 @@
 """Nothing stale is ever reused: changed weights and adapters, inputs that token ids do not describe, meddling hooks."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -219,6 +220,27 @@ def test_weights_that_change_while_a_call_runs():
     assert pair.reused == 0
     pair.ask(ROWS)
     assert pair.reused == 26, "of the answer just now, which begins with the first row"
+
+
+def edits_itself(model):
+    """Of a class whose `generate` writes into the weights before it calls stock's."""
+
+    class Edits(type(model)):
+        def generate(self, *args, **kwargs):
+            time.sleep(0.05)  # a look that was begun too early has read all by now
+            data_of_the_last_layer_only(self)
+            return super().generate(*args, **kwargs)
+
+    model.__class__ = Edits
+    return model
+
+
+def test_weights_that_a_generate_of_the_models_own_changes_first(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # the second one is what could read too early
+    pair = Pair(wrap=edits_itself)
+    answers = [pair.ask(ROWS) for _ in range(3)]
+    assert not torch.equal(answers[0], answers[1]), "the change must matter"
+    assert pair.reused == 0
 
 
 def test_weights_that_change_while_a_cache_is_held():

@@ -1,6 +1,8 @@
 """The native sample: any element that it reads is noticed when it changes, in every dtype; nothing else is read."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -177,3 +179,23 @@ def test_several_threads_ask_at_once():
     for worker in workers:
         worker.join()
     assert answers == [(False, True)] * 200
+
+
+def test_a_look_keeps_what_it_reads(threads):
+    tensors = [torch.randn(3000, 7) for _ in range(20)]
+    sample = NativeSample(tensors, [3000] * 20, [7] * 20)
+    look = sample.begin(tensors)
+    storage = weakref.ref(tensors[0].untyped_storage())
+    del tensors[:]
+    assert storage() is not None
+    assert not look()
+    assert not look(), "asked again"
+    gc.collect()
+    assert storage() is None
+
+
+def test_a_look_that_nobody_ends():
+    tensors = [torch.randn(3000, 7) for _ in range(20)]
+    sample = NativeSample(tensors, [3000] * 20, [7] * 20)
+    for _ in range(50):
+        sample.begin(tensors)

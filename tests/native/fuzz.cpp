@@ -207,6 +207,13 @@ static bool store_is_right() {
                    &fresh[1][((source / tokens * heads + head) * tokens + source % tokens) * bytes], bytes);
 }
 
+static int64_t sample(const SampleCall &call, int64_t threads, bool is_recording, int64_t *differs) {
+    void *look = nullptr;
+    const int64_t error = hf_paged_sample_begin(&call, threads, is_recording, &look);
+    if (!error) *differs = hf_paged_sample_end(look);
+    return error;
+}
+
 // Tensors of exactly as many bytes as are read; one bit that is flipped is found where it is read, and nowhere else.
 static bool sample_is_right() {
     std::vector<std::vector<char>> tensors;
@@ -224,16 +231,16 @@ static bool sample_is_right() {
     const SampleCall call = {reads.data(), (int64_t)reads.size(), kept.data(), kept_bytes};
     const int64_t threads = 1 + upto(4), at = upto((int64_t)reads.size());
     int64_t differs = 0;
-    if (hf_paged_sample(&call, threads, 1, &differs) || differs) return false;
-    if (hf_paged_sample(&call, threads, 0, &differs) || differs) return false;
+    if (sample(call, threads, true, &differs) || differs) return false;
+    if (sample(call, threads, false, &differs) || differs) return false;
     const int64_t byte = upto((int64_t)tensors[at].size());
     tensors[at][byte] ^= (char)(1 << upto(8));
-    if (hf_paged_sample(&call, threads, 0, &differs)) return false;
+    if (sample(call, threads, false, &differs)) return false;
     if ((differs != 0) != (byte % reads[at].step < reads[at].size)) return false;
     Read &damaged = reads[at];
     int64_t *const fields[] = {&damaged.count, &damaged.step, &damaged.size, &damaged.at};
     *fields[upto(4)] = one_of<int64_t>({-1, INT64_MIN, INT64_MAX / 2 + upto(9)});
-    return damaged.step > 100000 ? true : hf_paged_sample(&call, threads, 0, &differs) == kBadSize;
+    return damaged.step > 100000 ? true : sample(call, threads, false, &differs) == kBadSize;
 }
 
 // Stands in for OpenMP: real threads, as the sanitizer of threads wants to see them.

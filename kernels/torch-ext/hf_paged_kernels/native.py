@@ -366,8 +366,10 @@ def _load() -> ctypes.CDLL:
     library.hf_paged_attend.restype = ctypes.c_int64
     library.hf_paged_store.argtypes = (ctypes.c_char_p, *[address] * 4, *[integer] * 4)
     library.hf_paged_store.restype = ctypes.c_int64
-    library.hf_paged_sample.argtypes = (ctypes.c_char_p, integer, integer, ctypes.POINTER(integer))
-    library.hf_paged_sample.restype = ctypes.c_int64
+    library.hf_paged_sample_begin.argtypes = (ctypes.c_char_p, integer, integer, ctypes.POINTER(ctypes.c_void_p))
+    library.hf_paged_sample_begin.restype = ctypes.c_int64
+    library.hf_paged_sample_end.argtypes = (ctypes.c_void_p,)
+    library.hf_paged_sample_end.restype = ctypes.c_int64
     library.hf_paged_variant.argtypes = (ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))
     library.hf_paged_variant.restype = ctypes.c_char_p
     library.hf_paged_use_threads.argtypes = (ctypes.c_void_p,)

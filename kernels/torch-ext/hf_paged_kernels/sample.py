@@ -30,7 +30,7 @@ class NativeSample:
         loaded = library()
         if loaded is None:
             raise NativeError("the native library is not built, or switched off")
-        self._run = loaded.hf_paged_sample
+        self._library = loaded
         storages = [tensor.untyped_storage() for tensor in tensors]
         self._memory = _memory(storages)
         reads, size = array("q"), 0
@@ -47,20 +47,44 @@ class NativeSample:
                 size += length * width
         self._reads, self._kept = reads, ctypes.create_string_buffer(size + 1)  # which the call points into
         self._call = _CALL.pack(reads.buffer_info()[0], len(reads) // _READ_FIELDS, ctypes.addressof(self._kept), size)
-        self._sample(tensors, is_recording=True)
+        self._begin(tensors, storages, is_recording=True)()
 
     def differs(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether any byte is not as it was, or has come to lie elsewhere."""
-        return self._sample(tensors, is_recording=False)
+        return self.begin(tensors)()
 
-    def _sample(self, tensors: Sequence[torch.Tensor], is_recording: bool) -> bool:
-        storages = [tensor.untyped_storage() for tensor in tensors]  # which keeps the memory until it has been read
+    def begin(self, tensors: Sequence[torch.Tensor]) -> NativeLook:
+        """Has other threads read and compare while the caller does something else; threads as torch has."""
+        return self._begin(tensors, [tensor.untyped_storage() for tensor in tensors], is_recording=False)
+
+    def _begin(
+        self, tensors: Sequence[torch.Tensor], storages: list[torch.UntypedStorage], is_recording: bool
+    ) -> NativeLook:
         if _memory(storages) != self._memory or any(map(torch.Tensor.is_neg, tensors)):
-            return True
-        differs = ctypes.c_int64()
-        if self._run(self._call, torch.get_num_threads(), is_recording, differs):
-            raise NativeError("the library finds a size or place out of range")
-        return differs.value != 0
+            return NativeLook(self._library, None, ())
+        look = ctypes.c_void_p()
+        if self._library.hf_paged_sample_begin(self._call, torch.get_num_threads(), is_recording, look):
+            raise NativeError("the library finds a size or place out of range, or has no memory")
+        return NativeLook(self._library, look, (storages, self))
+
+
+class NativeLook:
+    """One look of a `NativeSample`: keeps the memory that it reads until it has been read."""
+
+    def __init__(self, library: ctypes.CDLL, look: ctypes.c_void_p | None, read: tuple[object, ...]):
+        self._library, self._look, self._read = library, look, read
+        self._differs = look is None
+
+    def __call__(self) -> bool:
+        """Whether any byte is not as it was, or has come to lie elsewhere; waits for what is not read yet."""
+        look, self._look = self._look, None
+        if look is not None:
+            self._differs = self._library.hf_paged_sample_end(look) != 0
+            self._read = ()
+        return self._differs
+
+    def __del__(self) -> None:
+        self()
 
 
 def takes(tensor: torch.Tensor) -> bool:
