@@ -8,6 +8,8 @@
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
+#   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
+#   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results/capabilities.md
 #   make lint       ruff; `make format` repairs what it can
 #   make soak       500 random calls on little memory with a disk below, each against stock
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
@@ -22,6 +24,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
 SOAK ?=
 OLDER_TESTS ?= tests/hf
+MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 
 BIN := $(VENV)/bin
@@ -34,7 +37,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-gpu compile-gpu
-.PHONY: sanitize test-arm soak wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
+.PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -131,6 +134,13 @@ $(OLDER:%=test-%): test-%: $(VENV)/transformers-%/.done
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/hf/soak.py $(SOAK)
+
+# Memory that no block owns reads as NaN, as in the tests.
+fuzz: $(VENV)/.test
+	HF_PAGED_POISON=1 $(BIN)/python tests/hf/fuzz.py --minutes $(MINUTES)
+
+capabilities: $(VENV)/.test
+	HF_PAGED_POISON=1 $(BIN)/python tests/hf/walk.py --write benchmarks/results/capabilities.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -149,7 +149,8 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
 def _says_nothing(name: str, value: Any, request: ModelCall) -> bool:
     """Whether an argument might as well be left out."""
     if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
-        return value.shape == (request.rows, request.tokens) and not bool(value.any())
+        # Some versions of transformers give those of earlier columns, too.
+        return value.dim() == 2 and len(value) == request.rows and not bool(value.any())
     return value is None or value is False or (isinstance(value, dict | list | tuple) and not value)
 
 

@@ -244,7 +244,7 @@ def _packed_arguments(request: ModelCall, source: torch.Tensor) -> dict[str, Any
     for name in (request.names.positions, *TOKEN_TYPES):
         each = kwargs.get(name)
         if each is not None:
-            each = each.expand(*each.shape[:-2], *request.inputs.shape[:2])
+            each = each[..., -request.tokens :].expand(*each.shape[:-2], *request.inputs.shape[:2])
             kwargs[name] = each.flatten(-2).index_select(-1, source).unsqueeze(-2)
     kwargs["attention_mask"] = paged_mask(source.device)
     kwargs.pop("logits_to_keep", None)

@@ -128,6 +128,8 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     on_device, below = _split(budget)
     yield "Nothing is taken to be shared: what sequences begin with in common is stored once, so that more of them fit."
     yield "Stock: its dynamic cache between two steps, every row padded to the longest; copies while it grows left out."
+    if subject.has_states:
+        yield "Convolutional and recurrent states are left out: they take the same on both, whatever the length."
     if subject.cost.estimated:
         yield f"Estimated from fields of the config, which may not say it all: {subject.cost.estimated}."
     if not subject.dtype_is_known:

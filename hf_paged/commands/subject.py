@@ -31,6 +31,7 @@ class Subject:
         dtype_is_known: whether the user or the config has said so.
         cost: what one token takes in each layer.
         groups: the same by group of layers.
+        has_states: whether some layers keep a state, which is not in these figures.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Subject:
     dtype_is_known: bool
     cost: Footprint
     groups: list[GroupCost]
+    has_states: bool
 
 
 def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
@@ -53,17 +55,21 @@ def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
             f"{source} is {named}, which does not generate; name a model with a language-model head (...ForCausalLM)",
         )
     if config.is_encoder_decoder:
-        raise _stays_on_stock(source, "it is an encoder-decoder model")
+        raise UsageError(
+            ARGUMENT,
+            f"{source} is an encoder-decoder model: what a sequence takes depends on the encoder's input as well, "
+            "which is not reckoned here",
+        )
     try:
-        windows = compat.cache_layout(config.get_text_config(decoder=True)).windows
+        layout = compat.cache_layout(config.get_text_config(decoder=True))
     except ValueError as error:
         raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
     known = dtype or compat.config_dtype(config)
     cost = footprint(kind, config, known or torch.float32)
-    if not any(cost.layer_bytes):
-        raise _stays_on_stock(source, "it keeps no K and V in transformers' cache")
-    groups = group_costs(cost.layer_bytes, windows)
-    return Subject(source, kind, config, known or torch.float32, known is not None, cost, groups)
+    if not all(cost.layer_bytes):
+        raise _stays_on_stock(source, "it has layers that keep no K and V of text in transformers' cache")
+    groups = group_costs(cost.layer_bytes, layout.windows)
+    return Subject(source, kind, config, known or torch.float32, known is not None, cost, groups, layout.has_states)
 
 
 def _stays_on_stock(source: str, reason: str) -> UsageError:

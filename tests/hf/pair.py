@@ -1,5 +1,6 @@
 """A stock model and a patched copy of it: both are asked the same, and must answer the same."""
 
+import copy
 import gc
 import warnings
 
@@ -23,8 +24,18 @@ class Pair:
         family = FAMILIES[name]
         if family.missing():
             pytest.skip(family.missing())
-        self.stock = wrap(copy_of(family))
-        self.model = patch_model(wrap(copy_of(family)), **{"block_size": BLOCK_SIZE, **overrides})
+        self._set(wrap(copy_of(family)), wrap(copy_of(family)), overrides)
+
+    @classmethod
+    def of(cls, stock: torch.nn.Module, **overrides) -> "Pair":
+        """`stock`, and a patched copy of it."""
+        pair = cls.__new__(cls)
+        pair._set(stock, copy.deepcopy(stock), overrides)
+        return pair
+
+    def _set(self, stock, twin, overrides) -> None:
+        self.stock = stock
+        self.model = patch_model(twin, **{"block_size": BLOCK_SIZE, **overrides})
 
     @property
     def paged(self):

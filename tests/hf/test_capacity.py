@@ -27,7 +27,7 @@ def keeps_blocks(family) -> bool:
 
 def capacity_of(model, block_size: int = BLOCK_SIZE) -> Capacity:
     layer_bytes = footprint(type(model), model.config, model.dtype).layer_bytes
-    return Capacity(group_costs(layer_bytes, compat.attention_windows(model.config)), block_size, MOST)
+    return Capacity(group_costs(layer_bytes, compat.cache_layout(model.config).windows), block_size, MOST)
 
 
 def held_bytes(cache) -> int:

@@ -75,6 +75,12 @@ def test_what_is_said_to_fit_fits(capsys, folder, name):
             model.generate(**inputs, do_sample=False, max_new_tokens=stored - 8)
 
 
+def test_states_of_a_hybrid_are_left_out(capsys, folder):
+    output = plan(capsys, folder("lfm2"), "--max-memory", "cpu=1MiB", "--dtype", "float32")
+    assert row(output, "a token in 1 layer of full attention") == ["256 bytes"]  # K and V, 2 heads of dim 16, float32
+    assert "states are left out" in output
+
+
 def test_costs_of_layers_and_sequences(capsys, folder):
     output = plan(capsys, folder("gemma3"), "--max-memory", "cpu=1MiB", "--length", "100", "--batch", "3")
     token = 2 * 2 * 16 * 4  # K and V, heads, dim, float32: of one layer
@@ -209,7 +215,7 @@ def test_models_that_are_not_there(capsys, arguments, expected):
         ('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}', "does not generate"),
         ('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}', "encoder-decoder"),
         ('{"model_type": "bart"}', "encoder-decoder"),
-        ('{"model_type": "mamba", "num_hidden_layers": 1}', "not made of KV blocks"),
+        ('{"model_type": "mamba", "num_hidden_layers": 1}', "no layer keeps K and V"),
         ('{"model_type": "rwkv", "num_hidden_layers": 1}', "no K and V"),
     ],
 )

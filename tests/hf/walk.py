@@ -131,7 +131,7 @@ def _difference(expected, actual) -> str | None:
     return None
 
 
-def walk_type(model_type: str) -> list[Cell] | str:
+def walk_type(model_type: str, new_tokens: int = 10) -> list[Cell] | str:
     """The cells of one type of models, or why there are none.
 
     Random weights may bring two experts, or two tokens, so close that rounding decides. That does not happen twice:
@@ -139,7 +139,7 @@ def walk_type(model_type: str) -> list[Cell] | str:
     """
     for seed in (1, 2):
         try:
-            cells = walk(zoo.build(model_type, seed))
+            cells = walk(zoo.build(model_type, seed), new_tokens)
         except zoo.NotTiny as error:
             return str(error)
         except Exception as error:

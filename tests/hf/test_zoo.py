@@ -1,0 +1,185 @@
+"""Models of many kinds in the usual modes. `make capabilities` walks over all that transformers has; these have each
+shown, or could show, something that others do not."""
+
+import copy
+
+import prompts
+import pytest
+import torch
+import walk
+import zoo
+from families import FAMILIES
+from pair import Pair
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_paged import patch_model, probe
+
+# Model type, how its prompts are computed, and what is special about it.
+KINDS = [
+    ("camembert", "fast", "positions begin behind the padding id"),
+    ("cohere2", "fast", "windows, no rotary embedding in full layers"),
+    ("ctrl", "fast", "sinusoids instead of a rotary embedding"),
+    ("ernie4_5_moe", "fast", "experts in every other layer"),
+    ("exaone4", "fast", "norms after attention"),
+    ("gemma3n_text", "fast", "layers that read the K and V of another"),
+    ("gemma4_text", "fast", "the same, with other head dims in full layers"),
+    ("gpt_bigcode", "fast", "one KV head, projected together"),
+    ("modernbert-decoder", "fast", "windows on both sides in its encoder form"),
+    ("qwen3_moe", "fast", "experts in all layers"),
+    ("cpmant", "stock", "puts a prompt of its own before every prompt"),
+    ("deepseek_v32", "stock", "looks at the name of its attention to mask what an indexer leaves out"),
+    ("minimax_m3_vl_text", "stock", "the same, by blocks"),
+    ("deepseek_v2", "padded", "keeps latents, from which K and V are computed after the cache"),
+    ("gpt_neo", "padded", "attention of its own with a local mask"),
+    ("gpt_neox_japanese", "padded", "attention of its own, which takes K and V to be contiguous"),
+    ("llama4_text", "padded", "chunks, and queries scaled by positions that it counts itself"),
+    ("mpt", "padded", "ALiBi"),
+    ("phimoe", "padded", "a window that its attention is not told of"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "way", "special"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_right_and_as_fast_as_expected(model_type, way, special):
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not have it")
+    cells = walk.walk_type(model_type, new_tokens=5)
+    if isinstance(cells, str) and not zoo_is_newest():
+        pytest.skip(f"not built by this version: {cells}")
+    assert not isinstance(cells, str), cells
+    assert [cell for cell in cells if cell.wrong] == [], special
+    if zoo_is_newest():  # older versions call attention differently
+        assert {cell.way for cell in cells} - {"reused"} == {way}, cells
+        assert cells[-1].way == ("reused" if way == "fast" else way)
+
+
+def zoo_is_newest() -> bool:
+    import transformers
+
+    return transformers.__version__.startswith("5.23")
+
+
+def test_what_is_built_differs_with_the_past():
+    """The walk can fail: a cache that forgets a token early in the prompt shows in every kind."""
+    stock = zoo.build("cohere2")
+    ids = torch.tensor([prompts.tokens(40)])
+    changed = ids.clone()
+    changed[0, 25] = (ids[0, 25] + 20) % 100 + 3
+    with torch.no_grad():
+        moved = (stock(ids).logits[0, -1] - stock(changed).logits[0, -1]).abs().max()
+    assert moved > 1e-2
+
+
+# Layers that share K and V
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_shared_kv_is_stored_once(model_type):
+    """By bytes: half of the four layers read what the others have stored, and cost nothing."""
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not have it")
+    stock = zoo.build(model_type)
+    layers = walk.patch_model(copy.deepcopy(stock), block_size=8)
+    held = {}
+
+    class Look:
+        def put(self, value):
+            held["bytes"] = layers.paged.stats().bytes_in_use
+
+        def end(self):
+            pass
+
+    layers.generate(**prompts.single(), max_new_tokens=4, do_sample=False, streamer=Look())
+    token_bytes = 2 * 2 * 16 * 4  # K and V, 2 heads of 16 dims, float32
+    blocks = -(-(21 + 3) // 8)
+    assert len(layers.paged._pool.stores) == 2
+    assert held["bytes"] == 2 * blocks * 8 * token_bytes
+
+
+# What only shows in long sequences: the trial of a model looks at 13 tokens
+
+
+def longrope(original_length: int = 20) -> dict:
+    """Rotary embedding with other frequencies once any position of a pass is beyond `original_length`."""
+    return {
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": original_length,
+            "factor": 4.0,
+        },
+    }
+
+
+def longrope_pair(**overrides) -> Pair:
+    """Stock and patched llamas with such an embedding."""
+    pair = Pair()
+    pair.stock = FAMILIES["llama"].build(**longrope())
+    pair.model = patch_model(copy.deepcopy(pair.stock), block_size=8, **overrides)
+    return pair
+
+
+ROWS = [prompts.tokens(30, seed=1), prompts.tokens(9, seed=2), prompts.tokens(26, seed=3)]
+
+
+def test_frequencies_that_depend_on_the_longest_row_see_the_whole_prompt(monkeypatch):
+    """In pieces, the short rows would be computed with the frequencies of short sequences."""
+    longrope_pair().ask(ROWS)
+    monkeypatch.setattr("hf_paged.packed.PACKED_CHUNK_TOKENS", 16)
+    pair = longrope_pair()
+    pair.ask(ROWS)
+    assert any("does not go in one piece" in reason for reason in pair.paged.stats().fallbacks)
+
+
+def test_frequencies_that_depend_on_the_longest_row_still_do_when_it_has_ended():
+    pair = longrope_pair()
+    free = pair.stock.generate(**prompts.batch(ROWS), do_sample=False, max_new_tokens=8)
+    ends = int(free[0, 32])  # the longest row ends at its third new token
+    pair.ask(ROWS, eos_token_id=ends, max_new_tokens=8)
+
+
+def test_windows_do_not_cut_a_prompt_whose_frequencies_depend_on_its_length(monkeypatch):
+    monkeypatch.setattr("hf_paged.packed.WINDOW_STRETCH_TOKENS", 8)
+    family = FAMILIES["mistral_sliding"]
+    pair = Pair("mistral_sliding")
+    pair.stock = family.build(**{**longrope(), "sliding_window": 24})
+    pair.model = patch_model(copy.deepcopy(pair.stock), block_size=8)
+    pair.ask(ROWS)
+    assert not any("in one piece" in reason or "packed" in reason for reason in pair.paged.stats().fallbacks)
+
+
+def test_positions_that_a_model_counts_itself_are_noticed():
+    """llama4 scales queries by one step every 8,192 tokens (here 24), which no short trial shows."""
+    if "llama4_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not have it")
+    short = {"attention_chunk_size": 200, "layer_types": ["full_attention"] * 4}
+    for tuned, reasons in ((True, {"positions that the model counts itself": 1}), (False, {})):
+        stock = zoo.build("llama4_text", attn_temperature_tuning=tuned, floor_scale=24, **short)
+        model = patch_model(copy.deepcopy(stock), block_size=8)
+        inputs = prompts.shared_prefix()
+        expected = stock.generate(**inputs, do_sample=False, max_new_tokens=6)
+        assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=6), expected), tuned
+        assert model.paged.stats().fallbacks == reasons
+
+
+def test_a_window_that_only_the_attention_call_knows_limits_the_fast_path(monkeypatch):
+    """Stock's own attention looks at the mask alone, so such a call attends to everything."""
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaAttention.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaAttention,
+        "forward",
+        lambda self, *args, **kwargs: forward(self, *args, **kwargs, sliding_window=16),
+    )
+    pair = Pair()
+    pair.ask([prompts.tokens(12)], max_new_tokens=4)
+    assert pair.paged.stats().fallbacks == {}
+    pair.ask([prompts.tokens(20)])
+    assert pair.paged.stats().fallbacks == {"sliding window that attention is not told of": 1}
+
+
+def test_the_trial_is_shorter_than_what_these_tests_look_at():
+    assert max(probe._ROW_TOKENS) + 1 < 16 < zoo.WINDOW
