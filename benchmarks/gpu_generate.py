@@ -71,15 +71,13 @@ def tokens_equal(device: torch.device, sizes: Sizes) -> Iterator[dict[str, objec
         "samples": {"do_sample": True, "num_return_sequences": 3},
     }
     for name, arguments in calls.items():
-        answers = []
-        for is_ours in (False, True):
+        torch.manual_seed(1)
+        expected = model.generate(prompt, max_new_tokens=new, **arguments)
+        with paged(model, attention_backend="triton"):
             torch.manual_seed(1)
-            if is_ours:
-                with paged(model, attention_backend="triton") as patched:
-                    answers.append(patched.generate(prompt, max_new_tokens=new, **arguments))
-            else:
-                answers.append(model.generate(prompt, max_new_tokens=new, **arguments))
-        yield {"call": name, "passed": bool(torch.equal(*answers))}
+            actual = model.generate(prompt, max_new_tokens=new, **arguments)
+            fallbacks = model.paged.stats().fallbacks  # with any, it was not the kernels that were right
+        yield {"call": name, "passed": torch.equal(expected, actual) and not fallbacks, "fallbacks": fallbacks}
 
 
 def build(device: torch.device, sizes: Sizes) -> PreTrainedModel:
@@ -119,6 +117,9 @@ def _sides(
         arguments["num_return_sequences"] = copies
     rows = prompts.shape[0] * copies
     num_blocks = rows * (-(-(prompts.shape[1] + sizes.new) // BATCH_PAGE_TOKENS) + 1) + 4
+    if prompts.device.type == "cuda":
+        free = torch.cuda.mem_get_info(prompts.device)[0]
+        num_blocks = min(num_blocks, int(0.8 * free / sizes.kv_bytes(BATCH_PAGE_TOKENS)))
 
     def stock() -> int:
         return model.generate(prompts, **arguments).shape[0]

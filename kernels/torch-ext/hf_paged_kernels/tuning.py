@@ -1,8 +1,8 @@
 """How large the tiles of the GPU kernels are, and into how many parts long sequences are split.
 
 None of these figures has been tuned on a GPU yet. What is known comes from compiling the kernels for one (sm_90, triton
-3.6, `tests/kernels_ops/compile_kernels.py`): these shapes take up to 128 KiB of shared memory and spill no registers in
-bfloat16. `benchmarks/gpu.py` is there to check the rest.
+3.6, `tests/kernels_ops/compile_kernels.py`): these shapes take up to 128 KiB of shared memory (on sm_80,
+88 KiB), and in bfloat16 at most 4 bytes of registers spill. `benchmarks/gpu.py` is there to check the rest.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def _tile(rows: int, token_bytes: int) -> Tile:
     if token_bytes <= 512:
         # Tiles of few rows wait for memory: five stages keep two tiles of K and V on their way, three keep one.
         stages = 5 if rows <= 32 else 3
-    return Tile(rows, 64 if token_bytes <= 1024 else 32, 8 if rows >= 128 else 4, stages)
+    tokens = 32 if rows > 32 and token_bytes > 768 else 64  # more do not fit into registers
+    return Tile(rows, tokens, 8 if rows >= 128 else 4, stages)
 
 
 @functools.cache
