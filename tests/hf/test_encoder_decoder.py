@@ -41,8 +41,8 @@ def test_same_as_stock(name):
     sampled = pair.ask(inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
     more_models.assert_varied(sampled, NEW)
     assert "prefixes not reused: encoder-decoder model" in pair.paged.stats().fallbacks
-    fast = name != "t5"
-    assert [obstacle is None for obstacle in pair.paged._trials.values()] == [fast]
+    if name in ("bart", "whisper", "t5"):
+        assert [obstacle is None for obstacle in pair.paged._trials.values()] == [name != "t5"]
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper", "t5"])
@@ -210,8 +210,9 @@ def test_an_error_gives_everything_back():
             raise KeyboardInterrupt
         return list(range(3, 100))
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         pair.model.generate(**prompts.ragged(), max_new_tokens=NEW, prefix_allowed_tokens_fn=fail)
+    assert pair.pool.in_use == 0, f"{raised.type} holds the frames, but no blocks"
     pair.check()
     pair.ask(prompts.ragged(), max_new_tokens=NEW)
 

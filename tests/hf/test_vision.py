@@ -9,6 +9,7 @@ from more_models import VISION_LANGUAGE, image_prompt, plain_tokens
 from pair import Pair
 
 from hf_paged import PagedCache
+from hf_paged.probe import _plain_tokens
 
 NEW = 10
 PACKED = [name for name in VISION_LANGUAGE if name != "mllama"]
@@ -56,6 +57,15 @@ def test_text_alone_is_packed_and_found_again(name):
     pair.ask(inputs, max_new_tokens=NEW, num_beams=2)
     pair.ask(image_prompt(name, [(20, 7, 1)], images=[0]), max_new_tokens=NEW)
     assert pair.reused == 0
+
+
+def test_the_trial_run_uses_no_token_that_stands_for_an_image():
+    """A model refuses the place of an image without one, and would then never be packed."""
+    plain = _plain_tokens(more_models.build("qwen2_5_vl"))
+    tokens = {plain(number) for number in range(300)}
+    named = {more_models.IMAGE, more_models.VIDEO, more_models.IMAGE_START, more_models.IMAGE_END}
+    assert len(tokens) > 100
+    assert not tokens & named
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
