@@ -135,9 +135,11 @@ def test_frequencies_that_depend_on_the_longest_row_see_the_whole_prompt(monkeyp
 
 def test_frequencies_that_depend_on_the_longest_row_still_do_when_it_has_ended():
     pair = longrope_pair()
-    free = pair.stock.generate(**prompts.batch(ROWS), do_sample=False, max_new_tokens=8)
-    ends = int(free[0, 32])  # the longest row ends at its third new token
-    pair.ask(ROWS, eos_token_id=ends, max_new_tokens=8)
+    rows = [ROWS[0], ROWS[1], prompts.tokens(6, seed=4)]
+    free = pair.stock.generate(**prompts.batch(rows), do_sample=False, max_new_tokens=8)
+    # The longest row ends soon; the others, which do not, stay below 20 tokens.
+    ends = next(int(token) for token in free[0, 30:34] if token not in free[1:, 30:])
+    pair.ask(rows, eos_token_id=ends, max_new_tokens=8)
 
 
 def test_windows_do_not_cut_a_prompt_whose_frequencies_depend_on_its_length(monkeypatch):
