@@ -77,7 +77,7 @@ def test_what_is_said_to_fit_fits(capsys, folder, name):
 
 def test_states_of_a_hybrid_are_left_out(capsys, folder):
     output = plan(capsys, folder("lfm2"), "--max-memory", "cpu=1MiB", "--dtype", "float32")
-    assert row(output, "a token in 1 layer of full attention") == ["256 bytes"]  # K and V, 2 heads of dim 16, float32
+    assert row(output, "a token in 1 layer of full attention") == ["256 B"]  # K and V, 2 heads of dim 16, float32
     assert "states are left out" in output
 
 
