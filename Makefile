@@ -23,7 +23,8 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
 SOAK ?=
-OLDER_TESTS ?= tests/hf
+# The examples run a real model in processes of their own: once is enough.
+OLDER_TESTS ?= tests/hf --ignore=tests/hf/test_examples.py
 MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 

@@ -124,7 +124,7 @@ class PagedGenerationMixin:
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
         model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
-            cache.activate_past_recording()  # guesses will be taken back
+            paged_part(cache).activate_past_recording()  # guesses will be taken back
         if self.config.is_encoder_decoder:
             return result
         return super()._prepare_cache_for_generation(*arguments, **kwargs)

@@ -33,6 +33,7 @@ def main(folder, results):
     dist.init_process_group("gloo")
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
     cut = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    hooked = any(module._forward_hooks for module in cut.modules())
     model = patch_model(cut, block_size=8, max_memory={"cpu": "64MB"})
     equal, counts = [], []
     for arguments in CALLS:
@@ -46,6 +47,7 @@ def main(folder, results):
     pool = model.paged._pool
     found = {
         "equal": equal,
+        "hooked": hooked,
         "counts": counts,
         "fallbacks": stats.fallbacks,
         "kv_heads": [store.keys.shape[0] for store in pool.stores],

@@ -131,7 +131,7 @@ def _ranks(count, folder):
         for rank in range(count)
     ]
     try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        said = [rank.communicate(timeout=280)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -142,9 +142,12 @@ def _ranks(count, folder):
 def test_tensor_parallel_ranks_hold_the_blocks_of_their_heads_and_agree(tmp_path):
     first, second = _ranks(2, tmp_path)
     assert all(first["equal"]), first["equal"]
-    assert first["fallbacks"] == {}
+    if first["hooked"]:  # which is how older transformers cut layers
+        assert list(first["fallbacks"]) == ["prefixes not reused: Linear with a forward hook"]
+    else:
+        assert first["fallbacks"] == {}
+        assert first["counts"][-1][2] > first["counts"][0][2], "the last call reuses what the first has left"
     assert first["kv_heads"] == [1, 1], "each rank holds one of the two KV heads of both layers"
-    assert first["counts"][-1][2] > first["counts"][0][2], "the last call reuses what the first has left"
     assert first == second, "the ranks' tables, counts and answers differ"
 
 
