@@ -20,9 +20,6 @@
 
 namespace hfp {
 
-typedef void (*RunParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-static RunParallel run_parallel = nullptr;
-
 // Less work than this, in rows times tokens times dims, is done sooner than a second thread has begun.
 static const double kSerialWork = 200000;
 // Strips per thread, so that threads that started late or run slowly take fewer, and the least tokens of one.

@@ -6,6 +6,10 @@
 
 namespace hfp {
 
+// Runs `body(data)` on each of the OpenMP threads that torch has loaded; null: there are none.
+typedef void (*RunParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+static RunParallel run_parallel = nullptr;
+
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
 
 enum Error : int64_t { kOk = 0, kBadSize = 1, kBadRun = 2, kBadPart = 3, kNoVariant = 4, kNoMemory = 5, kBadWrite = 6 };

@@ -2,7 +2,8 @@
 // ones. Almost every element is a miss in all caches and in the TLB, so what counts is how many are asked for at once.
 //
 // A look is begun, goes on by itself on threads of its own, and is ended later by whoever needs the answer, who then
-// lends a hand. (Threads of OpenMP cannot be left alone: whoever starts a team works in it until the end.)
+// lends a hand, with the threads of OpenMP. (These cannot be left alone: whoever starts a team works in it until the
+// end. And they wait actively for some milliseconds after a forward, so that threads of our own get little time then.)
 #pragma once
 
 #include <pthread.h>
@@ -33,7 +34,7 @@ static const int64_t kMostReaders = 7;
 struct SampleLook {
     SampleCall call;
     bool is_recording;
-    int64_t next, differs, num_readers;
+    int64_t next, differs, threads, num_readers;
     pthread_t readers[kMostReaders];
 };
 
@@ -80,11 +81,11 @@ static bool differs(const Read &read, const char *kept) {
 }
 
 // What every thread does: one read after the other until none is left.
-static void *sample(void *data) {
+static void sample(void *data) {
     SampleLook &look = *(SampleLook *)data;
     for (;;) {
         const int64_t at = __atomic_fetch_add(&look.next, 1, __ATOMIC_RELAXED);
-        if (at >= look.call.num_reads) return nullptr;
+        if (at >= look.call.num_reads) return;
         const Read &read = look.call.reads[at];
         char *kept = look.call.kept + read.at;
         if (look.is_recording)
@@ -94,20 +95,26 @@ static void *sample(void *data) {
     }
 }
 
+static void *sample_apart(void *data) {
+    sample(data);
+    return nullptr;
+}
+
 // Null where there is no memory. Threads that cannot be had are done without.
 static SampleLook *begin_look(const SampleCall &call, int64_t threads, bool is_recording) {
     SampleLook *look = (SampleLook *)calloc(1, sizeof(SampleLook));
     if (!look) return nullptr;
-    look->call = call, look->is_recording = is_recording;
+    look->call = call, look->is_recording = is_recording, look->threads = threads;
     const int64_t most = threads - 1 < kMostReaders ? threads - 1 : kMostReaders;
-    while (look->num_readers < most && !pthread_create(&look->readers[look->num_readers], nullptr, sample, look))
+    while (look->num_readers < most && !pthread_create(&look->readers[look->num_readers], nullptr, sample_apart, look))
         ++look->num_readers;
     return look;
 }
 
 // Whether anything differs. What the look reads must be there until now.
 static bool end_look(SampleLook *look) {
-    sample(look);
+    if (look->threads > 1 && run_parallel) run_parallel(sample, look, (unsigned)look->threads, 0);
+    else sample(look);
     for (int64_t i = 0; i < look->num_readers; ++i) pthread_join(look->readers[i], nullptr);
     const bool is_different = look->differs != 0;
     free(look);
