@@ -9,7 +9,7 @@
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
-#   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results/capabilities.md
+#   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
 #   make lint       ruff; `make format` repairs what it can
 #   make soak       500 random calls on little memory with a disk below, each against stock
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
