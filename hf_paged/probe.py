@@ -36,6 +36,17 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of logits, as a part of the largest that is expected."""
+    expected = expected.float()
+    return float((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def in_one_line(error: Exception) -> str:
+    """What a model has raised, as the reason that is counted."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Capability:
     """What the fast path does for a model.
@@ -69,7 +80,7 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settin
     except UnsupportedAttentionError as error:
         return Capability(str(error))
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
-        return Capability(f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}")
+        return Capability(in_one_line(error))
 
 
 def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
@@ -100,7 +111,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
     for row, reference in enumerate(expected):
-        error = _difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
+        error = difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
         if not error <= tolerance:
             return Capability(f"packed logits differ from stock by {error:.1g} of the largest")
     # A window that only the cache knows is in the mask, which is not looked at; one that only the call knows is not.
@@ -172,16 +183,11 @@ def _counts_positions(
         outputs, *_ = run_packed(
             ModelCall(call, prompt, inputs, None, True), cache, backend, compat.takes_logits_to_keep(model)
         )
-        return not _difference(outputs.logits[0, -1], expected) <= tolerance
+        return not difference(outputs.logits[0, -1], expected) <= tolerance
     except Exception:  # of a table of positions that is not that long, for one
         return True
     finally:
         cache.release()
-
-
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference of logits, as a part of the largest that is expected."""
-    return float((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:

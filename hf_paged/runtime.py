@@ -58,7 +58,7 @@ class PagedRuntime:
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
-        self._verified = False
+        self._verifying, self._verified = threading.RLock(), False
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -277,13 +277,18 @@ class PagedRuntime:
 
     def verify(self) -> None:
         """Where `config.verify` asks for it, once: `ValueError` where the model does not answer as stock does."""
-        if not self.config.verify or self._verified:
+        if not self.config.verify:
             return
-        self._verified = True  # the check generates, too
-        found = mismatches(check(self._model()))
-        if found:
-            self._verified = False
-            raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
+        with self._verifying:  # other threads wait for what it says
+            if self._verified:
+                return
+            self._verified = True  # the check generates, too
+            try:
+                if found := mismatches(check(self._model())):
+                    raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
+            except BaseException:
+                self._verified = False
+                raise
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.

@@ -14,7 +14,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError
 from hf_paged.forward import ModelCall, run_decode, run_padded
-from hf_paged.probe import TOLERANCES
+from hf_paged.probe import difference, in_one_line, tolerance_of
 from hf_paged.step import UnsupportedAttentionError
 
 # With fewer tokens to attend to, a model that the fast path gets wrong might not show it.
@@ -51,13 +51,13 @@ def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, 
     except UnsupportedAttentionError as error:
         return str(error)
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        return in_one_line(error)
     if any(windows.get(layer) != window for layer, window in enumerate(cache.windows)):
         return "sliding window that attention is not told of"
-    error = (fast - expected).float().abs().max() / expected.float().abs().max().clamp(min=1e-6)
-    if float(error) <= TOLERANCES.get(expected.dtype, 8e-2):
+    error = difference(fast, expected)
+    if error <= tolerance_of(expected.dtype):
         return None
-    return f"decoded logits differ from stock by {float(error):.1g} of the largest"
+    return f"decoded logits differ from stock by {error:.1g} of the largest"
 
 
 def _own_states(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:

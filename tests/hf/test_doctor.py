@@ -1,5 +1,8 @@
 """`hf-paged doctor` and `verify=True`: they say what is fast and why, and notice an answer that is not stock's."""
 
+import threading
+import time
+
 import pytest
 import torch
 from families import FAMILIES
@@ -137,3 +140,39 @@ def test_verify_takes_a_model_that_is_right_on_the_padded_path():
     model = patch_model(FAMILIES["bloom"].build(), verify=True)
     expected = FAMILIES["bloom"].build().generate(**inputs(), do_sample=False, max_new_tokens=5)
     assert torch.equal(model.generate(**inputs(), do_sample=False, max_new_tokens=5), expected)
+
+
+def test_verify_takes_no_kept_prefix_along(tmp_path):
+    question = {"input_ids": torch.arange(3, 43)[None], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    first = patch_model(FAMILIES["llama"].build(), block_size=8)
+    expected = first.generate(**question, do_sample=False, max_new_tokens=5)
+    first.paged.save(tmp_path)
+    model = patch_model(FAMILIES["llama"].build(), block_size=8, verify=True)
+    model.paged.load(tmp_path)
+    assert torch.equal(model.generate(**question, do_sample=False, max_new_tokens=5), expected)
+    assert model.paged.stats().reused_tokens == 39
+
+
+def test_verify_keeps_other_threads_waiting(monkeypatch):
+    begun, order, honest = threading.Event(), [], check_module.check
+
+    def slow(model):
+        begun.set()
+        time.sleep(0.5)
+        order.append("checked")
+        return honest(model)
+
+    monkeypatch.setattr("hf_paged.runtime.check", slow)
+    model = patch_model(FAMILIES["llama"].build(), verify=True)
+
+    def answer():
+        model.generate(**inputs(), do_sample=False, max_new_tokens=5)
+        order.append("answered")
+
+    threads = [threading.Thread(target=answer) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert order == ["checked", "answered", "answered"]
