@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...
 sys.path.append(str(HERE.parent))  # benchmarks, for the loader of the real model
 
+# After the variables above, which torch and triton read once.
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

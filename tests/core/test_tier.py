@@ -12,12 +12,7 @@ from pathlib import Path
 
 import pytest
 
-hypothesis = pytest.importorskip("hypothesis")
-import hypothesis.strategies as st  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule  # noqa: E402
-
-from hf_paged.core.fetch import (  # noqa: E402
+from hf_paged.core.fetch import (
     TRIAL_BYTES,
     TRIAL_EVERY,
     FetchPolicy,
@@ -25,10 +20,16 @@ from hf_paged.core.fetch import (  # noqa: E402
     find_hops,
     find_options,
 )
-from hf_paged.core.manager import BlockManager  # noqa: E402
-from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key, seen_from  # noqa: E402
-from hf_paged.core.records import RecordFile, RecordFolder  # noqa: E402
-from hf_paged.core.tier import TierIndex  # noqa: E402
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key, seen_from
+from hf_paged.core.records import RecordFile, RecordFolder
+from hf_paged.core.tier import TierIndex
+
+# Behind the skip: a machine that is there for its GPU may lack hypothesis.
+hypothesis = pytest.importorskip("hypothesis")
+import hypothesis.strategies as st  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule  # noqa: E402
 
 WRITTEN: Future = Future()
 WRITTEN.set_result(None)

@@ -1,23 +1,20 @@
 """One rank of `test_wrapped.py`: generates with stock and with a patched model whose heads are cut among the ranks.
 
-Usage: distributed_worker.py FOLDER_OF_A_MODEL FOLDER_FOR_RESULTS, with the variables that torchrun sets.
+Usage: distributed_worker.py FOLDER_OF_A_MODEL FOLDER_FOR_RESULTS, with the variables that torchrun sets and the
+import path of the tests.
 """
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-warnings.simplefilter("ignore")
+import prompts
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM
 
-import prompts  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from hf_paged import patch_model  # noqa: E402
+from hf_paged import patch_model
 
 CALLS = [
     {"do_sample": False},

@@ -67,14 +67,14 @@ class Family:
 
         config = getattr(transformers, self.config_name)(**{**SPECIAL_TOKENS, **self.config, **changes})
         model = getattr(transformers, self.class_name)(config).eval().float()
-        _randomize(model, self.seed if seed is None else seed, self.scale)
+        randomize(model, self.seed if seed is None else seed, self.scale)
         model.generation_config.pad_token_id = PAD
         model.generation_config.bos_token_id = BOS
         model.generation_config.eos_token_id = None
         return model
 
 
-def _randomize(model: torch.nn.Module, seed: int, scale: dict[str, float]) -> None:
+def randomize(model: torch.nn.Module, seed: int, scale: dict[str, float]) -> None:
     """Fills the weights by name, so that they do not depend on how a transformers version initialises a family.
 
     A standard deviation of 0.2 at a width of 64 makes attention soft but decisive, and its output as large as the

@@ -10,23 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import prompts
-import pytest
 import torch
 import transformers
-from families import PAD, VOCAB, _randomize
+from families import PAD, SIZES, VOCAB, randomize
+from families import SPECIAL_TOKENS as SPECIAL
+from versions import skip_if_older
 
-SPECIAL = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None}
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    **SPECIAL,
-}
+SIZES = {**SIZES, **SPECIAL}
 MAMBA2 = {
     "mamba_n_heads": 4,
     "mamba_d_head": 32,
@@ -170,10 +160,10 @@ def build(name: str) -> torch.nn.Module:
     model = MODELS[name]
     for each in (model.class_name, model.config_name):
         if not hasattr(transformers, each):
-            pytest.skip(f"transformers {transformers.__version__} has no {each}")
+            skip_if_older(f"transformers {transformers.__version__} has no {each}")
     config = model.config(getattr(transformers, model.config_name))
     built = getattr(transformers, model.class_name)(config).eval().float()
-    _randomize(built, 3 if config.is_encoder_decoder else 5, SCALE)
+    randomize(built, 3 if config.is_encoder_decoder else 5, SCALE)
     settings = built.generation_config
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, 1, None
     if config.is_encoder_decoder and settings.decoder_start_token_id is None:

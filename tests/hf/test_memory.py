@@ -2,14 +2,11 @@
 
 import ctypes
 import gc
-import threading
-import weakref
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from disk import tiered
 from families import VOCAB
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
@@ -201,106 +198,6 @@ def test_running_sequences_hold_little_more_than_their_blocks(name, kwargs, no_p
     rows = kwargs.get("num_beams", 1)
     # At either end of its blocks a row may share a page with others that are free.
     assert all(reserved - used <= 2 * rows * block for used, reserved, block in seen)
-
-
-# Answers stay exact, whoever gives memory back meanwhile
-
-
-@pytest.mark.parametrize("meanwhile", ["clear", "release", "generate", "release, with a disk"])
-def test_another_thread_is_not_disturbed(meanwhile):
-    meanwhile, *disk = meanwhile.split(", ")
-    pair = tiered(blocks=70) if disk else Pair("llama")
-    inputs = batch([piece(40, 1), piece(33, 2), piece(21, 3)])
-    expected = pair.stock.generate(**inputs, do_sample=False, max_new_tokens=24)
-    stop, errors = threading.Event(), []
-
-    def disturb():
-        try:
-            for seed in range(10_000):
-                if stop.is_set():
-                    return
-                pair.model.generate(**batch([piece(20 + seed % 30, 10 + seed % 5)]), do_sample=False, max_new_tokens=2)
-                if disk:
-                    evict(pair)
-                if meanwhile != "generate":
-                    getattr(pair.paged, meanwhile)()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=disturb, daemon=True)
-    thread.start()
-    try:
-        for _ in range(8):
-            answer = pair.model.generate(**inputs, do_sample=False, max_new_tokens=24)
-            assert torch.equal(answer, expected)
-    finally:
-        stop.set()
-        thread.join(timeout=60)
-    assert not errors
-    assert not pair.paged.stats().fallbacks
-    assert bool(disk) == (pair.paged.stats().offloaded_bytes > 0)
-    pair.check()
-
-
-def abandon_a_cache(model) -> weakref.ref:
-    """It is part of a cycle, so that it is found later, in whatever thread and whatever that is doing."""
-    inputs = batch([tokens(50, seed=1)])
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
-    output.past_key_values.itself = output.past_key_values
-    return weakref.ref(output.past_key_values)
-
-
-def test_garbage_in_a_thread_that_the_manager_waits_for():
-    """As the disk tier's thread is, while blocks are given up."""
-    pair = Pair("llama")
-    gc.disable()
-    try:
-        cache = abandon_a_cache(pair.model)
-        assert cache() is not None
-        with pair.pool.lock:
-            thread = threading.Thread(target=gc.collect, daemon=True)
-            thread.start()
-            thread.join(timeout=20)
-            assert not thread.is_alive()
-        assert cache() is None
-    finally:
-        gc.enable()
-    assert pair.pool.in_use > 0
-    pair.ask([piece(9, 1)])
-    assert pair.pool.in_use == 0
-
-
-def test_garbage_in_the_midst_of_an_operation_changes_nothing_under_it():
-    pair = Pair("llama")
-    gc.disable()
-    try:
-        cache = abandon_a_cache(pair.model)
-        assert cache() is not None
-        with pair.pool.lock:
-            in_use = pair.pool.in_use
-            gc.collect()
-            assert cache() is None
-            assert pair.pool.in_use == in_use
-        pair.paged.clear()
-    finally:
-        gc.enable()
-    assert pair.pool.in_use == 0
-
-
-@pytest.mark.parametrize("name", ["llama", PURE, MIXED])
-def test_memory_that_was_given_back_is_nobodys(name):
-    """Poisoned: whoever read what went back would answer NaN; the null block stays zero."""
-    pair = Pair(name) if name == "llama" else window_pair(name, 8)
-    for turn, row in enumerate(distinct_pieces(4, 60)):
-        pair.ask([row, row[:30] + tokens(9, seed=turn)], max_new_tokens=12)
-        if turn % 2:
-            pair.paged.clear()
-            assert pair.paged.stats().bytes_reserved == 0
-            for layer in pair.paged._pool.stores:
-                for memory in (layer.keys, layer.values):
-                    assert memory[:, :8].eq(0).all()
-                    assert memory[:, 8:].isnan().all()
-    pair.ask([piece(60, 1)], num_beams=3)
 
 
 # The budget

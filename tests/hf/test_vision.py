@@ -7,6 +7,7 @@ import torch
 import transformers
 from more_models import VISION_LANGUAGE, image_prompt, plain_tokens
 from pair import Pair
+from versions import skip_if_older
 
 from hf_paged import PagedCache
 from hf_paged.probe import _plain_tokens
@@ -74,7 +75,7 @@ def test_token_types_that_say_text_change_nothing(name):
     pair = Pair.of(more_models.build(name))
     kind = "token_type_ids" if name == "gemma3" else "mm_token_type_ids"
     if not more_models.takes(VISION_LANGUAGE[name].class_name, kind):
-        pytest.skip(f"no {kind} in this version")
+        skip_if_older(f"no {kind} in this version")
     inputs = prompts.batch([plain_tokens(20), plain_tokens(12, 2)])
     pair.ask({**inputs, kind: torch.zeros_like(inputs["input_ids"])}, max_new_tokens=NEW)
     assert pair.paged.stats().fallbacks == {}

@@ -5,6 +5,7 @@ from pair import evict
 from test_reuse_walk import steps_of_a_walk, take_turn, weights
 from windows import BLOCK_SIZES, MIXED, PURE, WINDOWS, Need, stock_model, window_pair
 
+# Behind the skip: a machine that is there for its GPU may lack hypothesis.
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402

@@ -28,14 +28,15 @@ def ask_everything(pair) -> None:
     pair.ask(rows)
 
 
-def test_int8_weights_of_torchao_take_the_fast_path():
+def with_int8_weights(model):
+    # Not among the test's packages: importing it writes to stderr, which other tests look at.
     quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
 
-    def quantized(model):
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-        return model
 
-    pair = Pair(wrap=quantized)
+def test_int8_weights_of_torchao_take_the_fast_path():
+    pair = Pair(wrap=with_int8_weights)
     kind = type(pair.model.model.layers[0].mlp.up_proj.weight)
     assert kind is not nn.Parameter, "nothing was quantized"
     ask_everything(pair)
@@ -45,13 +46,7 @@ def test_int8_weights_of_torchao_take_the_fast_path():
 
 def test_int8_weights_that_are_edited_are_noticed():
     """The numbers lie inside a tensor subclass; what was computed with others must not come back."""
-    quantization = pytest.importorskip("torchao.quantization")
-
-    def quantized(model):
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-        return model
-
-    pair = Pair(wrap=quantized)
+    pair = Pair(wrap=with_int8_weights)
     pair.ask(prompts.single())
 
     def louder(model):
@@ -122,6 +117,7 @@ def _ranks(count, folder):
                 "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                "PYTHONWARNINGS": "ignore",
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             },
             stdout=subprocess.PIPE,

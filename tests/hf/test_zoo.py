@@ -11,6 +11,7 @@ import zoo
 from families import FAMILIES
 from pair import Pair
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from versions import IS_PINNED, skip_if_older
 
 from hf_paged import patch_model, probe
 
@@ -41,21 +42,15 @@ KINDS = [
 @pytest.mark.parametrize(("model_type", "way", "special"), KINDS, ids=[kind[0] for kind in KINDS])
 def test_right_and_as_fast_as_expected(model_type, way, special):
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pytest.skip("this version of transformers does not have it")
+        skip_if_older("this version of transformers does not have it")
     cells = walk.walk_type(model_type, new_tokens=5)
-    if isinstance(cells, str) and not zoo_is_newest():
-        pytest.skip(f"not built by this version: {cells}")
+    if isinstance(cells, str):
+        skip_if_older(f"not built by this version: {cells}")
     assert not isinstance(cells, str), cells
     assert [cell for cell in cells if cell.wrong] == [], special
-    if zoo_is_newest():  # older versions call attention differently
+    if IS_PINNED:  # older versions call attention differently
         assert {cell.way for cell in cells} - {"reused"} == {way}, cells
         assert cells[-1].way == ("reused" if way == "fast" else way)
-
-
-def zoo_is_newest() -> bool:
-    import transformers
-
-    return transformers.__version__.startswith("5.23")
 
 
 def test_what_is_built_differs_with_the_past():
@@ -76,7 +71,7 @@ def test_what_is_built_differs_with_the_past():
 def test_shared_kv_is_stored_once(model_type):
     """By bytes: half of the four layers read what the others have stored, and cost nothing."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pytest.skip("this version of transformers does not have it")
+        skip_if_older("this version of transformers does not have it")
     stock = zoo.build(model_type)
     layers = walk.patch_model(copy.deepcopy(stock), block_size=8)
     held = {}
@@ -155,7 +150,7 @@ def test_windows_do_not_cut_a_prompt_whose_frequencies_depend_on_its_length(monk
 def test_positions_that_a_model_counts_itself_are_noticed():
     """llama4 scales queries by one step every 8,192 tokens (here 24), which no short trial shows."""
     if "llama4_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pytest.skip("this version of transformers does not have it")
+        skip_if_older("this version of transformers does not have it")
     short = {"attention_chunk_size": 200, "layer_types": ["full_attention"] * 4}
     for tuned, reasons in ((True, {"positions that the model counts itself": 1}), (False, {})):
         stock = zoo.build("llama4_text", attn_temperature_tuning=tuned, floor_scale=24, **short)

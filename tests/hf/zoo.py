@@ -8,7 +8,7 @@ tests: what only matters in long sequences must be right as well.
 import copy
 
 import torch
-from families import BOS, PAD, VOCAB, _randomize
+from families import BOS, PAD, VOCAB, randomize
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -156,6 +156,6 @@ def build(model_type: str, seed: int = 1, **changes) -> torch.nn.Module:
         raise
     except Exception as error:
         raise NotTiny(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
-    _randomize(model, seed, {})
+    randomize(model, seed, {})
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None)
     return model

@@ -14,6 +14,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 if triton_obstacle(DEVICE):
     pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)
 
+# Behind the skip: these import triton, which there is not for every platform.
 from hf_paged_kernels.attend import attend, attend_parts, attend_parts_reference, merge_reference  # noqa: E402
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, copy_waves, pack_copies  # noqa: E402
 from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402

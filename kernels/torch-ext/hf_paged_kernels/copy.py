@@ -95,7 +95,7 @@ def copy_slots(
     keys: torch.Tensor, values: torch.Tensor, to_keys: torch.Tensor, to_values: torch.Tensor, copies: torch.Tensor
 ) -> None:
     """Copy slots of `keys`, `values` to `to_keys`, `to_values`, all `[kv_heads, slots, dim]`."""
-    assert keys.dtype == to_keys.dtype and values.dtype == to_values.dtype, "a copy changes no dtype"  # noqa: PT018
+    assert (keys.dtype, values.dtype) == (to_keys.dtype, to_values.dtype), "a copy changes no dtype"
     assert all(each.stride(2) == 1 for each in (keys, values, to_keys, to_values)), "dims lie side by side"
     block_key, block_value = padded_dim(keys.shape[2]), padded_dim(values.shape[2])
     with torch.cuda.device_of(keys):

@@ -60,8 +60,8 @@ def store_tokens(
 ) -> None:
     """Write new `key`, `value [batch, kv_heads, tokens, dim]` to `slots` of `keys`, `values [kv_heads, slots, dim]`."""
     batch, heads, tokens, _ = key.shape
-    assert slots.dtype == torch.int32 and slots.shape == (batch * tokens,), "one slot per token"  # noqa: PT018
-    assert key.dtype == keys.dtype and value.dtype == values.dtype, "the store has the dtype of what comes"  # noqa: PT018
+    assert (slots.dtype, slots.shape) == (torch.int32, (batch * tokens,)), "one slot per token"
+    assert (key.dtype, value.dtype) == (keys.dtype, values.dtype), "the store has the dtype of what comes"
     key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (key, value))
     block_key, block_value = padded_dim(keys.shape[2]), padded_dim(values.shape[2])
     block_heads = min(next_power_of_two(heads), max(1, _TILE_ELEMENTS // max(block_key, block_value)))
