@@ -7,9 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers.utils import logging
-
 from . import environment, plot, profiling, report
 from .progress import RunProgress
 from .runner import run_all
@@ -24,9 +21,7 @@ BUSY = 0.7
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked. The exit status is 1 where float32 tokens differ from stock's."""
     options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     if options.profile:
         profiling.show(in_dtype(named(options.profile), options.dtype), options.side)
         return 0

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from . import environment, plot, report, smollm2
 from .measure import Work, run
@@ -28,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     return demonstrate(report.console(), options.out)
 
 

@@ -6,7 +6,6 @@ Each dialogue runs from nothing: the patched side forgets all prefixes before it
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from hf_paged import paged
 from hf_paged.core.prefix import PrefixIndex, pack_tokens, root_key
@@ -283,9 +281,7 @@ def main() -> int:
     parser.add_argument("--only", choices=[d.name for d in DIALOGUES] + ["cold"], action="append")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     described = environment.describe()
     tokenizer = smollm2.load_tokenizer()
     sides = Sides.of(smollm2.load_model(torch.float32))
@@ -313,7 +309,7 @@ def main() -> int:
     content = {"environment": described, **figures, "dialogues": [as_json(each) for each in comparisons]}
     name = "dialogues" if options.only is None else "partial.dialogues"
     path = options.out / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    report.save(path, content)
     console.print(f"Written: {path}")
     return 0 if all(each.exact for each in comparisons) else 1
 

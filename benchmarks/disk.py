@@ -7,7 +7,6 @@ computed without a tier. ``--read-rate`` slows reading down, for the case in whi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,6 @@ from unittest import mock
 import torch
 from rich.table import Table
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from hf_paged import paged, patch_model
 from hf_paged.core.fetch import Choice, FetchPolicy, Option
@@ -174,9 +172,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     described = environment.describe()
     console, played = report.console(), []
     for each in rounds(options):
@@ -188,7 +184,7 @@ def main() -> int:
     complete = options.read_rate is None and set(options.ways) == {"no tier", *POLICIES}
     path = options.out / ("disk.json" if complete else "partial.disk.json")
     content = {"environment": described, "settings": asked, "rounds": [asdict(each) for each in played]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    report.save(path, content)
     console.print(f"Written: {path}")
     others = [by_way[way] for way in ("always", "never") if way in by_way]
     is_slower = "by estimate" in by_way and len(others) == 2 and by_way["by estimate"] > NOISE * min(others)

@@ -10,8 +10,16 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 PACKAGES = ("hf-paged", "torch", "transformers", "accelerate", "numpy")
+
+
+def prepare(threads: int) -> None:
+    """Threads of torch, and silence from transformers, so that tables stand alone."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def describe() -> dict[str, object]:

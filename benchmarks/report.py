@@ -77,13 +77,12 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
 
 def write_json(path: Path, outcomes: Sequence[Outcome], environment: dict[str, object], **settings: object) -> None:
     """Write everything that was measured, and where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "environment": environment,
         "settings": settings,
         "outcomes": [as_json(outcome) for outcome in outcomes],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    save(path, content)
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:
@@ -124,3 +123,9 @@ def console() -> Console:
 def number(value: float | None) -> str:
     """Return a figure, or a dash where there is none."""
     return "—" if value is None else f"{value:.2f}"
+
+
+def save(path: Path, content: object) -> None:
+    """Write the result of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

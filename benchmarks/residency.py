@@ -19,10 +19,8 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from transformers.utils import logging
 
 from hf_paged import patch_model
 
@@ -161,9 +159,7 @@ def draw(path: Path, scenario: Scenario, curves: dict[str, Curve], caption: str)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every side, or one; the exit status is 1 where tokens differ."""
     options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     scenario = RAGGED.shrunk(QUICK_DIVISOR) if options.quick else RAGGED
     if options.side is not None:
         options.out.write_text(json.dumps(asdict(run_side(options.side, scenario))))
@@ -193,7 +189,7 @@ def write(path: Path, scenario: Scenario, curves: dict[str, Curve], described: d
     }
     content = {"environment": described, "scenario": asdict(scenario), "tokens_equal": equal, "sides": figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    report.save(path, content)
 
 
 def parser() -> argparse.ArgumentParser:

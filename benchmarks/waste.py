@@ -8,7 +8,6 @@ memory that is taken, which includes a free block that each row may keep for its
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers.utils import logging
 
 from hf_paged import patch_model
 
@@ -69,9 +67,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    environment.prepare(options.threads)
     chosen = [scenario for scenario in SCENARIOS if options.only is None or scenario.name in options.only]
     used: dict[str, KvUse] = {}
     for dtype in ("float32", "bfloat16"):
@@ -85,7 +81,7 @@ def main() -> int:
         "scenarios": {name: asdict(use) for name, use in used.items()},
     }
     path = options.out / ("kv-waste.json" if options.only is None else "partial.kv-waste.json")
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    report.save(path, content)
     console.print(f"Written: {path}")
     return int(not all(use.within_margin for use in used.values()))
 

@@ -39,6 +39,13 @@ def block_size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_block_size(parser: argparse.ArgumentParser) -> None:
+    """`--block-size`."""
+    parser.add_argument(
+        "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
+    )
+
+
 def memory_budget(text: str) -> Budget:
     """A type of arguments: bytes by device, written as accelerate's `max_memory` or `DEVICE=SIZE,...`."""
     try:

@@ -11,14 +11,12 @@ import transformers
 
 from hf_paged.backends import backend_for
 from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, check
-from hf_paged.commands.arguments import UsageError, block_size, count_of
-from hf_paged.commands.loading import load_model
-from hf_paged.commands.plan import aligned
-from hf_paged.commands.subject import DTYPES
+from hf_paged.commands.arguments import UsageError, add_block_size, count_of
+from hf_paged.commands.columns import aligned
+from hf_paged.commands.loading import ARGUMENT, load_model
+from hf_paged.commands.subject import DTYPES, add_dtype
 from hf_paged.config import ATTENTION_BACKENDS
 from hf_paged.patch import patch_model
-
-ARGUMENT = "MODEL"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub id or folder; a config.json is built with random weights, which is no test"
         " of weights but of the code",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the config says)")
+    add_dtype(parser)
     parser.add_argument(
         "--length",
         type=count_of("tokens"),
@@ -37,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the longest prompt (default: %(default)s)",
     )
-    parser.add_argument(
-        "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
-    )
+    add_block_size(parser)
     parser.add_argument(
         "--attention-backend", choices=ATTENTION_BACKENDS, default="auto", help="as in patch_model (default: auto)"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from hf_paged.commands.arguments import Budget, block_size, count_of, memory_budget, merged
-from hf_paged.commands.subject import DTYPES, Subject, find_subject
+from hf_paged.commands.arguments import Budget, add_block_size, count_of, memory_budget, merged
+from hf_paged.commands.columns import aligned
+from hf_paged.commands.subject import DTYPES, Subject, add_dtype, find_subject
 from hf_paged.config import PagedConfig
 from hf_paged.core.capacity import Capacity, GroupCost, stock_bytes
 from hf_paged.pool import most_slots
@@ -36,10 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=count_of("sequences"), default=1, metavar="N", help="sequences at once (default: %(default)s)"
     )
-    parser.add_argument(
-        "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the config says)")
+    add_block_size(parser)
+    add_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,14 +158,3 @@ def _refusal(tier: str, device: int | str) -> str | None:
     except ValueError as error:
         return f"{tier}: the figure is what would fit, but patch_model says: {error}."
     return None
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns, the first to the left, the others to the right."""
-    table = list(rows)
-    widths = [max(len(row[at]) for row in table if at < len(row)) for at in range(max(map(len, table)))]
-    return [
-        "  " + "  ".join(f"{cell:<{width}}" if at == 0 else f"{cell:>{width}}" for at, (cell, width) in cells)
-        for row in table
-        if (cells := list(enumerate(zip(row, widths, strict=False))))
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from hf_paged.footprint import Footprint, footprint
 
 ARGUMENT = "MODEL_OR_CONFIG"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`."""
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: what the config says)")
 
 
 @dataclass(frozen=True)
