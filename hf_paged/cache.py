@@ -83,6 +83,8 @@ class PagedCache(Cache):
         self.generating = self.prefilling = self.assisted = self.fell_back = False
         # Whether rows are computed to the end of the call, because more than K and V goes with them.
         self.keeps_rows = bool(self.states)
+        # Whether dense K and V are given without gaps, as stock's are: attention of a model's own may rely on that.
+        self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
         # Packed tokens per forward pass where the caller limits them.
@@ -425,7 +427,7 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root, twin.keeps_rows = self.root, self.keeps_rows
+        twin.root, twin.keeps_rows, twin.copies_dense = self.root, self.keeps_rows, self.copies_dense
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.states, twin.states, strict=True):
             vars(theirs).update(

@@ -90,8 +90,8 @@ class PagedLayer(CacheLayerMixin):
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
         dense = step.dense(store.group)
-        # Attention of models that have one of their own may take it that K and V have no gaps, as stock's have not.
-        return dense.of(store.keys, visible).contiguous(), dense.of(store.values, visible).contiguous()
+        keys, values = dense.of(store.keys, visible), dense.of(store.values, visible)
+        return (keys.contiguous(), values.contiguous()) if cache.copies_dense else (keys, values)
 
     def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
         given = key_states.shape[0] * key_states.shape[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
-from hf_paged.forward import ModelCall, run_decode
+from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.identity import rotary_depends_on_length
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
@@ -60,6 +60,7 @@ class Capability:
         unfit: why not even the padded path can be used, or `None`.
         whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
             token depends on the highest position in the pass.
+        reads_views: whether dense K and V may have gaps, on the padded path.
     """
 
     obstacle: str | None
@@ -68,11 +69,17 @@ class Capability:
     prompt_obstacle: str | None = None
     whole_batches: bool = False
     unfit: str | None = None
+    reads_views: bool = False
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     """Compare a packed pass and a decode step with stock forwards of the same tokens, on the model's own weights."""
+    found = _found(model, call, pool, settings)
+    return found if found.unfit else replace(found, reads_views=_reads_views(model, call, pool, settings))
+
+
+def _found(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     try:
         if not compat.takes_position_ids(model):
             return Capability("model takes no position ids", unfit=_unfit(model, call))
@@ -129,6 +136,24 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
         "positions that the model counts itself" if counts else None,
         rotary_depends_on_length(model),
     )
+
+
+def _reads_views(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> bool:
+    """Whether the padded path is right where dense K and V are views of the blocks: gpt_neox_japanese calls `view`."""
+    cache = PagedCache(model.config, pool=pool, settings=settings)
+    cache.copies_dense = False
+    try:
+        tokens = torch.stack([row[: min(_ROW_TOKENS)] for row in _prompts(_plain_tokens(model), cache.pool.device)])
+        expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
+        cache.ensure_rows(len(tokens))
+        for part in (tokens[:, :-1], tokens[:, -1:]):
+            given = {"input_ids": part, "past_key_values": cache, "use_cache": True}
+            outputs = run_padded(ModelCall(call, given, part, None, False), cache)
+        return difference(outputs.logits[:, -1], expected) <= tolerance_of(model.dtype)
+    except Exception:  # whatever a model does with what it did not expect, copies are right
+        return False
+    finally:
+        cache.release()
 
 
 def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:

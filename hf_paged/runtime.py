@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
-from hf_paged.check import check, mismatches
+from hf_paged.check import NotAskableError, check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
@@ -286,6 +286,9 @@ class PagedRuntime:
             try:
                 if found := mismatches(check(self._model())):
                     raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
+            except NotAskableError as error:
+                self._verified = False
+                raise ValueError(f"verify: this model cannot be checked, leave verify out: {error}") from error
             except BaseException:
                 self._verified = False
                 raise
@@ -354,6 +357,7 @@ class PagedRuntime:
             return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
         capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
+        cache.copies_dense = not capability.reads_views
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         if obstacle is None and request.tokens > 1:
             obstacle = capability.prompt_obstacle

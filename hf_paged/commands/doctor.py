@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from hf_paged.backends import backend_for
-from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, check
+from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, NotAskableError, check
 from hf_paged.commands.arguments import UsageError, add_block_size, count_of
 from hf_paged.commands.columns import aligned
 from hf_paged.commands.loading import ARGUMENT, load_model
@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(ARGUMENT, str(error)) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table says it
-        findings = check(model, args.length)
+        try:
+            findings = check(model, args.length)
+        except NotAskableError as error:
+            raise UsageError(ARGUMENT, f"{args.model} cannot be examined: {error}") from None
     print("\n".join(_lines(args, model, findings)))
     return 1 if any(finding.mismatch for finding in findings) else 0
 

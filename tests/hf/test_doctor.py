@@ -1,8 +1,10 @@
 """`hf-paged doctor` and `verify=True`: they say what is fast and why, and notice an answer that is not stock's."""
 
+import copy
 import threading
 import time
 
+import more_models
 import pytest
 import torch
 from families import FAMILIES
@@ -105,6 +107,30 @@ def test_what_cannot_be_looked_at(folder, tmp_path, capsys, arguments, message):
     assert len([line for line in said.splitlines() if line.startswith("hf-paged")]) == 1
 
 
+def save_config(name, folder):
+    config = copy.deepcopy(more_models.build(name).config)
+    config.architectures = [more_models.MODELS[name].class_name]
+    config.save_pretrained(folder)
+
+
+def test_a_model_that_takes_no_text_is_refused_by_name(tmp_path, capsys):
+    save_config("whisper", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", str(tmp_path / "config.json")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument MODEL" in said
+    assert "stock does not answer a prompt of token ids" in said
+    assert "input_features" in said
+
+
+def test_decode_steps_that_are_tried_first_are_seen_to_be_fast(tmp_path, capsys):
+    save_config("bart", tmp_path)
+    assert main(["doctor", str(tmp_path / "config.json")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["the", "same", "again", "fast"] in [row[:4] for row in rows]
+
+
 # verify=True
 
 
@@ -176,3 +202,13 @@ def test_verify_keeps_other_threads_waiting(monkeypatch):
     for thread in threads:
         thread.join()
     assert order == ["checked", "answered", "answered"]
+
+
+def test_verify_says_so_where_a_model_cannot_be_asked():
+    model = patch_model(copy.deepcopy(more_models.build("whisper")), verify=True)
+    features = torch.randn(1, 16, 128)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"verify: this model cannot be checked, leave verify out: .*input_f"):
+            model.generate(input_features=features, max_new_tokens=3)
+    patch_model(model, verify=False)
+    model.generate(input_features=features, max_new_tokens=3)

@@ -180,3 +180,12 @@ def test_a_window_that_only_the_attention_call_knows_limits_the_fast_path(monkey
 
 def test_the_trial_is_shorter_than_what_these_tests_look_at():
     assert max(probe._ROW_TOKENS) + 1 < 16 < zoo.WINDOW
+
+
+@pytest.mark.parametrize(("model_type", "copies"), [("bloom", False), ("llama", False), ("gpt_neox_japanese", True)])
+def test_padded_passes_copy_k_and_v_only_where_the_model_needs_it(model_type, copies):
+    """gpt_neox_japanese calls `view` on them, which needs them without gaps; nobody else is to pay for that."""
+    model = patch_model(zoo.build(model_type), block_size=8)
+    asked = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
+    out = model.generate(**prompts.shared_prefix(), **asked)
+    assert out.past_key_values.copies_dense is copies
