@@ -196,12 +196,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     numbers = [
         (index, name, repr(tree.attributes[index][name]))
-        for index, name in _plain_attributes(tree, set())
+        for index, name in sorted(_plain_attributes(tree, set()))  # modules may name theirs in the order of a set
         if type(tree.attributes[index][name]) in (int, float) and not name.startswith("_")
     ]
     adapters = [_adapter_state(module) for module in tree.modules if _is_adapter(module)]
     header = [type(model).__name__, describe_config(model), describe_circumstances(model), adapters, numbers]
-    _feed(digest, json.dumps(header, sort_keys=True, default=str).encode())
+    _feed(digest, json.dumps(header, sort_keys=True, default=encodable).encode())
     tensors = {
         f"{path}.{name}": tensor
         for path, module in model.named_modules()
@@ -226,6 +226,11 @@ def describe_circumstances(model: PreTrainedModel) -> dict[str, Any]:
 def describe_config(model: PreTrainedModel) -> dict[str, Any]:
     """The config without the fields that say where it came from."""
     return {name: value for name, value in model.config.to_dict().items() if name not in ORIGIN_FIELDS}
+
+
+def encodable(value: Any) -> Any:
+    """`value` in a form that JSON takes and that is the same in every process, whatever its seed of hashes."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def rotary_depends_on_length(model: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from hf_paged.core.chain import Run
 from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.plan import StepPlan, strided_writes
 from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
-from hf_paged.identity import describe_circumstances, describe_config, fingerprint
+from hf_paged.identity import describe_circumstances, describe_config, encodable, fingerprint
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.store import run_slots
@@ -64,7 +64,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
     }
     if root.identity.digest() != root.digest:
         raise ValueError("save: the model has changed meanwhile; nothing was saved")
-    manifest = json.loads(json.dumps(manifest, default=str))
+    manifest = json.loads(json.dumps(manifest, default=encodable))
     _replace(folder / MANIFEST, json.dumps({**manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
     for name in before.difference(files):
         (folder / name).unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_owner(model: PreTrainedModel, manifest: dict[str, Any]) -> None:
-    mine = json.loads(json.dumps(_description(model), default=str))
+    mine = json.loads(json.dumps(_description(model), default=encodable))
     for name, value in mine.items():
         theirs = manifest.get(name)
         if theirs == value:

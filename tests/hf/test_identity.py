@@ -3,8 +3,12 @@
 import copy
 import functools
 import gc
+import os
+import subprocess
+import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -906,6 +910,33 @@ def test_fingerprint_of_a_patched_model():
     before = fingerprint(model)
     with paged(model):
         assert fingerprint(model) == before
+
+
+def test_fingerprint_is_the_same_in_whatever_order_attributes_were_set():
+    model = llama()
+    before = fingerprint(model)
+    for module in model.modules():
+        for name, value in reversed(list(vars(module).items())):
+            del vars(module)[name]
+            vars(module)[name] = value
+    assert fingerprint(model) == before
+
+
+def test_fingerprint_is_the_same_whatever_the_order_of_sets():
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from families import stock_model; from hf_paged.identity import fingerprint\n"
+        "model = stock_model('llama'); model.config.kept_apart = {'norm', 'bias', 'gate', 'lm_head'}\n"
+        "print(fingerprint(model))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    said = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(said) == 1
 
 
 @by_name(
