@@ -10,11 +10,15 @@ from real import checkpoint
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {"save_and_load.py": 1}  # how many come before the model
 EXPECTED = {
-    "samples.py": "shared within a call",
+    "beams.py": "111 of 444 prompt tokens computed",
     "chat.py": "of them computed",
+    "monitoring.py": "When? hit rate 99%",
+    "quickstart.py": "the same tokens: True",
+    "samples.py": "shared within a call",
+    "save_and_load.py": "tokens written",
+    "small_memory.py": "markets: 11 of 395 tokens computed",
     "system_prompt.py": "The capital of France",
     "tenants.py": "tenant-b: 0 of",
-    "save_and_load.py": "tokens written",
     "train_and_sample.py": "step 2",
 }
 
