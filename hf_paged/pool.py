@@ -18,6 +18,7 @@ from hf_paged.core.capacity import group_costs
 from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
+from hf_paged.free_memory import free_bytes
 from hf_paged.store import POISON, LayerStore
 from hf_paged.tiers import DiskTier
 
@@ -213,10 +214,3 @@ def most_slots(device_type: str) -> int:
     if POISON:
         return MAX_SLOTS_POISONED
     return MAX_SLOTS if device_type == "cpu" else MAX_SLOTS_ALLOCATED
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device now, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -13,7 +13,7 @@ from prompts import batch, tokens
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from windows import MIXED, PURE, window_pair
 
-from hf_paged import PagedCache, PagedMemoryError, arena, patch_model, pool, store
+from hf_paged import PagedCache, PagedMemoryError, arena, free_memory, patch_model, pool, store
 from hf_paged.core.budget import GROWTH_STEP_BYTES
 
 MIB = 2**20
@@ -227,7 +227,9 @@ class Machine:
 
     def __init__(self, monkeypatch, model, total: int):
         self.model, self.total, self.others, self.asked = model, total, 0, 0
-        monkeypatch.setattr(pool, "psutil", SimpleNamespace(virtual_memory=self.virtual_memory))
+        told = SimpleNamespace(virtual_memory=self.virtual_memory, disk_partitions=lambda all: [])
+        for module in (pool, free_memory):
+            monkeypatch.setattr(module, "psutil", told)
 
     def virtual_memory(self):
         self.asked += 1
