@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-import torch
-from real import checkpoint
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from real import save_tiny_chat_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
@@ -34,16 +33,7 @@ def asked(*texts):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint())
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=4096, **sizes)
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    path = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save_tiny_chat_model(tmp_path_factory.mktemp("tiny"))
 
 
 @contextmanager
