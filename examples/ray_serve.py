@@ -1,8 +1,5 @@
 """Two replicas of a patched model behind Ray Serve; a conversation stays with the replica that has its prefix.
-
-python examples/ray_serve.py [model]   needs: pip install "ray[serve]"
-
-Ray's own PrefixCacheAffinityRouter imports vLLM or SGLang; this one uses the router interface that Ray documents.
+python examples/ray_serve.py [model]   (needs: pip install "ray[serve]"; Ray's own prefix-aware router imports vLLM)
 """
 
 import hashlib
@@ -16,13 +13,10 @@ from transformers import pipeline
 
 from hf_paged import patch_model
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHO = "a cook,a poet,a pilot,a judge,a nurse,a baker,a clerk,a diver,a miner,a sailor,a tailor,a farmer".split(",")
-
 
 class EqualPrefixesMeet(FIFOMixin, RequestRouter):
     async def choose_replicas(self, candidate_replicas, pending_request=None):
-        start = str(pending_request.args[0][0])  # the first message; the second choice is for a replica that is full
+        start = str(pending_request.args[0][0])  # the first message; the second choice is for when the first is full
         ranked = sorted(candidate_replicas, key=lambda r: hashlib.sha256(f"{start}{r.replica_id}".encode()).digest())
         return [[replica] for replica in ranked]
 
@@ -38,10 +32,9 @@ class Chat:
 
 
 ray.init(include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"location": "NoServer"})  # asked through the handle only
-handle = serve.run(Chat.bind(MODEL))
-chats = [[{"role": "system", "content": f"You are {who}."}] for who in WHO]
-for question in ("Who are you?", "And what do you like?"):
-    for i, chat in enumerate(chats):
-        chats[i], reused, replica = handle.remote([*chat, {"role": "user", "content": question}]).result()
-        print(f"chat {i} on {replica}: {reused} tokens reused there so far")
+serve.start(http_options={"location": "NoServer"})
+handle = serve.run(Chat.bind(sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"))
+chats = [[{"role": "system", "content": f"You answer like number {i}."}] for i in range(12)]
+for chat in [*chats, *chats]:  # two turns of each
+    chat[:], reused, replica = handle.remote([*chat, {"role": "user", "content": "What do you like?"}]).result()
+    print(f"{chat[0]['content']} On {replica}, {reused} tokens reused there so far")

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_paged.commands import doctor, plan, serve
+from hf_paged.commands import demo, doctor, plan, serve
 from hf_paged.commands.arguments import UsageError
 
-COMMANDS = {"doctor": doctor, "plan": plan, "serve": serve}
+COMMANDS = {"demo": demo, "doctor": doctor, "plan": plan, "serve": serve}
 
 
 class _Parser(argparse.ArgumentParser):

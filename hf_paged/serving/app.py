@@ -60,8 +60,8 @@ class PagedModelManager(ModelManager):
 
     def patched(self) -> dict[str, PreTrainedModel]:
         """The models that are loaded, by the name that requests have for them."""
-        loaded = [timed.model for timed in list(self.loaded_models.values())]
-        return {self.force_model: model for model in loaded if is_patched(model)}
+        loaded = [timed.model for timed in list(self.loaded_models.values()) if is_patched(timed.model)]
+        return {self.force_model: loaded[0]} if loaded else {}
 
 
 class SaltedGeneration(GenerateManager):

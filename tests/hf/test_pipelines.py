@@ -35,7 +35,9 @@ def user(text):
 
 def common(first, second):
     """Number of equal tokens that two lists begin with."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def test_the_second_turn_of_a_chat_computes_what_is_new(pipes):

@@ -1,5 +1,6 @@
 """`hf-paged serve`: the `openai` client over loopback, on a tiny model with SmolLM2's tokenizer."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -9,20 +10,26 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from real import save_tiny_chat_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 openai = pytest.importorskip("openai")
-pytest.importorskip("prometheus_client")
+CollectorRegistry = pytest.importorskip("prometheus_client").CollectorRegistry
 uvicorn = pytest.importorskip("uvicorn")
 
 from hf_paged.cli import build_parser  # noqa: E402
 from hf_paged.commands.serve import make_app  # noqa: E402
+from hf_paged.metrics import COUNTERS, GAUGES, PagedCollector  # noqa: E402
+from hf_paged.stats import PagedStats  # noqa: E402
 
 pytestmark = pytest.mark.real
-SYSTEM = {"role": "system", "content": "You answer briefly, in one sentence, and you never invent what you do not know."}
+SYSTEM = {
+    "role": "system",
+    "content": "You answer briefly, in one sentence, and never invent what you do not know.",
+}
 
 
 def asked(*texts):
@@ -308,3 +315,26 @@ def test_bad_arguments(folder, capsys, arguments, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_every_statistic_is_a_metric():
+    fields = {field.name for field in dataclasses.fields(PagedStats)}
+    assert COUNTERS.keys() | GAUGES.keys() | {"fallbacks"} == fields
+    counts = {name: place for place, name in enumerate([*COUNTERS, *GAUGES], start=2)}
+    stats = PagedStats(**counts, fallbacks={"one": 1, "two": 2})
+    model = SimpleNamespace(paged=SimpleNamespace(stats=lambda: stats))
+    registry = CollectorRegistry()
+    registry.register(PagedCollector(lambda: {"m": model}))
+    for name, value in counts.items():
+        sample = f"hf_paged_{name}" + "_total" * (name in COUNTERS)
+        assert registry.get_sample_value(sample, {"model": "m"}) == value
+    assert registry.get_sample_value("hf_paged_fallbacks_total", {"model": "m", "reason": "two"}) == 2
+
+
+def test_stop_strings_leave_the_fast_path_alone(service):
+    messages = asked("Say it.")
+    whole = service.right_answer(messages, 12)
+    stop = whole[len(whole) // 2 :][:4]
+    reply = service.chat(messages, max_tokens=12, stop=[stop]).choices[0].message.content
+    assert reply.startswith(whole[: whole.index(stop)])
+    assert len(reply) < len(whole)
