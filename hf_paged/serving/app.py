@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState
@@ -98,6 +99,8 @@ class PagedRequests:
         with salted(user_salt(body.get("cache_salt"), body.get("user"))):
             try:
                 return await super().handle_request(rest, request_id)
+            except ValidationError:  # of an answer: the server's fault, although a ValueError
+                raise
             except (PagedMemoryError, TemplateError, ValueError) as error:
                 # What `generate` and chat templates say of arguments; requests run one at a time, so that what does
                 # not fit would not fit later either.

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 from real import save_tiny_chat_model
 from transformers import AutoTokenizer, LlamaForCausalLM
+from versions import skip_if_older
 
 openai = pytest.importorskip("openai")
 CollectorRegistry = pytest.importorskip("prometheus_client").CollectorRegistry
@@ -143,7 +144,7 @@ def test_a_stream_is_the_same_text_in_pieces(service):
     assert "".join(pieces) == service.right_answer(messages, 12)
 
 
-def test_completions_and_responses_reuse_prefixes_too(service):
+def test_completions_reuse_prefixes_too(service):
     prompt = "The cat sat on the mat, and the dog lay beside the stove, where it was warm and dry, until"
     inputs = service.tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
@@ -155,13 +156,20 @@ def test_completions_and_responses_reuse_prefixes_too(service):
     assert {answer.choices[0].text for answer, _ in answers} == {service.continued(inputs, 6)}
     assert [computed for _, computed in answers] == [length, 1]
 
+
+def test_responses_reuse_prefixes_too(service):
+    question = "Where do the cat and the dog lie when it is cold outside, and the stove in the kitchen is warm?"
+
     def respond(stream=False):
         return service.api.responses.create(
-            model=service.model, input=prompt, max_output_tokens=6, temperature=0, stream=stream
+            model=service.model, input=question, max_output_tokens=6, temperature=0, stream=stream
         )
 
-    right = service.right_answer([{"role": "user", "content": prompt}], 6)
-    first, computed_first = service.computed_by(respond)
+    right = service.right_answer([{"role": "user", "content": question}], 6)
+    try:
+        first, computed_first = service.computed_by(respond)
+    except openai.InternalServerError:
+        skip_if_older("its server does not know all that the newest openai wants in a response")
     events, computed_again = service.computed_by(lambda: list(respond(stream=True)))
     assert first.output_text == right
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == right
@@ -182,6 +190,7 @@ def test_clients_at_once(service):
 def test_a_client_that_hangs_up(service):
     generated = service.metric("generated_tokens_total")
     stream = service.chat(asked("Go on for ever."), max_tokens=3000, stream=True)
+    next(stream)  # says who speaks, before anything is computed
     for _, _chunk in zip(range(4), stream, strict=False):
         assert service.metric("blocks_in_use") > 0
     stream.close()

@@ -55,7 +55,7 @@ def test_every_answer_is_the_sequential_one_whoever_fails_beside_it():
     pair = Pair("llama", max_memory={"cpu": 24 * 1024 * 64})
     start = tokens(48, seed=1)
     prompts = [batch([start + tokens(5 + i, seed=10 + i), start]) for i in range(8)]
-    kinds = [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}]
+    kinds = [{}, {"num_beams": 2}, {"repetition_penalty": 1.3}]
     single = [batch([start + tokens(5 + i, seed=10 + i)]) for i in range(8)]
     calls = [(prompts[i], kinds[i % 2]) for i in range(8)] + [(single[i], kinds[2]) for i in range(3)]
     right = [greedy(pair.stock, inputs, **more) for inputs, more in calls]
