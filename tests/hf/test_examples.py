@@ -60,7 +60,7 @@ def test_examples_are_short():
 def test_equal_prefixes_meet_on_one_of_two_replicas(tmp_path):
     pytest.importorskip("ray.serve")
     lines = run_tiny([sys.executable], "ray_serve.py", tmp_path)
-    places = [re.fullmatch(r"(You are .*) On (\w+), (\d+) tokens reused there so far", line) for line in lines]
+    places = [re.fullmatch(r"(You answer .*) On (\w+), (\d+) tokens reused there so far", line) for line in lines]
     homes = {}
     for who, replica, _ in (place.groups() for place in places):
         homes.setdefault(who, set()).add(replica)
