@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_paged.commands import doctor, plan
+from hf_paged.commands import demo, doctor, plan, serve
 from hf_paged.commands.arguments import UsageError
 
-COMMANDS = {"doctor": doctor, "plan": plan}
+COMMANDS = {"demo": demo, "doctor": doctor, "plan": plan, "serve": serve}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,3 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except UsageError as error:
         args.parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

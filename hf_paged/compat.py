@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -250,6 +251,11 @@ def takes_position_ids(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def forward_arguments(model: PreTrainedModel) -> set[str]:
+    """Names of the arguments that the model's forward has a parameter for."""
+    return set(inspect.signature(model.forward).parameters)
+
+
 @functools.cache
 def crop_zero_empties() -> bool:
     """Whether `crop(0)` keeps nothing (up to 5.13: the length to keep) or everything (the number to remove)."""
@@ -268,3 +274,40 @@ def named_tokens(config: PreTrainedConfig) -> set[int]:
 def vocabulary_size(config: PreTrainedConfig) -> int:
     """Number of token ids."""
     return config.get_text_config(decoder=True).vocab_size
+
+
+# The handlers of `transformers serve` by the parameter of `build_server` that takes each; newer versions have more.
+_SERVER_HANDLERS = {
+    "chat_handler": ("chat_completion", "ChatCompletionHandler"),
+    "completion_handler": ("completion", "CompletionHandler"),
+    "response_handler": ("response", "ResponseHandler"),
+    "transcription_handler": ("transcription", "TranscriptionHandler"),
+    "systemone_handler": ("systemone", "SystemOneHandler"),
+}
+_SERVER_BASICS = {"model_manager", "generation_state", "enable_cors"}
+
+
+def server_handlers() -> dict[str, type]:
+    """The classes of the handlers that this transformers' server is built from, by parameter of `build_server`."""
+    from transformers.cli.serving.server import build_server
+
+    names = inspect.signature(build_server).parameters.keys() - _SERVER_BASICS
+    if unknown := names - _SERVER_HANDLERS.keys():
+        raise RuntimeError(f"the server of transformers {transformers.__version__} has parts not known: {unknown}")
+    places = {name: _SERVER_HANDLERS[name] for name in _SERVER_HANDLERS if name in names}
+    return {
+        name: getattr(importlib.import_module(f"transformers.cli.serving.{module}"), kind)
+        for name, (module, kind) in places.items()
+    }
+
+
+def build_server(manager: Any, state: Any, handlers: dict[str, Any], enable_cors: bool) -> Any:
+    """The FastAPI application of `transformers serve`."""
+    from transformers.cli.serving.server import build_server
+
+    return build_server(model_manager=manager, generation_state=state, enable_cors=enable_cors, **handlers)
+
+
+def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that the function has a parameter for."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}

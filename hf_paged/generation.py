@@ -25,6 +25,9 @@ RUNTIME_ATTRIBUTE = "_hf_paged_runtime"
 # Room behind a sequence of which nobody says how long it will get; more than this is not kept free for one row.
 MAX_ROOM_TOKENS = 4096
 
+# What `generate` takes for stop strings, and then hands on to the model, which has no use for it.
+_TOKENIZERS = frozenset(("tokenizer", "assistant_tokenizer"))
+
 # The salt of the `generate` that runs: that of a draft model, inside it, has the same.
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 # The look at the weights that the `generate` that runs has begun.
@@ -203,6 +206,9 @@ class PagedGenerationMixin:
         cache = paged_part(given)
         if cache is None:
             return decode(input_ids, **kwargs)
+        if not assisted:
+            for name in _TOKENIZERS & kwargs.keys() - compat.forward_arguments(self):
+                del kwargs[name]
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
         try:

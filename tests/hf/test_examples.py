@@ -1,13 +1,16 @@
 """The examples run as they are, on the real model."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from real import checkpoint
+from real import checkpoint, save_tiny_chat_model
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 ARGUMENTS = {"save_and_load.py": 1}  # how many come before the model
 EXPECTED = {
     "beams.py": "111 of 444 prompt tokens computed",
@@ -21,6 +24,7 @@ EXPECTED = {
     "tenants.py": "tenant-b: 0 of",
     "train_and_sample.py": "step 2",
 }
+ELSEWHERE = {"ray_serve.py", "tensor_parallel.py"}  # they start processes of their own; tested below
 
 pytestmark = pytest.mark.real
 
@@ -37,7 +41,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(EXPECTED)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(EXPECTED) | ELSEWHERE
 
 
 @pytest.mark.parametrize("script", EXPECTED)
@@ -55,3 +59,40 @@ def test_the_second_run_reads_what_the_first_has_written(tmp_path):
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 40, path.name
+
+
+def test_equal_prefixes_meet_on_one_of_two_replicas(tmp_path):
+    pytest.importorskip("ray.serve")
+    lines = run_tiny([sys.executable], "ray_serve.py", tmp_path)
+    places = [re.fullmatch(r"(You answer .*) On (\w+), (\d+) tokens reused there so far", line) for line in lines]
+    homes = {}
+    for who, replica, _ in (place.groups() for place in places):
+        homes.setdefault(who, set()).add(replica)
+    assert len(places) == 2 * len(homes) == 24
+    assert all(len(replicas) == 1 for replicas in homes.values())
+    assert len(set.union(*homes.values())) == 2
+    for replica in set.union(*homes.values()):
+        reused = [int(place[3]) for place in places if place[2] == replica]
+        assert reused[-1] >= len(reused) // 2 * 8  # the second turn of each chat finds more than its first message
+
+
+def test_the_heads_of_a_model_cut_among_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = run_tiny(command, "tensor_parallel.py", tmp_path)
+    counts = [int(line.split()[5]) for line in said if line.startswith("on each of 2 ranks:")]
+    assert counts[0] == 0 < counts[1]
+
+
+def run_tiny(command, script, folder):
+    """Lines printed by an example on a tiny model."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels' / 'torch-ext'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [*command, str(EXAMPLES / script), save_tiny_chat_model(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -1,0 +1,133 @@
+"""Many threads on one patched model: each gets stock's answer, finds what the others have computed, and fails alone."""
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from pair import Pair
+from prompts import batch, tokens
+from transformers.generation.streamers import BaseStreamer
+
+from hf_paged import PagedMemoryError
+
+THREADS = 6
+PATIENCE_S = 60
+
+
+class Waits(BaseStreamer):
+    """Stops the call after its prompt until it is told to go on."""
+
+    def __init__(self):
+        self.reached, self.go_on, self.puts = threading.Event(), threading.Event(), 0
+
+    def put(self, value):
+        self.puts += 1
+        if self.puts == 2:  # the first are the prompt's tokens, the second the first new one
+            self.reached.set()
+            assert self.go_on.wait(PATIENCE_S)
+
+    def end(self):
+        pass
+
+
+class Raises(BaseStreamer):
+    """A client that is gone after three tokens."""
+
+    def __init__(self):
+        self.puts = 0
+
+    def put(self, value):
+        self.puts += 1
+        if self.puts == 4:
+            raise ConnectionError("gone")
+
+    def end(self):
+        pass
+
+
+def greedy(model, inputs, **more):
+    return model.generate(**inputs, do_sample=False, max_new_tokens=8, **more)
+
+
+def test_every_answer_is_the_sequential_one_whoever_fails_beside_it():
+    pair = Pair("llama", max_memory={"cpu": 24 * 1024 * 64})
+    start = tokens(48, seed=1)
+    prompts = [batch([start + tokens(5 + i, seed=10 + i), start]) for i in range(8)]
+    kinds = [{}, {"num_beams": 2}, {"repetition_penalty": 1.3}]
+    single = [batch([start + tokens(5 + i, seed=10 + i)]) for i in range(8)]
+    calls = [(prompts[i], kinds[i % 2]) for i in range(8)] + [(single[i], kinds[2]) for i in range(3)]
+    right = [greedy(pair.stock, inputs, **more) for inputs, more in calls]
+    huge = batch([tokens(20_000, seed=3)])
+    outcomes = []
+
+    def succeed(which):
+        inputs, more = calls[which]
+        assert torch.equal(greedy(pair.model, inputs, **more), right[which])
+        outcomes.append("answer")
+
+    def hang_up(which):
+        with pytest.raises(ConnectionError):
+            greedy(pair.model, single[which % 8], streamer=Raises())
+        outcomes.append("error")
+
+    def ask_nonsense(which):
+        with pytest.raises(ValueError, match="top_k"):
+            pair.model.generate(**single[which % 8], do_sample=True, top_k=-1)
+        outcomes.append("error")
+
+    def ask_too_much(which):
+        with pytest.raises(PagedMemoryError):
+            greedy(pair.model, huge)
+        outcomes.append("error")
+
+    work = [(succeed, which) for which in range(len(calls))] * 3
+    work += [(fail, which) for fail in (hang_up, ask_nonsense, ask_too_much) for which in range(4)]
+    random.Random(0).shuffle(work)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for future in [pool.submit(job, which) for job, which in work]:
+            future.result(PATIENCE_S)
+    assert sorted(outcomes) == ["answer"] * 33 + ["error"] * 12
+    assert pair.paged.stats().reused_tokens > 0
+    pair.check()
+
+
+def test_a_prompt_is_found_by_others_while_its_call_still_runs():
+    pair = Pair("llama")
+    prompt, streamer = batch([tokens(64, seed=1)]), Waits()
+    expected = greedy(pair.stock, prompt)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(greedy, pair.model, prompt, streamer=streamer)
+        try:
+            assert streamer.reached.wait(PATIENCE_S)
+            before = pair.paged.stats()
+            assert before.blocks_in_use > 0
+            assert torch.equal(greedy(pair.model, prompt), expected)
+            after = pair.paged.stats()
+            assert after.computed_tokens - before.computed_tokens <= pair.paged.config.block_size
+            assert after.reused_tokens >= 64 - pair.paged.config.block_size
+        finally:
+            streamer.go_on.set()
+        assert torch.equal(first.result(PATIENCE_S), expected)
+    pair.check()
+
+
+def test_weights_that_change_while_a_call_runs_hide_its_prompt():
+    pair = Pair("llama")
+    prompt, streamer = batch([tokens(64, seed=1)]), Waits()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(greedy, pair.model, prompt, streamer=streamer)
+        try:
+            assert streamer.reached.wait(PATIENCE_S)
+            for model in (pair.stock, pair.model):
+                with torch.no_grad():
+                    model.get_input_embeddings().weight.mul_(-1.5)
+            expected = greedy(pair.stock, prompt)
+            assert torch.equal(greedy(pair.model, prompt), expected)
+            assert pair.paged.stats().reused_tokens == 0
+        finally:
+            streamer.go_on.set()
+        first.result(PATIENCE_S)
+    assert torch.equal(greedy(pair.model, prompt), expected)
+    pair.check()
