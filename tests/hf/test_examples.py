@@ -16,6 +16,8 @@ EXPECTED = {
     "tenants.py": "tenant-b: 0 of",
     "save_and_load.py": "tokens written",
     "train_and_sample.py": "step 2",
+    "finetune_and_serve.py": "Marigold",
+    "grpo.py": "prompt tokens were shared",
 }
 
 pytestmark = pytest.mark.real
