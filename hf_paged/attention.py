@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,10 @@ from hf_paged.backends import AttentionCall, attend_rows
 from hf_paged.cross import attend_shared
 from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.training import make_way
+
+if TYPE_CHECKING:
+    from hf_paged.runtime import PagedRuntime
 
 
 class PagedName(str):
@@ -21,9 +26,13 @@ class PagedName(str):
     take other ways where it is none that they know. So ours reads, compares, prints, pickles and saves as the name that
     the model had before. Only its hash is another one: in the tables of attention and mask functions, which are
     dictionaries, it finds our function.
+
+    Attributes:
+        runtime: weakly, that of the model whose config has the name.
     """
 
-    __slots__ = ()
+    __slots__ = ("runtime",)
+    runtime: weakref.ref[PagedRuntime]
     __eq__ = str.__eq__
 
     def __hash__(self) -> int:
@@ -62,9 +71,10 @@ _KNOWN = frozenset(
 )
 
 
-def patched_name(original: str) -> PagedName:
+def patched_name(original: str, runtime: PagedRuntime) -> PagedName:
     """Name of the attention function that hands over to `original`; registered when first asked for."""
     name = PagedName(original)
+    name.runtime = weakref.ref(runtime)
     if not compat.is_registered(name):
         compat.register_attention(name, partial(paged_attention_forward, original), original)
     return name
@@ -103,14 +113,22 @@ def paged_attention_forward(
         kwargs = {"scaling": scaling, "dropout": dropout, **kwargs}
         return attend_shared(function, module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[-1] != 0:
+        make_way(module, _runtime_of(module))
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call = _attention_call(module, query, scaling, dropout, kwargs)
     if not isinstance(key, PagedKV):
         return attend_rows(query, key, value, call), None
-    step = key.step
+    step, query = key.step, compat.as_attended(query)
     step.windows_seen[key.layer_index] = call.window
     return step.backend.attend(query, key.store, step.plans[key.layer_index], call), None
+
+
+def _runtime_of(module: torch.nn.Module) -> PagedRuntime | None:
+    """The runtime of the model that an attention layer belongs to; trainers and PEFT call parts of it by themselves."""
+    config = getattr(module, "config", None)
+    name = None if config is None else compat.attention_name(config)
+    return name.runtime() if isinstance(name, PagedName) else None
 
 
 def _attention_call(

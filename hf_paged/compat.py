@@ -241,6 +241,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def own_forward(model: PreTrainedModel) -> Any:
+    """What was put in the place of the model's `forward`: accelerate's, for one, switches autocast on inside."""
+    forward = vars(model).get("forward")
+    return getattr(forward, "__func__", forward)
+
+
+def as_attended(states: torch.Tensor) -> torch.Tensor:
+    """Queries, K or V in the dtype that attention computes in: under autocast, models leave them in different ones."""
+    dtype = autocast_dtype(states.device)
+    return states if dtype is None else states.to(dtype)
+
+
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     """Whether the model's forward computes the logits of chosen positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

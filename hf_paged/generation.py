@@ -17,6 +17,7 @@ from hf_paged.encdec import paged_part
 from hf_paged.identity import Sampling
 from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.training import make_way
 
 if TYPE_CHECKING:
     from hf_paged.runtime import PagedRuntime
@@ -69,6 +70,7 @@ class PagedGenerationMixin:
             return type(self).__call__(self, *args, **kwargs)
         if cache is not None:
             return runtime.run(super().__call__, cache, args, kwargs)
+        make_way(self, runtime)
         return super().__call__(*args, **kwargs)
 
     # -- generate ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_paged import compat
 from hf_paged.dense import DenseView
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore
@@ -69,6 +70,7 @@ class PagedLayer(CacheLayerMixin):
                 "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
                 "with use_cache=False or a DynamicCache"
             )
+        key_states, value_states = compat.as_attended(key_states), compat.as_attended(value_states)
         cache = self.cache
         step = cache.step
         if step is not None and step.fast:

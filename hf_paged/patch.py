@@ -108,7 +108,7 @@ def _name_attention(model: PreTrainedModel) -> None:
     for config in compat.attention_configs(model):
         name = compat.attention_name(config)
         if name is not None and not isinstance(name, PagedName):
-            compat.set_attention_name(config, patched_name(name))
+            compat.set_attention_name(config, patched_name(name, model.paged))
 
 
 def _take_names_back(model: PreTrainedModel) -> None:

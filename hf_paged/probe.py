@@ -36,6 +36,12 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
+def _tolerance(model: PreTrainedModel, pool: KVPool) -> float:
+    """That of the weights, or of the K and V that `pool` has seen of them, whichever is coarser: autocast rounds."""
+    stored = [layer.keys.dtype for layer in pool.stores if layer is not None]
+    return max(map(tolerance_of, [model.dtype, *stored]))
+
+
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference of logits, as a part of the largest that is expected."""
     expected = expected.float()
@@ -96,7 +102,6 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     unfit = _unfit(model, call)
     if unfit is not None:
         return Capability(unfit, unfit=unfit)
-    tolerance = tolerance_of(model.dtype)
     keeps_logits = compat.takes_logits_to_keep(model)
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))
@@ -117,6 +122,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
         "use_cache": True,
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
+    tolerance = _tolerance(model, pool)
     for row, reference in enumerate(expected):
         error = difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
         if not error <= tolerance:
@@ -149,7 +155,7 @@ def _reads_views(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool,
         for part in (tokens[:, :-1], tokens[:, -1:]):
             given = {"input_ids": part, "past_key_values": cache, "use_cache": True}
             outputs = run_padded(ModelCall(call, given, part, None, False), cache)
-        return difference(outputs.logits[:, -1], expected) <= tolerance_of(model.dtype)
+        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, pool)
     except Exception:  # whatever a model does with what it did not expect, copies are right
         return False
     finally:

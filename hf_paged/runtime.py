@@ -68,7 +68,7 @@ class PagedRuntime:
         """Counters since patching or the last `reset_stats()`, and gauges that are true now."""
         pool = self._pool
         if pool is None:
-            return self.counters.snapshot()
+            return self.counters.snapshot(evicted_blocks=-self._evicted_before, copied_blocks=-self._copied_before)
         return self.counters.snapshot(
             evicted_blocks=pool.manager.evicted - self._evicted_before,
             copied_blocks=pool.manager.copied_blocks - self._copied_before,
@@ -83,6 +83,7 @@ class PagedRuntime:
         """Zero the counters; gauges stay true."""
         self.counters.reset()
         with self._lock:
+            self._copied_before = self._evicted_before = 0
             if self._pool is not None:
                 self._copied_before = self._pool.manager.copied_blocks
                 self._evicted_before = self._pool.manager.evicted
@@ -102,8 +103,8 @@ class PagedRuntime:
         Blocks of running calls, and of caches that are still held, stay theirs until they are gone.
         """
         with self._lock:
-            self.clear()
             if self._pool is not None:
+                self.clear()
                 self._close_tier(self._pool)
                 if not self._pool.manager.in_use:
                     self._drop_pool()
@@ -206,7 +207,7 @@ class PagedRuntime:
         """The pool; a new one where the model has changed its dtype or device."""
         with self._lock:
             device = compat.compute_device(model)
-            key = (model.dtype, device, compat.autocast_dtype(device), self.layout().windows)
+            key = (model.dtype, device, compat.autocast_dtype(device), compat.own_forward(model), self.layout().windows)
             if self._pool is not None and self._pool_key != key:
                 self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
@@ -217,8 +218,9 @@ class PagedRuntime:
 
     def _drop_pool(self) -> None:
         self._close_tier(self._pool)
+        self._copied_before -= self._pool.manager.copied_blocks  # the next pool begins at zero, the counters go on
+        self._evicted_before -= self._pool.manager.evicted
         self._pool = self._pool_key = None
-        self._copied_before = self._evicted_before = 0
 
     @staticmethod
     def _close_tier(pool: KVPool) -> None:
@@ -271,6 +273,7 @@ class PagedRuntime:
             model.training,
             model.dtype,
             compat.autocast_dtype(compat.compute_device(model)),
+            compat.own_forward(model),
             compat.attention_name(model.config),
             self.config.attention_backend,
         )

@@ -81,7 +81,7 @@ class LayerStore:
             key.shape[1::2] == self._key_shape
             and value.shape[1::2] == self._value_shape
             and key.dtype == self.keys.dtype
-            and value.dtype == self.values.dtype  # autocast leaves K and V in different ones
+            and value.dtype == self.values.dtype
             and key.device == self.keys.device
         )
 

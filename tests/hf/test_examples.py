@@ -23,6 +23,8 @@ EXPECTED = {
     "system_prompt.py": "The capital of France",
     "tenants.py": "tenant-b: 0 of",
     "train_and_sample.py": "step 2",
+    "finetune_and_serve.py": "Marigold",
+    "grpo.py": "prompt tokens were shared",
 }
 ELSEWHERE = {"ray_serve.py", "tensor_parallel.py"}  # they start processes of their own; tested below
 
