@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_paged.check import NotAskableError, check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
-from hf_paged.footprint import Footprint, footprint
+from hf_paged.footprint import footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
@@ -126,12 +127,13 @@ class PagedRuntime:
         """
         model = self._model()
         before = self._kept_under("load", None)
-        manifest = read_manifest(model, Path(folder))
+        pool = self._current_pool(model)
+        manifest = read_manifest(model, pool, Path(folder))
         root = self._kept_under("load", manifest["cache_salt"])
         if root.digest != before.digest:
             raise ValueError("load: the model has changed meanwhile; nothing was loaded")
         device = compat.compute_device(model)
-        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], device)
+        return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
@@ -191,7 +193,8 @@ class PagedRuntime:
         except ValueError as error:
             return str(error)
         if self._looked_at is None or self._looked_at[0] is not layout:
-            sizes = self._footprint(self._model()).layer_bytes
+            model = self._model()
+            sizes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
             idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
             self._looked_at = layout, idle
         return self._looked_at[1]
@@ -232,13 +235,12 @@ class PagedRuntime:
             base = None if folder is None else Path(folder)
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
-    def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        layer_bytes = self._footprint(model).layer_bytes
-        return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
-
-    @staticmethod
-    def _footprint(model: PreTrainedModel) -> Footprint:
-        return footprint(model._hf_paged_original, model.config, model.dtype)
+    def _make_pool(
+        self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
+    ) -> KVPool:
+        config = config or self.config
+        size = footprint(model._hf_paged_original, model.config, model.dtype, config.token_format)
+        return KVPool(config, self.layout().windows, size.layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -246,7 +248,10 @@ class PagedRuntime:
         key = self._circumstances(model)
         found = self._capabilities.get(key)
         if found is None:
-            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
+            exact = replace(self.config, kv_cache_dtype="auto", verify=False)
+            found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
+            self._capabilities[key] = found
             if found.obstacle is not None and found.unfit is None:
                 self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         return found
@@ -313,7 +318,8 @@ class PagedRuntime:
         if both is not cache:
             both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
-            cache.sequences.pool = self._make_pool(model)
+            config = replace(self.config, kv_cache_dtype=cache.settings.kv_cache_dtype)
+            cache.sequences.pool = self._make_pool(model, config=config)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
