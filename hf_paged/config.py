@@ -45,7 +45,7 @@ class PagedConfig:
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     cuda_graphs: bool = True
-    verify: bool = False
+    verify: bool | None = None
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -54,7 +54,7 @@ class PagedConfig:
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto", *FORMATS))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=ATTENTION_BACKENDS)
         for name in ("prefix_caching", "cuda_graphs", "verify"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "verify" and self.verify is None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_max_memory(self.max_memory)
         if self.offload_folder is not None:

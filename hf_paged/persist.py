@@ -3,8 +3,8 @@
     folder/
       manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
       tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens], kept [groups, pieces] bool
-      layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept; where
-                                    they are records of a quantized format, like [0] in the dtype of what they stand for
+      layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept
+                                    (like [0] beside records of a quantized format: in the dtype of what they stand for)
       ...
 
 A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry

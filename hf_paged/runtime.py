@@ -47,7 +47,7 @@ class PagedRuntime:
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
+            backend_for("triton", compat.compute_device(model), config.token_format)  # says why, where it does not run
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -148,9 +148,10 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, compat.compute_device(model)).describe()
+            backend = backend_for(backend, compat.compute_device(model), self.config.token_format).describe()
+        stored = "" if self.config.token_format is None else f", {self.config.kv_cache_dtype} KV"
         return format_table(
-            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
+            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
         )
 
     # -- for the glue --------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
+        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
         if obstacle is None:
             try:
                 if request.tokens == 1:
@@ -390,7 +391,7 @@ class PagedRuntime:
             return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)

@@ -1,4 +1,4 @@
-"""The yardstick of quantized KV: stock's cache, that keeps what a second implementation of the formats makes of K and V.
+"""The yardstick of quantized KV: stock's cache of what a second implementation of the formats leaves of K and V.
 
 It shares no line with the package: numbers in float64, codes looked up in tables that are built from what the formats
 are said to be.

@@ -1,4 +1,4 @@
-"""Attention over paged KV: formats it is stored in, plain-torch operations, and a native kernel for the CPU where it was built."""
+"""Attention over paged KV: formats it is stored in, plain-torch operations, a native CPU kernel where it was built."""
 
 from .formats import FORMATS, TokenFormat
 from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native

@@ -128,7 +128,7 @@ class NativeKernel:
         sinks: torch.Tensor | None = None,
         token_format: TokenFormat | None = None,
     ) -> torch.Tensor:
-        """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`, or their records.
+        """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`, or records.
 
         Returns `[queries, heads, value_dim]`, contiguous. `NativeError` for what the library does not do.
         """
