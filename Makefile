@@ -7,6 +7,7 @@
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
+#   make bench-quality  what each kv_cache_dtype does to SmolLM2's answers on 4,096 tokens of text
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
 #   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
@@ -37,7 +38,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-gpu compile-gpu
+.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-quality bench-gpu compile-gpu
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
@@ -93,6 +94,9 @@ bench-memory: $(VENV)/.demo
 
 bench-attention: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.attention $(BENCH)
+
+bench-quality: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.quality $(BENCH)
 
 # Kernels for a GPU that need not be there: compiled in every shape, and checked and measured on one that is.
 compile-gpu: $(VENV)/.test

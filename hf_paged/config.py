@@ -32,7 +32,8 @@ class PagedConfig:
         attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.
         verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
-            answers differ; `hf-paged doctor` asks the same ones.
+            answers differ; `hf-paged doctor` asks the same ones. Where KV is stored quantized, a short prompt is held
+            against full precision as well, unless this is `False`: `None` does only that.
 
     Raises:
         ValueError: naming the field that is unknown, out of range or not available in this version.

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
-from hf_paged.check import NotAskableError, check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
@@ -33,6 +32,7 @@ from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.tiers import DiskTier
 from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
+from hf_paged.verify import Verification
 
 
 class PagedRuntime:
@@ -59,7 +59,7 @@ class PagedRuntime:
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
-        self._verifying, self._verified = threading.RLock(), False
+        self._verification = Verification(config)
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -282,22 +282,8 @@ class PagedRuntime:
         )
 
     def verify(self) -> None:
-        """Where `config.verify` asks for it, once: `ValueError` where the model does not answer as stock does."""
-        if not self.config.verify:
-            return
-        with self._verifying:  # other threads wait for what it says
-            if self._verified:
-                return
-            self._verified = True  # the check generates, too
-            try:
-                if found := mismatches(check(self._model())):
-                    raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
-            except NotAskableError as error:
-                self._verified = False
-                raise ValueError(f"verify: this model cannot be checked, leave verify out: {error}") from error
-            except BaseException:
-                self._verified = False
-                raise
+        """What `config.verify` asks for, once: `ValueError` where the model does not answer as it should."""
+        self._verification.run(self._model())
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.

@@ -63,7 +63,7 @@ class TokenFormat:
         dim = self.dim(records.shape[-1])
         if not dim:
             return records.to(dtype)
-        scales = records[..., dim:].contiguous().view(torch.float32)
+        scales = records[..., dim:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (records[..., :dim].view(self.codes).to(torch.float32) * scales).to(dtype)
 
 
