@@ -20,11 +20,12 @@ class Verification:
 
     def __init__(self, config: PagedConfig):
         self._config = config
-        self._lock, self._is_done = threading.RLock(), config.verify is False
+        self._lock, self._is_done = threading.RLock(), False
+        self._is_wanted = config.token_format is not None if config.verify is None else config.verify
 
     def run(self, model: Any) -> None:
         """Raises `ValueError` where the model does not answer as it should, or cannot be asked although it is to be."""
-        if self._is_done or (self._config.verify is None and self._config.token_format is None):
+        if not self._is_wanted:
             return
         with self._lock:
             if self._is_done:
