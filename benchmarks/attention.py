@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from hf_paged_kernels import NativeKernel, Part, Parts, attend_partial, native
+from hf_paged_kernels import FORMATS, NativeKernel, Part, Parts, attend_partial, native
 from hf_paged_kernels.native import variants
 
 from . import environment, report
@@ -26,7 +26,8 @@ SHAPES = {"9/3/64": (9, 3, 64), "32/8/128": (32, 8, 128)}
 """Heads, KV heads and dim: SmolLM2-135M and Llama-3-8B."""
 CONTEXTS = (512, 2048, 8192, 32768)
 BATCHES = (1, 4, 16)
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", *FORMATS)
+"""How K and V are stored; queries are float32 where that is a quantized format."""
 WORKING_SET = 400e6
 """Bytes that a round goes through, in as many layers as that takes: no cache holds them."""
 MOST_BYTES = 2.2e9
@@ -50,21 +51,31 @@ class Result:
     """Blocks in random order instead of one after the other."""
     sdpa: float
     """torch's own on a view, query heads packed by KV head."""
-    stock: float
+    stock: float | None
     """What transformers does: put the new token behind K and V, then SDPA."""
+
+
+def bytes_of(stored: str, dim: int) -> int:
+    """Of a token's K or V in one head."""
+    return FORMATS[stored].record_bytes(dim) if stored in FORMATS else dim * getattr(torch, stored).itemsize
 
 
 class Layers:
     """K and V of several layers, so that each is out of every cache when its turn comes again."""
 
-    def __init__(self, shape: str, dtype: torch.dtype, batch: int, context: int) -> None:
+    def __init__(self, shape: str, stored: str, batch: int, context: int) -> None:
         self.heads, self.kv_heads, self.dim = SHAPES[shape]
         self.batch, self.context = batch, context
         slots = batch * context + BLOCK
-        self.bytes = 2 * self.kv_heads * batch * context * self.dim * dtype.itemsize
+        self.format = FORMATS.get(stored)
+        dtype = getattr(torch, stored) if self.format is None else torch.float32
+        self.bytes = 2 * self.kv_heads * batch * context * bytes_of(stored, self.dim)
         count = max(2, min(30, int(WORKING_SET / self.bytes)))
         memory = (self.kv_heads, slots, self.dim)
-        self.memories = [(torch.randn(memory).to(dtype), torch.randn(memory).to(dtype)) for _ in range(count)]
+        numbers = [(torch.randn(memory).to(dtype), torch.randn(memory).to(dtype)) for _ in range(count)]
+        self.memories = numbers
+        if self.format is not None:
+            self.memories = [tuple(map(self.format.encode, pair)) for pair in numbers]
         self.query = torch.randn(batch, self.heads, self.dim).to(dtype)
 
     def microseconds(self, one: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
@@ -79,8 +90,8 @@ class Layers:
 
     def read(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """A sum is the plainest of torch's operators that reads everything once, on all threads."""
-        keys.view(torch.float32).sum()
-        values.view(torch.float32).sum()
+        for memory in (keys, values):
+            memory.flatten()[: memory.numel() // 4 * 4].view(torch.float32).sum()
 
     def parts(self, is_random: bool) -> Parts:
         """One part a row; its blocks adjacent or anywhere."""
@@ -96,7 +107,10 @@ class Layers:
     def native(self, kernel: NativeKernel, is_random: bool) -> float:
         """The native kernel's time."""
         parts = self.parts(is_random)
-        return self.microseconds(lambda keys, values: kernel.attend(self.query, keys, values, parts, self.dim**-0.5))
+        more = (None, None, self.format)
+        return self.microseconds(
+            lambda keys, values: kernel.attend(self.query, keys, values, parts, self.dim**-0.5, *more)
+        )
 
     def rows(self, memory: torch.Tensor) -> torch.Tensor:
         """``[batch, kv_heads, context, dim]``, a view."""
@@ -104,7 +118,10 @@ class Layers:
 
     def sdpa(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What the `cpu` backend does without a native kernel."""
-        attend_partial(self.query.unsqueeze(2), self.rows(keys), self.rows(values), self.dim**-0.5)
+        key, value = self.rows(keys), self.rows(values)
+        if self.format is not None:
+            key, value = (self.format.decode(each, torch.float32) for each in (key, value))
+        attend_partial(self.query.unsqueeze(2), key, value, self.dim**-0.5)
 
     def stock(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """A copy of everything a token longer, and SDPA on it."""
@@ -120,9 +137,9 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
         kernel = next(iter(native().kernels), None)
     for shape, dtype, context, batch in product(options.shapes, options.dtypes, options.contexts, options.batches):
         _, kv_heads, dim = SHAPES[shape]
-        if 2 * kv_heads * batch * context * dim * getattr(torch, dtype).itemsize > MOST_BYTES:
+        if 2 * kv_heads * batch * context * bytes_of(dtype, dim) > MOST_BYTES:
             continue
-        layers = Layers(shape, getattr(torch, dtype), batch, context)
+        layers = Layers(shape, dtype, batch, context)
         yield Result(
             shape=shape,
             dtype=dtype,
@@ -132,7 +149,7 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
             native=layers.native(kernel, False) if kernel else None,
             native_random=layers.native(kernel, True) if kernel else None,
             sdpa=layers.microseconds(layers.sdpa),
-            stock=layers.microseconds(layers.stock),
+            stock=None if dtype in FORMATS else layers.microseconds(layers.stock),
         )
 
 

@@ -11,7 +11,9 @@ import torch
 
 from hf_paged import compat
 from hf_paged.probe import difference, in_one_line, tolerance_of
+from hf_paged.quality import rounding_cache
 from hf_paged.stats import PagedStats
+from hf_paged_kernels import TokenFormat
 
 DEFAULT_LENGTH = 64
 NEW_TOKENS = 16  # decode steps of encoder-decoders and hybrids are tried at the eighth
@@ -55,14 +57,15 @@ class Finding:
 def check(model: Any, length: int = DEFAULT_LENGTH) -> list[Finding]:
     """Ask the patched `model` and stock, prompts of up to `length` tokens, and compare.
 
-    Stock is the same model with transformers' own cache. Random numbers are drawn from a generator of their own, and
-    prefixes kept under a salt of their own; statistics begin anew. Raises `NotAskableError`.
+    Stock is the same model with transformers' own cache, rounded where KV is stored quantized. Random numbers are drawn
+    from a generator of their own, and prefixes kept under a salt of their own; statistics begin anew. Raises
+    `NotAskableError`.
     """
     runtime, findings, salt = model.paged, [], secrets.token_hex(16)
     before = runtime.stats()
     with torch.random.fork_rng(), torch.no_grad():
         for question in _questions(model, length):
-            expected = _ask_stock(model, question)
+            expected = _ask_stock(model, question, runtime.config.token_format)
             runtime.reset_stats()
             actual = _ask(model, question, cache_salt=salt)
             findings.append(_finding(question, runtime.stats(), expected, actual, tolerance_of(model.dtype)))
@@ -99,9 +102,12 @@ def _questions(model: Any, length: int) -> Iterator[Question]:
     yield Question("with hidden states", batch, {"do_sample": False, "output_hidden_states": True})
 
 
-def _ask_stock(model: Any, question: Question) -> Any:
+def _ask_stock(model: Any, question: Question, token_format: TokenFormat | None) -> Any:
+    given = {"cache_implementation": "dynamic"}
+    if token_format is not None:
+        given = {"past_key_values": rounding_cache(model.config, token_format)}
     try:
-        return _ask(model, question, cache_implementation="dynamic")
+        return _ask(model, question, **given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NotAskableError(f"stock does not answer a prompt of token ids: {in_one_line(error)}") from error
 

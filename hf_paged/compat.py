@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -80,6 +80,17 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
 def stock_cache(config: PreTrainedConfig) -> DynamicCache:
     """A new cache as stock `generate` makes it for a model that is no encoder-decoder."""
     return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def local_tokens(model: PreTrainedModel, text: str) -> list[int] | None:
+    """`text` in the tokens of a model whose tokenizer lies beside its weights, or in the cache; else `None`."""
+    source = model.config._name_or_path
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)(text)["input_ids"]
+    except Exception:  # transformers and the hub raise many kinds
+        return None
 
 
 def kept_tokens(cache: DynamicCache) -> list[int]:

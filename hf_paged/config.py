@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from hf_paged_kernels.formats import FORMATS, TokenFormat
+
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,11 +27,13 @@ class PagedConfig:
             is for cached prefixes of models on the CPU that are evicted from memory.
         offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
-        kv_cache_dtype: `"auto"` stores KV in the model's dtype.
+        kv_cache_dtype: `"auto"` stores KV in the model's dtype, `"int8"` and `"fp8"` (e4m3) in a byte a number and a
+            scale for each token and KV head. Attention reads what is stored, also where a token was just computed.
         attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.
         verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
-            answers differ; `hf-paged doctor` asks the same ones.
+            answers differ; `hf-paged doctor` asks the same ones. Where KV is stored quantized, a short prompt is held
+            against full precision as well, unless this is `False`: `None` does only that.
 
     Raises:
         ValueError: naming the field that is unknown, out of range or not available in this version.
@@ -42,16 +46,16 @@ class PagedConfig:
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     cuda_graphs: bool = True
-    verify: bool = False
+    verify: bool | None = None
 
     def __post_init__(self) -> None:
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 256 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {size!r}")
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto",))
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto", *FORMATS))
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=ATTENTION_BACKENDS)
         for name in ("prefix_caching", "cuda_graphs", "verify"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "verify" and self.verify is None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_max_memory(self.max_memory)
         if self.offload_folder is not None:
@@ -69,6 +73,11 @@ class PagedConfig:
             if name not in known:
                 raise ValueError(f"PagedConfig has no field {name!r}; the fields are {', '.join(known)}")
         return replace(config or cls(), **overrides)
+
+    @property
+    def token_format(self) -> TokenFormat | None:
+        """How KV is stored; `None`: as the model gives it."""
+        return FORMATS.get(self.kv_cache_dtype)
 
     def budget_bytes(self, device: str | int) -> int | None:
         """Bytes allowed on a device (`"cpu"`, `"disk"` or a GPU index), `None` where no budget was set for it."""

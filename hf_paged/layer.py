@@ -92,7 +92,7 @@ class PagedLayer(CacheLayerMixin):
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
         dense = step.dense(store.group)
-        keys, values = dense.of(store.keys, visible), dense.of(store.values, visible)
+        keys, values = store.read(lambda memory: dense.of(memory, visible))
         return (keys.contiguous(), values.contiguous()) if cache.copies_dense else (keys, values)
 
     def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
@@ -114,25 +114,25 @@ class PagedLayer(CacheLayerMixin):
     @property
     def keys(self) -> torch.Tensor | None:
         """Dense keys `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
-        return self._dense("keys")
+        return None if not self.is_initialized else self._own(self.store.read_keys(self._view))
 
     @property
     def values(self) -> torch.Tensor | None:
         """Dense values `[batch, kv_heads, tokens, dim]`, `None` before the first update."""
-        return self._dense("values")
+        return None if not self.is_initialized else self._own(self.store.read_values(self._view))
 
-    def _dense(self, name: str) -> torch.Tensor | None:
-        if not self.is_initialized:
-            return None
+    def _own(self, dense: torch.Tensor) -> torch.Tensor:
+        return dense if self.store.token_format else dense.clone()  # others may hold these blocks
+
+    def _view(self, memory: torch.Tensor) -> torch.Tensor:
         cache = self.cache
-        dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
-        return dense.of(getattr(self.store, name), self.kept).clone()  # others may hold these blocks
+        return DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns).of(memory, self.kept)
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values as `keys` and `values` give them, where possible without a copy: only to be read."""
         cache = self.cache
         dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
-        return dense.of(self.store.keys, self.kept), dense.of(self.store.values, self.kept)
+        return self.store.read(lambda memory: dense.of(memory, self.kept))
 
     def move_to(self, seen: int) -> None:
         """The layer has seen `seen` dense columns now."""
@@ -151,7 +151,7 @@ class PagedLayer(CacheLayerMixin):
     @property
     def dtype(self) -> torch.dtype | None:
         """Of K and V, `None` before the first update."""
-        return None if self.store is None else self.store.keys.dtype
+        return None if self.store is None else self.store.dtype
 
     @property
     def device(self) -> torch.device | None:

@@ -35,7 +35,8 @@ class PagedKV(torch.Tensor):
 
     def to_dense(self) -> torch.Tensor:
         """The tensor that this one stands for."""
-        return self.step.dense(self.store.group).of(self.store.values if self.is_value else self.store.keys)
+        read = self.store.read_values if self.is_value else self.store.read_keys
+        return read(self.step.dense(self.store.group).of)
 
     def __repr__(self) -> str:  # the default one would gather
         return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -4,6 +4,7 @@
       manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
       tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens], kept [groups, pieces] bool
       layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept
+                                    (like [0] beside records of a quantized format: in the dtype of what they stand for)
       ...
 
 A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry
@@ -35,7 +36,7 @@ from hf_paged.prefixes import PrefixRoot
 from hf_paged.store import run_slots
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "hf_paged prefixes", 2
+FORMAT, FORMAT_VERSION = "hf_paged prefixes", 3
 _CHUNK_BYTES = 2**22
 
 
@@ -56,7 +57,7 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
         pool.manager.unpin(pins[::-1])
     num_tokens = sum(entry.num_tokens for entry in entries if any(entry.blocks))
     manifest = {
-        **_description(model),
+        **_description(model, pool),
         "cache_salt": root.salt,
         "num_tokens": num_tokens,
         "files": files,
@@ -79,8 +80,8 @@ def _listed_files(folder: Path) -> set[str]:
         return set()
 
 
-def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
-    """The manifest of a folder whose files are whole and belong to `model` as it is now.
+def read_manifest(model: PreTrainedModel, pool: KVPool, folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are whole and belong to `model` as it is now, stored as `pool` stores it.
 
     Raises `ValueError` that names the file that is missing or damaged, or says what differs.
     """
@@ -94,7 +95,7 @@ def read_manifest(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged; save the prefixes again") from None
     if content_sum != _sum_of(manifest):
         raise ValueError(f"{path} is damaged; save the prefixes again")
-    _check_owner(model, manifest)
+    _check_owner(model, pool, manifest)
     for name, expected in manifest["files"].items():
         _check_file(folder / name, expected)
     return manifest
@@ -152,7 +153,10 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
             held = [(e.blocks[store.group], e.num_tokens) for e in entries]
             runs = [Run(block * pool.block_size, num_tokens) for block, num_tokens in held if block]
             keys, values = store.gather(run_slots(runs, store.keys.device))
-            yield f"layer-{index:04d}", {"keys": keys.cpu(), "values": values.cpu()}
+            tensors = {"keys": keys.cpu(), "values": values.cpu()}
+            if store.token_format is not None:
+                tensors["like"] = torch.empty(0, dtype=store.dtype)
+            yield f"layer-{index:04d}", tensors
 
 
 def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str, int]:
@@ -191,19 +195,20 @@ def _version(package: str) -> str:
 # -- checking ------------------------------------------------------------------------------------------------------
 
 
-def _description(model: PreTrainedModel) -> dict[str, Any]:
+def _description(model: PreTrainedModel, pool: KVPool) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": "auto" if pool.token_format is None else pool.token_format.name,
         "config": describe_config(model),
         "circumstances": describe_circumstances(model),
         "weights": fingerprint(model),
     }
 
 
-def _check_owner(model: PreTrainedModel, manifest: dict[str, Any]) -> None:
-    mine = json.loads(json.dumps(_description(model), default=encodable))
+def _check_owner(model: PreTrainedModel, pool: KVPool, manifest: dict[str, Any]) -> None:
+    mine = json.loads(json.dumps(_description(model, pool), default=encodable))
     for name, value in mine.items():
         theirs = manifest.get(name)
         if theirs == value:
@@ -296,4 +301,10 @@ def _fill(pool: KVPool, index: int, layer: dict[str, torch.Tensor], blocks: Sequ
     picked = torch.cat([each.rows[group] for each in new]).to(layer["keys"].device)
     key, value = (layer[name].index_select(1, picked).unsqueeze(0) for name in ("keys", "values"))
     slots = [each.blocks[group] * pool.block_size + i for each in new for i in range(each.rows.shape[1])]
-    pool.layer(index, key, value).write(StepPlan(len(slots), strided_writes(slots), [], [], [], [], 0), key, value)
+    likes = (key, value)
+    if pool.token_format is not None:
+        likes = tuple(
+            layer["like"].new_empty(1, each.shape[1], 1, pool.token_format.dim(each.shape[3])) for each in likes
+        )
+    store = pool.layer(index, *likes)
+    store.write_stored(StepPlan(len(slots), strided_writes(slots), [], [], [], [], 0), key, value)

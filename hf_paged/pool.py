@@ -53,6 +53,7 @@ class KVPool:
         max_slots: int | None = None,
     ):
         self.block_size = block_size = settings.block_size
+        self.token_format = settings.token_format
         self.device_key: str | int = "cpu" if device.type == "cpu" else (device.index or 0)
         given_bytes = settings.budget_bytes(self.device_key)
         on_cpu = device.type == "cpu"
@@ -123,15 +124,16 @@ class KVPool:
                 if store is None:
                     group = self.layer_groups[index]
                     pool = self.manager.pools[group]
-                    store = LayerStore(pool.num_blocks * self.block_size, self.block_size, key, value, group)
+                    num_slots = pool.num_blocks * self.block_size
+                    store = LayerStore(num_slots, self.block_size, key, value, group, self.token_format)
                     pool.page_blocks = math.lcm(pool.page_blocks, store.whole_page_blocks)
                     self.stores[index] = store
                     self._keep_to_budget()
         if not store.accepts(key, value):
             raise ValueError(
                 f"key_states of layer {index} have {key.shape[1]} KV heads of dim {key.shape[3]} in {key.dtype} on "
-                f"{key.device}; this PagedCache holds {store.keys.shape[0]} heads of dim {store.keys.shape[2]} in "
-                f"{store.keys.dtype} on {store.keys.device}. Was past_key_values made for another model? Make a new "
+                f"{key.device}; this PagedCache holds {store.keys.shape[0]} heads of dim {store.key_dim} in "
+                f"{store.dtype} on {store.keys.device}. Was past_key_values made for another model? Make a new "
                 "PagedCache(model.config)."
             )
         return store

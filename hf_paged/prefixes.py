@@ -69,7 +69,8 @@ class Prefixes:
         if self._epoch != self._identity.epoch:
             self._epoch = self._identity.epoch
             pool.forget_prefixes()
-        return PrefixRoot(root_key(digest, salt), digest, salt, self._identity)
+        kv_format = None if pool.token_format is None else pool.token_format.name
+        return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity)
 
     def forget(self) -> None:
         """No root that was given out before holds any more."""

@@ -38,7 +38,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 def _tolerance(model: PreTrainedModel, pool: KVPool) -> float:
     """That of the weights, or of the K and V that `pool` has seen of them, whichever is coarser: autocast rounds."""
-    stored = [layer.keys.dtype for layer in pool.stores if layer is not None]
+    stored = [layer.dtype for layer in pool.stores if layer is not None]
     return max(map(tolerance_of, [model.dtype, *stored]))
 
 

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
-from hf_paged.check import NotAskableError, check, mismatches
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
-from hf_paged.footprint import Footprint, footprint
+from hf_paged.footprint import footprint
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
@@ -32,6 +32,7 @@ from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.tiers import DiskTier
 from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
+from hf_paged.verify import Verification
 
 
 class PagedRuntime:
@@ -46,7 +47,7 @@ class PagedRuntime:
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
+            backend_for("triton", compat.compute_device(model), config.token_format)  # says why, where it does not run
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -58,7 +59,7 @@ class PagedRuntime:
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
-        self._verifying, self._verified = threading.RLock(), False
+        self._verification = Verification(config)
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
 
@@ -127,12 +128,13 @@ class PagedRuntime:
         """
         model = self._model()
         before = self._kept_under("load", None)
-        manifest = read_manifest(model, Path(folder))
+        pool = self._current_pool(model)
+        manifest = read_manifest(model, pool, Path(folder))
         root = self._kept_under("load", manifest["cache_salt"])
         if root.digest != before.digest:
             raise ValueError("load: the model has changed meanwhile; nothing was loaded")
         device = compat.compute_device(model)
-        return load_prefixes(self._current_pool(model), root.key, Path(folder), manifest["files"], device)
+        return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where none are kept."""
@@ -147,9 +149,10 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, compat.compute_device(model)).describe()
+            backend = backend_for(backend, compat.compute_device(model), self.config.token_format).describe()
+        stored = "" if self.config.token_format is None else f", {self.config.kv_cache_dtype} KV"
         return format_table(
-            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block)"
+            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
         )
 
     # -- for the glue --------------------------------------------------------------------------------------------
@@ -192,7 +195,8 @@ class PagedRuntime:
         except ValueError as error:
             return str(error)
         if self._looked_at is None or self._looked_at[0] is not layout:
-            sizes = self._footprint(self._model()).layer_bytes
+            model = self._model()
+            sizes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
             idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
             self._looked_at = layout, idle
         return self._looked_at[1]
@@ -234,13 +238,12 @@ class PagedRuntime:
             base = None if folder is None else Path(folder)
             pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
 
-    def _make_pool(self, model: PreTrainedModel, max_slots: int | None = None) -> KVPool:
-        layer_bytes = self._footprint(model).layer_bytes
-        return KVPool(self.config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
-
-    @staticmethod
-    def _footprint(model: PreTrainedModel) -> Footprint:
-        return footprint(model._hf_paged_original, model.config, model.dtype)
+    def _make_pool(
+        self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
+    ) -> KVPool:
+        config = config or self.config
+        size = footprint(model._hf_paged_original, model.config, model.dtype, config.token_format)
+        return KVPool(config, self.layout().windows, size.layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -248,7 +251,10 @@ class PagedRuntime:
         key = self._circumstances(model)
         found = self._capabilities.get(key)
         if found is None:
-            found = self._capabilities[key] = probe(model, call, self._make_pool(model, PROBE_SLOTS), self.config)
+            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
+            exact = replace(self.config, kv_cache_dtype="auto", verify=False)
+            found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
+            self._capabilities[key] = found
             if found.obstacle is not None and found.unfit is None:
                 self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         return found
@@ -279,22 +285,8 @@ class PagedRuntime:
         )
 
     def verify(self) -> None:
-        """Where `config.verify` asks for it, once: `ValueError` where the model does not answer as stock does."""
-        if not self.config.verify:
-            return
-        with self._verifying:  # other threads wait for what it says
-            if self._verified:
-                return
-            self._verified = True  # the check generates, too
-            try:
-                if found := mismatches(check(self._model())):
-                    raise ValueError(f"verify: the patched model does not answer as stock does: {found}")
-            except NotAskableError as error:
-                self._verified = False
-                raise ValueError(f"verify: this model cannot be checked, leave verify out: {error}") from error
-            except BaseException:
-                self._verified = False
-                raise
+        """What `config.verify` asks for, once: `ValueError` where the model does not answer as it should."""
+        self._verification.run(self._model())
 
     def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
@@ -316,7 +308,8 @@ class PagedRuntime:
         if both is not cache:
             both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
-            cache.sequences.pool = self._make_pool(model)
+            config = replace(self.config, kv_cache_dtype=cache.settings.kv_cache_dtype)
+            cache.sequences.pool = self._make_pool(model, config=config)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
@@ -366,7 +359,7 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
+        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
         if obstacle is None:
             try:
                 if request.tokens == 1:
@@ -387,7 +380,7 @@ class PagedRuntime:
             return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)

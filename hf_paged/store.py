@@ -10,13 +10,17 @@ Per layer, K and V are head-major: `[kv_heads, slots, dim]`, where slot `b * blo
 so the tokens of adjacent blocks are one strided view `[kv_heads, tokens, dim]` that SDPA reads without a copy. The
 tensors are as long as the budget allows; pages that were never written cost nothing (the system maps them on first
 touch), and those of free blocks can be given back: memory follows the blocks that are held, and nothing is copied.
+
+Where KV is stored quantized, `dim` numbers of a slot are a record of bytes (`hf_paged_kernels.formats`), K and V are
+encoded as they are written, and every reader gets what is stored: a token's K and V are the same to those that were
+computed beside it and to those that find it cached.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,7 +28,7 @@ from hf_paged.arena import Arena, whole_pages_of_slots
 from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
-from hf_paged_kernels import Writes, native
+from hf_paged_kernels import TokenFormat, Writes, native
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
@@ -36,26 +40,45 @@ POISON = os.environ.get("HF_PAGED_POISON") == "1"
 
 
 class LayerStore:
-    """K and V of one layer: `[kv_heads, slots, dim]` each, K and V of the dims they have.
+    """K and V of one layer: `[kv_heads, slots, dim]` each, K and V of the dims they have, or of their records' bytes.
+
+    Args:
+        key, value: K and V `[batch, kv_heads, tokens, dim]` as they will come.
+        token_format: of records; `None` stores numbers as they are.
 
     Attributes:
         group: number of the group of layers whose blocks these are.
+        keys, values: the memory.
+        dtype, value_dtype: of K and V as they come and are read.
+        key_dim, value_dim: of K and V as they come and are read.
     """
 
-    def __init__(self, num_slots: int, block_size: int, key: torch.Tensor, value: torch.Tensor, group: int = 0):
-        self.group = group
+    def __init__(
+        self,
+        num_slots: int,
+        block_size: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        group: int = 0,
+        token_format: TokenFormat | None = None,
+    ):
+        self.group, self.token_format = group, token_format
+        self.dtype, self.value_dtype = key.dtype, value.dtype
+        self.key_dim, self.value_dim = key.shape[3], value.shape[3]
+        self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
         self._block_size = block_size
+        if token_format is not None:
+            key, value = (token_format.encode(each[:1, :, :1]) for each in (key, value))
         num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
-        self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
-        self._native = native().store_for(self.keys, self.values)
+        self._native = native().store_for(self.keys, self.values, token_format)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:
         arena = Arena(num_slots, like)
         if POISON:
-            arena.tensor[:, block_size:] = torch.nan
+            _fill_nan(arena.tensor[:, block_size:])
         return arena
 
     @property
@@ -80,8 +103,8 @@ class LayerStore:
         return (
             key.shape[1::2] == self._key_shape
             and value.shape[1::2] == self._value_shape
-            and key.dtype == self.keys.dtype
-            and value.dtype == self.values.dtype
+            and key.dtype == self.dtype
+            and value.dtype == self.value_dtype
             and key.device == self.keys.device
         )
 
@@ -90,6 +113,10 @@ class LayerStore:
         native_store = self._native if plan.num_queries <= MAX_NATIVE_WRITE_TOKENS else None
         if native_store is not None and native_store.write(key, value, _native_writes(plan)):
             return
+        self.write_stored(plan, self._encode(key), self._encode(value))
+
+    def write_stored(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
+        """The same with K and V as they are stored, `[batch, kv_heads, tokens, dim or record bytes]`."""
         for memory, new in ((self.keys, key), (self.values, value)):
             heads, slots, dim = memory.shape
             if len(plan.writes) == 1 and new.shape[0] == 1:  # one row, or packed tokens, in adjacent slots
@@ -109,8 +136,28 @@ class LayerStore:
             for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
 
+    def _encode(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if self.token_format is None else self.token_format.encode(numbers)
+
+    def read(self, view: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `view` takes of the memory of K, and of V, as numbers; decoded where they are stored as records."""
+        return self.read_keys(view), self.read_values(view)
+
+    def read_keys(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """K, as `read` gives it."""
+        seen = view(self.keys)
+        return seen if self.token_format is None else self.token_format.decode(seen, self.dtype)
+
+    def read_values(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """V, as `read` gives it."""
+        seen = view(self.values)
+        return seen if self.token_format is None else self.token_format.decode(seen, self.value_dtype)
+
     def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token a row, `[rows, kv_heads, 1, dim]`; returns views of all, `[rows, kv_heads, tokens, dim]`."""
+        """Write one token a row, `[rows, kv_heads, 1, dim]`, where numbers are stored as they are.
+
+        Returns views of all tokens, `[rows, kv_heads, tokens, dim]`.
+        """
         _, slot, step, tokens = span
         last = slot + tokens - 1
         if self._native is None or not self._native.write_rows(key, value, last, step or 1):
@@ -126,13 +173,20 @@ class LayerStore:
         return keys, values
 
     def gather(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `slots [n]` as `[kv_heads, n, dim]` copies."""
+        """K and V of `slots [n]` as they are stored, `[kv_heads, n, dim or record bytes]` copies."""
         return self.keys.index_select(1, slots), self.values.index_select(1, slots)
 
     def poison(self, blocks: range) -> None:
         """Fill blocks with NaN."""
-        for memory in (each for each in (self.keys, self.values) if each.dtype.is_floating_point):
-            memory[:, blocks.start * self._block_size : blocks.stop * self._block_size] = torch.nan
+        for memory in (self.keys, self.values):
+            _fill_nan(memory[:, blocks.start * self._block_size : blocks.stop * self._block_size])
+
+
+def _fill_nan(memory: torch.Tensor) -> None:
+    if memory.dtype.is_floating_point:
+        memory.fill_(torch.nan)
+    elif memory.dtype == torch.uint8:  # records, whose scales are NaN then
+        memory.fill_(255)
 
 
 def _native_writes(plan: StepPlan) -> Writes:

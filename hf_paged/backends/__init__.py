@@ -7,6 +7,7 @@ import torch
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
 from hf_paged.backends.reference import ReferenceBackend
+from hf_paged_kernels import TokenFormat
 from hf_paged_kernels.launch import triton_obstacle
 
 __all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for"]
@@ -14,15 +15,21 @@ __all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for"]
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 
 
-def backend_for(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of that name; `"auto"` is the fastest one for `device`.
+def backend_for(name: str, device: torch.device, token_format: TokenFormat | None = None) -> AttentionBackend:
+    """The backend of that name; `"auto"` is the fastest one for `device` that reads KV in `token_format`.
 
     Raises `ValueError` for `"triton"` where it does not run, saying why.
     """
+    if token_format is not None and name == "triton":
+        raise ValueError(
+            f"kv_cache_dtype={token_format.name!r}: attention_backend='triton' reads no quantized KV in this version; "
+            "use 'auto', which takes plain torch operations on a GPU then"
+        )
     if name == "auto":
         if device.type == "cpu":
             return _BACKENDS["cpu"]
-        name = "triton" if triton_obstacle(device) is None else "reference"
+        reads = token_format is None and triton_obstacle(device) is None
+        name = "triton" if reads else "reference"
     if name != "triton":
         return _BACKENDS[name]
     obstacle = triton_obstacle(device)

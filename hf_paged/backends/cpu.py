@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.native import kernel_of, parts_for
+from hf_paged.backends.native import kernel_of, kernel_of_store, parts_for
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
-from hf_paged.core.plan import StepPlan
-from hf_paged.store import LayerStore, strided_view
+from hf_paged.core.plan import RowSpan, StepPlan
+from hf_paged.store import LayerStore, span_view, strided_view
 from hf_paged_kernels import attend_all, attend_partial, merge_partial, native
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
@@ -47,11 +47,13 @@ class CPUBackend(AttentionBackend):
         return f"{self.name} ({native().reason})"
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
-        kernel = kernel_of(store.keys, store.values)
+        kernel = kernel_of_store(store)
         group = query.shape[1] // store.keys.shape[0]
         parts = None if kernel is None else parts_for(plan, call.window, group)
         if parts is not None:
-            return kernel.attend(query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks)
+            return kernel.attend(
+                query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks, store.token_format
+            )
         schedule = schedule_for(plan, call.window)
         out, lse = _attend_own(query, store, schedule, call)
         if schedule.shared:
@@ -88,20 +90,16 @@ def _attend_batch(query: torch.Tensor, store: LayerStore, batch: Batch, call: At
 
 def _batch_views(store: LayerStore, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of a batch, `[rows, kv_heads, tokens, dim]`."""
-    rows, views = batch.stop - batch.start, []
-    for memory in (store.keys, store.values):
-        heads, slots, dim = memory.shape
-        strides = (batch.step * dim, slots * dim, dim, 1)
-        views.append(memory.as_strided((rows, heads, batch.tokens, dim), strides, batch.slot * dim))
-    return views[0], views[1]
+    span = RowSpan(batch.stop - batch.start, batch.slot, batch.step, batch.tokens)
+    return store.read(lambda memory: span_view(memory, span))
 
 
 def _attend_part(query: torch.Tensor, store: LayerStore, part: Part, call: AttentionCall) -> Result:
     """Queries over the same tokens."""
     if part.run is not None:
-        key, value = strided_view(store.keys, part.run), strided_view(store.values, part.run)
+        key, value = store.read(lambda memory: strided_view(memory, part.run))
     else:
-        key, value = store.gather(part.slots)
+        key, value = store.read(lambda memory: memory.index_select(1, part.slots))
     out, lse = attend_partial(
         query[part.start : part.stop].transpose(0, 1).unsqueeze(0),
         key.unsqueeze(0),

@@ -8,6 +8,7 @@ import torch
 
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import StepPlan
+from hf_paged.store import LayerStore
 from hf_paged_kernels import NativeKernel, Part, Parts, kernel_for
 
 # Chunks of more query tokens a row are a prefill, which is left to torch's own attention.
@@ -25,6 +26,13 @@ def kernel_of(key: torch.Tensor, value: torch.Tensor) -> NativeKernel | None:
     if key.dtype != value.dtype:
         return None
     return kernel_for(key.dtype, key.shape[-1], value.shape[-1])
+
+
+def kernel_of_store(store: LayerStore) -> NativeKernel | None:
+    """The same for what a layer's memory holds; records are decoded by the kernel."""
+    if store.dtype != store.value_dtype:
+        return None
+    return kernel_for(store.dtype, store.key_dim, store.value_dim)
 
 
 def parts_for(plan: StepPlan, window: int | None, group: int) -> Parts | None:

@@ -23,5 +23,13 @@ class ReferenceBackend(AttentionBackend):
                 for chain, _, length, kv_len in plan.segments
             ]
         return paged_attention_reference(
-            query, store.keys, store.values, plan.prepared[key], call.scale, call.softcap, call.window, call.sinks
+            query,
+            store.keys,
+            store.values,
+            plan.prepared[key],
+            call.scale,
+            call.softcap,
+            call.window,
+            call.sinks,
+            store.token_format,
         )

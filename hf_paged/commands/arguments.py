@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 
 from hf_paged.config import PagedConfig, parse_bytes
+from hf_paged_kernels import FORMATS
 
 Budget = dict[int | str, int]  # bytes by GPU index, "cpu" or "disk"
 
@@ -43,6 +44,16 @@ def add_block_size(parser: argparse.ArgumentParser) -> None:
     """`--block-size`."""
     parser.add_argument(
         "--block-size", type=block_size, default=16, metavar="N", help="tokens per block (default: %(default)s)"
+    )
+
+
+def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--kv-cache-dtype`."""
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="how KV is stored, as in patch_model (default: %(default)s)",
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from hf_paged.commands.arguments import Budget, add_block_size, count_of, memory_budget, merged
+from hf_paged.commands.arguments import Budget, add_block_size, add_kv_cache_dtype, count_of, memory_budget, merged
 from hf_paged.commands.columns import aligned
 from hf_paged.commands.subject import DTYPES, Subject, add_dtype, find_subject
 from hf_paged.config import PagedConfig
 from hf_paged.core.capacity import Capacity, GroupCost, stock_bytes
 from hf_paged.pool import most_slots
 from hf_paged.stats import format_bytes
+from hf_paged_kernels import FORMATS
 
 DEFAULT_LENGTH = 4096
 
@@ -39,19 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_block_size(parser)
     add_dtype(parser)
+    add_kv_cache_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     budget = merged("--max-memory", args.max_memory)
-    subject = find_subject(args.model, DTYPES.get(args.dtype))
+    subject = find_subject(args.model, DTYPES.get(args.dtype), FORMATS.get(args.kv_cache_dtype))
     print("\n".join(_lines(subject, budget, args)))
     return 0
 
 
 def _lines(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterator[str]:
     dtype = str(subject.dtype).removeprefix("torch.")
-    yield f"{subject.source}: {subject.kind.__name__}, {dtype}, {args.block_size} tokens a block"
+    stored = "" if args.kv_cache_dtype == "auto" else f", {args.kv_cache_dtype} KV"
+    yield f"{subject.source}: {subject.kind.__name__}, {dtype}, {args.block_size} tokens a block{stored}"
     yield ""
     yield from aligned(_costs(subject, args))
     yield ""
@@ -68,7 +71,7 @@ def _costs(subject: Subject, args: argparse.Namespace) -> Iterator[Sequence[str]
     about = "about " if subject.cost.estimated else ""
     for group in subject.groups:
         yield f"a token in {_name(group)}", about + format_bytes(group.token_bytes)
-    size, stock = capacity.sequence_bytes(args.length), stock_bytes(subject.groups, args.length)
+    size, stock = capacity.sequence_bytes(args.length), stock_bytes(subject.stock_groups, args.length)
     yield f"a sequence of {args.length:,} tokens", f"{about}{format_bytes(size)} (stock: {format_bytes(stock)})"
     if args.batch > 1:
         total = f"{about}{format_bytes(args.batch * size)} (stock: {format_bytes(args.batch * stock)})"
@@ -108,7 +111,7 @@ def _tiers(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
             format_bytes(size),
             "any length" if longest is None else f"{longest:,} tokens",
             f"{count:,}",
-            f"{size // stock_bytes(subject.groups, args.length):,}",
+            f"{size // stock_bytes(subject.stock_groups, args.length):,}",
             *(["yes" if count >= args.batch else "no"] if args.batch > 1 else []),
         )
     for tier in below:

@@ -15,6 +15,7 @@ from hf_paged import compat
 from hf_paged.commands.arguments import UsageError
 from hf_paged.core.capacity import GroupCost, group_costs
 from hf_paged.footprint import Footprint, footprint
+from hf_paged_kernels import TokenFormat
 
 ARGUMENT = "MODEL_OR_CONFIG"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +38,7 @@ class Subject:
         dtype_is_known: whether the user or the config has said so.
         cost: what one token takes in each layer.
         groups: the same by group of layers.
+        stock_groups: the same on stock's cache, which stores KV as it is.
         has_states: whether some layers keep a state, which is not in these figures.
     """
 
@@ -47,10 +49,11 @@ class Subject:
     dtype_is_known: bool
     cost: Footprint
     groups: list[GroupCost]
+    stock_groups: list[GroupCost]
     has_states: bool
 
 
-def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
+def find_subject(source: str, dtype: torch.dtype | None, token_format: TokenFormat | None = None) -> Subject:
     """The model that `source` names; `UsageError` where there is none that keeps K and V of past tokens in blocks."""
     config = find_config(source, ARGUMENT)
     kind = compat.generating_class(config)
@@ -71,11 +74,22 @@ def find_subject(source: str, dtype: torch.dtype | None) -> Subject:
     except ValueError as error:
         raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
     known = dtype or compat.config_dtype(config)
-    cost = footprint(kind, config, known or torch.float32)
+    stock = footprint(kind, config, known or torch.float32)
+    cost = footprint(kind, config, known or torch.float32, token_format)
     if not all(cost.layer_bytes):
         raise _stays_on_stock(source, "it has layers that keep no K and V of text in transformers' cache")
-    groups = group_costs(cost.layer_bytes, layout.windows)
-    return Subject(source, kind, config, known or torch.float32, known is not None, cost, groups, layout.has_states)
+    groups, stock_groups = (group_costs(each.layer_bytes, layout.windows) for each in (cost, stock))
+    return Subject(
+        source,
+        kind,
+        config,
+        known or torch.float32,
+        known is not None,
+        cost,
+        groups,
+        stock_groups,
+        layout.has_states,
+    )
 
 
 def _stays_on_stock(source: str, reason: str) -> UsageError:

@@ -50,10 +50,12 @@ def chain_key(parent: bytes, packed: bytes) -> bytes:
     return blake2b(parent + packed, digest_size=KEY_BYTES).digest()
 
 
-def root_key(identity: bytes, salt: str | None) -> bytes:
-    """Where chains begin: for one model in one state, and one salt or none."""
+def root_key(identity: bytes, salt: str | None, kv_format: str | None = None) -> bytes:
+    """Where chains begin: for one model in one state, one salt or none, and how K and V are stored."""
     typed = b"none" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")
-    return blake2b(len(identity).to_bytes(8, "little") + identity + typed, digest_size=KEY_BYTES).digest()
+    stored = (kv_format or "").encode()
+    header = b"".join(len(part).to_bytes(8, "little") + part for part in (identity, stored))
+    return blake2b(header + typed, digest_size=KEY_BYTES).digest()
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,8 @@ struct Cursor {
     int64_t skip, left;
 };
 
-static void next_block(const Attention &call, Cursor &at, int64_t most, Block &block) {
+// A token takes `key_size` and `value_size` elements.
+static void next_block(Cursor &at, int64_t most, int64_t key_size, int64_t value_size, Block &block) {
     block.tokens = at.left < most ? at.left : most;
     at.left -= block.tokens;
     for (int64_t i = 0; i < block.tokens;) {
@@ -24,8 +25,8 @@ static void next_block(const Attention &call, Cursor &at, int64_t most, Block &b
         int64_t count = at.run->tokens - at.skip;
         if (count > block.tokens - i) count = block.tokens - i;
         for (int64_t end = i + count; i < end; ++i, ++slot) {
-            block.keys[i] = slot * call.key_dim;
-            block.values[i] = slot * call.value_dim;
+            block.keys[i] = slot * key_size;
+            block.values[i] = slot * value_size;
         }
         at.skip += count;
         if (at.skip == at.run->tokens) ++at.run, at.skip = 0;
@@ -169,6 +170,20 @@ static HFP_INLINE void in_tiles(int64_t count, const Step &step) {
     }
 }
 
+// Scores or weights times what the codes of the tokens they belong to are in units of; nothing where there are no codes.
+template <class Type>
+static void rescale(const typename Type::Storage *tokens, const int64_t *at, int64_t count, int64_t dim, int64_t rows,
+                    float *weights) {
+    if (!Type::is_scaled) return;
+    float scales[kMaxBlock] = {};
+    for (int64_t t = 0; t < count; ++t) scales[t] = Type::scale((const char *)(tokens + at[t]) + dim);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t t = 0; t < count; t += HFP_LANES) {
+            float *here = weights + row * kMaxBlock + t;
+            store(here, load(here) * load(scales + t));
+        }
+}
+
 template <class Type>
 struct Scoring {
     const Attention &call;
@@ -201,6 +216,15 @@ struct Weighing {
     }
 };
 
+template <class Type>
+static void read_query(const Attention &call, int64_t at, float *into) {
+    const typename Type::Storage *query = (const typename Type::Storage *)call.query + at;
+    for (int64_t d = 0; d < call.key_dim; d += HFP_LANES) store(into + d, Type::read(query + d));
+}
+
+static void (*const kReadQuery[kDtypes])(const Attention &, int64_t at, float *into) = {
+    read_query<Float32>, read_query<BFloat16>, read_query<Float16>};
+
 // Rows come query by query, the heads of the group inside. `partial` holds sums `[rows, value_dim]`, then the largest
 // scores `[rows]`, then the sums of weights `[rows]`.
 template <class Type>
@@ -208,33 +232,34 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
                          const Scratch &scratch) {
     typedef typename Type::Storage Storage;
     const int64_t rows = (strip.query_stop - strip.query) * call.group;
+    const int64_t key_size = Type::size(call.key_dim), value_size = Type::size(call.value_dim);
     const Storage *keys = (const Storage *)call.keys + head * call.key_head_stride;
     const Storage *values = (const Storage *)call.values + head * call.value_head_stride;
     float *most = partial + rows * call.value_dim, *total = most + rows;
     memset(partial, 0, sizeof(float) * rows * call.value_dim);
     for (int64_t row = 0; row < rows; ++row) {
-        const Storage *query = (const Storage *)call.query + (strip.query + row / call.group) * call.query_stride +
-                               (head * call.group + row % call.group) * call.query_head_stride;
-        for (int64_t d = 0; d < call.key_dim; d += HFP_LANES)
-            store(scratch.query + row * call.key_dim + d, Type::read(query + d));
+        const int64_t at = (strip.query + row / call.group) * call.query_stride +
+                           (head * call.group + row % call.group) * call.query_head_stride;
+        kReadQuery[call.dtype](call, at, scratch.query + row * call.key_dim);
         most[row] = -INFINITY, total[row] = 0;
     }
-    const int64_t key_bytes = call.key_dim * sizeof(Storage), value_bytes = call.value_dim * sizeof(Storage);
+    const int64_t key_bytes = key_size * sizeof(Storage), value_bytes = value_size * sizeof(Storage);
     int64_t most_tokens = 16384 / key_bytes;
     most_tokens = most_tokens > kMaxBlock ? kMaxBlock : most_tokens;
 
     Block blocks[2];
     Cursor at = {call.runs + strip.run, strip.skip, strip.tokens};
-    next_block(call, at, most_tokens, blocks[0]);
+    next_block(at, most_tokens, key_size, value_size, blocks[0]);
     int64_t begin = strip.begin;
     for (int64_t i = 0; blocks[i & 1].tokens; ++i) {
         const Block &block = blocks[i & 1];
         Block &next = blocks[(i + 1) & 1];
-        next_block(call, at, most_tokens, next);
+        next_block(at, most_tokens, key_size, value_size, next);
         const int64_t size = sizeof(Storage);
         const Ahead these_values = {(const char *)values, block.values, block.tokens, size, value_bytes};
         const Ahead next_keys = {(const char *)keys, next.keys, next.tokens, size, key_bytes};
         in_tiles(rows, Scoring<Type>{call, scratch.query, keys, block, scratch.weights, these_values});
+        rescale<Type>(keys, block.keys, block.tokens, call.key_dim, rows, scratch.weights);
         for (int64_t row = 0; row < rows; ++row) {
             // Query `i` sees tokens up to `first + i`, `window` of them.
             int64_t last = strip.first + row / call.group - begin;
@@ -244,6 +269,7 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
             scratch.scales[row] = soften(call, scratch.weights + row * kMaxBlock, block.tokens, visible, visible_stop,
                                          most + row, total + row);
         }
+        rescale<Type>(values, block.values, block.tokens, call.value_dim, rows, scratch.weights);
         in_tiles(rows, Weighing<Type>{call, scratch.weights, scratch.scales, values, block, partial, next_keys});
         begin += block.tokens;
     }
@@ -272,8 +298,7 @@ static void merge_partials(const Attention &call, int64_t query, int64_t head, c
     }
 }
 
-static const Kernel kKernels[kDtypes] = {
-    {attend_strip<Float32>, merge_partials<Float32>},
-    {attend_strip<BFloat16>, merge_partials<BFloat16>},
-    {attend_strip<Float16>, merge_partials<Float16>},
+static const Kernel kKernel = {
+    {attend_strip<Float32>, attend_strip<BFloat16>, attend_strip<Float16>, attend_strip<Int8>, attend_strip<Float8>},
+    {merge_partials<Float32>, merge_partials<BFloat16>, merge_partials<Float16>},
 };

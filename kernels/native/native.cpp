@@ -3,7 +3,7 @@
 //
 //   attend   cuts the parts of a call into strips, one piece of work per strip and KV head, and merges their partial
 //            results by log-sum-exp as soon as the last one of a query is done
-//   store    copies new tokens to their slots
+//   store    copies new tokens to their slots, or encodes them there
 //   sample   compares elements of tensors with those it has kept
 //
 // Work is spread over the OpenMP threads that torch has loaded: Python hands over their entry point, so that nothing is
@@ -15,8 +15,9 @@
 #include <cstdlib>
 
 #include "sample.h"
-#include "store.h"
 #include "variants.h"
+// Encodes with the vectors of the portable variant.
+#include "store.h"
 
 namespace hfp {
 
@@ -42,6 +43,7 @@ static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 =
 
 static Error check(const Attention &call) {
     if (call.variant < 0 || call.variant >= kNumVariants || call.dtype < 0 || call.dtype >= kDtypes) return kNoVariant;
+    if (call.storage != call.dtype && (call.storage < kDtypes || call.storage >= kStorages)) return kNoVariant;
     const Variant &variant = kVariants[call.variant];
     if (!variant.is_supported() || call.key_dim % variant.lanes || call.value_dim % variant.lanes) return kNoVariant;
     if (!is_dim(call.key_dim) || !is_dim(call.value_dim) || call.kv_heads < 1 || call.group < 1 ||
@@ -142,7 +144,7 @@ static void merge(Layout &layout, int64_t query, int64_t head, PartialRows *rows
         const float *most = partial + all * call.value_dim;
         rows[count++] = {partial + row * call.value_dim, most + row, most + all + row};
     }
-    layout.kernel->merge(call, query, head, rows, count);
+    layout.kernel->merge[call.dtype](call, query, head, rows, count);
 }
 
 // What every thread does: strips of one KV head each until none is left.
@@ -158,7 +160,7 @@ static void work(void *data) {
         if (task >= layout.num_strips * call.kv_heads) return;
         const Strip &strip = layout.strips[task / call.kv_heads];
         const int64_t head = task % call.kv_heads;
-        layout.kernel->attend(call, strip, head, layout.partials + strip.partial + head * head_floats(layout, strip),
+        layout.kernel->attend[call.storage](call, strip, head, layout.partials + strip.partial + head * head_floats(layout, strip),
                               scratch);
         for (int64_t query = strip.query; query < strip.query_stop; ++query) {
             int32_t *unfinished = layout.unfinished + query * call.kv_heads + head;
@@ -183,7 +185,7 @@ static void index_queries(Layout &layout) {
         const int64_t strips = layout.first_of[q + 1] - layout.first_of[q];
         for (int64_t head = 0; head < call.kv_heads; ++head) {
             layout.unfinished[q * call.kv_heads + head] = (int32_t)strips;
-            if (!strips) layout.kernel->merge(call, q, head, nullptr, 0);
+            if (!strips) layout.kernel->merge[call.dtype](call, q, head, nullptr, 0);
         }
     }
 }
@@ -218,7 +220,7 @@ static Error attend(Attention call) {
     if (call.threads > 1 && (!run_parallel || total_work(call) < kSerialWork)) call.threads = 1;
     Layout layout = {};
     layout.call = &call;
-    layout.kernel = &kVariants[call.variant].kernels[call.dtype];
+    layout.kernel = kVariants[call.variant].kernel;
     layout.scratch_rows = queries_per_strip(call) * call.group;
     const int64_t most_tokens = strip_tokens(call);
     layout.num_strips = cut(call, most_tokens, nullptr, &layout.partial_floats);

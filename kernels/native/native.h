@@ -12,6 +12,13 @@ static RunParallel run_parallel = nullptr;
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
 
+// How K and V are stored: as a dtype, or as records of codes of one byte and a scale, a float behind them.
+enum Storage : int64_t { kInt8 = kDtypes, kFloat8 = kDtypes + 1, kStorages = kDtypes + 2 };
+constexpr int64_t kScaleBytes = 4;
+constexpr float kLargestInt8 = 127, kLargestFloat8 = 448;
+// Smaller scales are taken for 0: dividing by them would not be exact.
+constexpr float kLeastScale = 1.17549435e-38f;
+
 enum Error : int64_t { kOk = 0, kBadSize = 1, kBadRun = 2, kBadPart = 3, kNoVariant = 4, kNoMemory = 5, kBadWrite = 6 };
 
 // Queries `[query, query_stop)` read the tokens of runs `[run, run_stop)`, numbered from 0 in that order. Query number
@@ -25,10 +32,10 @@ struct Run {
     int64_t slot, tokens;
 };
 
-// One layer's attention. Strides are in elements; K and V are `[kv_heads, slots, dim]` with adjacent slots, `out` is
-// `[queries, kv_heads * group, value_dim]`. Without `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
+// One layer's attention. Strides are in elements (of records: bytes); K and V are `[kv_heads, slots, dim]` or records
+// `[kv_heads, slots, dim + 4]` with adjacent slots, `out` is `[queries, kv_heads * group, value_dim]`. Without `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
 struct AttentionCall {
-    int64_t variant, dtype;
+    int64_t variant, dtype, storage;  // `dtype` of queries and results
     const Part *parts;
     const Run *runs;
     int64_t num_parts, num_runs;
@@ -56,14 +63,16 @@ struct Copy {
     int64_t source, target, tokens;
 };
 
-// K or V of one layer: memory `[heads, slots, dim]`, new tokens `[rows, heads, row_tokens, dim]`. Strides in bytes.
+// K or V of one layer: memory `[heads, slots, dim]`, new tokens `[rows, heads, row_tokens, dim]`. Strides in bytes; a
+// slot takes `token_bytes`.
 struct StoreSide {
     char *memory;
-    int64_t token_bytes, head_stride, fresh_row_stride, fresh_head_stride, fresh_token_stride;
+    int64_t dim, token_bytes, head_stride, fresh_row_stride, fresh_head_stride, fresh_token_stride;
 };
 
 struct StoreCall {
     StoreSide sides[2];
+    int64_t dtype, storage;  // of new tokens and of memory; where these are equal, bytes are copied
     int64_t heads, num_slots, row_tokens, num_tokens;
 };
 
@@ -99,15 +108,15 @@ struct Scratch {
 };
 
 struct Kernel {
-    void (*attend)(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
-    void (*merge)(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
+    void (*attend[kStorages])(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
+    void (*merge[kDtypes])(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
 };
 
 struct Variant {
     const char *name;
     int64_t lanes;
     bool (*is_supported)();
-    const Kernel *kernels;  // [kDtypes]
+    const Kernel *kernel;
 };
 
 }  // namespace hfp

@@ -6,6 +6,7 @@ typedef float Floats __attribute__((vector_size(HFP_LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(HFP_LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(HFP_LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(HFP_LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(HFP_LANES)));
 
 static HFP_INLINE Floats splat(float x) { return x - Floats{}; }
 static HFP_INLINE Floats load(const float *p) {
@@ -32,13 +33,20 @@ static HFP_INLINE void store_halves(uint16_t *p, Words x) {
     memcpy(p, &narrow, sizeof narrow);
 }
 
-struct Float32 {
+// What the tokens of a storage type are: elements of `dim` numbers, and whether a scale lies behind these.
+struct Plain {
+    static constexpr bool is_scaled = false;
+    static constexpr int64_t size(int64_t dim) { return dim; }
+    static HFP_INLINE float scale(const char *) { return 1; }
+};
+
+struct Float32 : Plain {
     typedef float Storage;
     static HFP_INLINE Floats read(const float *p) { return load(p); }
     static HFP_INLINE void write(float *p, Floats x) { store(p, x); }
 };
 
-struct BFloat16 {
+struct BFloat16 : Plain {
     typedef uint16_t Storage;
     static HFP_INLINE Floats read(const uint16_t *p) { return (Floats)(load_halves(p) << 16); }
     static HFP_INLINE void write(uint16_t *p, Floats x) {
@@ -48,7 +56,7 @@ struct BFloat16 {
     }
 };
 
-struct Float16 {
+struct Float16 : Plain {
     typedef uint16_t Storage;
 #if defined(HFP_F16C) && HFP_LANES == 8
     static HFP_INLINE Floats read(const uint16_t *p) {
@@ -83,6 +91,54 @@ struct Float16 {
         store_halves(p, sign | (bits >= 0x477ff000 ? special : half));
     }
 #endif
+};
+
+// Records: codes, whose numbers `read` gives, and what these are in units of.
+struct Record {
+    typedef int8_t Storage;
+    static constexpr bool is_scaled = true;
+    static constexpr int64_t size(int64_t dim) { return dim + kScaleBytes; }
+    static HFP_INLINE float scale(const char *p) {
+        float x;
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+};
+
+struct Int8 : Record {
+    static HFP_INLINE Floats read(const int8_t *p) {
+#if defined(HFP_F16C) && HFP_LANES == 8
+        return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#elif defined(HFP_F16C) && HFP_LANES == 16
+        return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+        Bytes x;
+        memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, Floats);
+#endif
+    }
+};
+
+// e4m3. Its bits, moved to where a half has its own, are a half that is 256 times too small, subnormal numbers included:
+// the scale makes up for that.
+struct Float8 : Record {
+    static HFP_INLINE float scale(const char *p) { return Record::scale(p) * 256; }
+    static HFP_INLINE Floats read(const int8_t *p) {
+#if defined(HFP_F16C) && HFP_LANES == 8
+        const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p)), 7);
+        return (Floats)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
+#elif defined(HFP_F16C) && HFP_LANES == 16
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), 7);
+        return (Floats)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
+#else
+        Bytes x;
+        memcpy(&x, p, sizeof x);
+        const Words code = (Words)__builtin_convertvector(x, Ints);
+        // As floats the bits are 2^120 times too small. Multiplying makes subnormal numbers right on the way.
+        const Words magnitude = (code & 0x7f) << 20;
+        return (Floats)((Words)((Floats)magnitude * splat(0x1p112f)) | (code & 0x80) << 24);
+#endif
+    }
 };
 
 // 2 to the power of x, relative error about 1e-7; 0 below -126, which is where weights no longer matter.

@@ -1,7 +1,7 @@
-// The store of new tokens: rows of bytes to their slots, K and V of a layer in one call.
+// The store of new tokens: rows of bytes to their slots, or numbers to records, K and V of a layer in one call.
 #pragma once
 
-#include "native.h"
+#include "encode.h"
 
 namespace hfp {
 
@@ -9,6 +9,13 @@ static Error check(const Store &call) {
     if (call.heads < 1 || call.num_slots < 1 || call.row_tokens < 1 || call.num_tokens < 1 || call.num_writes < 0 ||
         call.num_copies < 0)
         return kBadSize;
+    const bool encodes = call.storage != call.dtype;
+    if (encodes && (call.dtype < 0 || call.dtype >= kDtypes || call.storage < kDtypes || call.storage >= kStorages))
+        return kNoVariant;
+    for (const StoreSide &side : call.sides)
+        if (encodes && (side.dim < kEncodedLanes || side.dim % kEncodedLanes || side.dim > kMaxDim ||
+                        side.token_bytes != side.dim + kScaleBytes))
+            return kBadSize;
     for (int64_t i = 0; i < call.num_writes; ++i) {
         const Write &write = call.writes[i];
         if (write.source < 0 || write.tokens < 1 || write.tokens > call.num_tokens - write.source || write.slot < 0 ||
@@ -29,14 +36,16 @@ static void store_head(const Store &call, int number, int64_t head) {
     const StoreSide &side = call.sides[number];
     char *memory = side.memory + head * side.head_stride;
     const char *fresh = call.fresh[number] + head * side.fresh_head_stride;
+    const Encode encode = call.storage == call.dtype ? nullptr : kEncodes[call.storage - kDtypes][call.dtype];
     for (int64_t i = 0; i < call.num_writes; ++i) {
         const Write &write = call.writes[i];
         for (int64_t token = 0; token < write.tokens; ++token) {
             const int64_t source = write.source + token;
-            memcpy(memory + (write.slot + token * write.step) * side.token_bytes,
-                   fresh + source / call.row_tokens * side.fresh_row_stride +
-                       source % call.row_tokens * side.fresh_token_stride,
-                   side.token_bytes);
+            char *slot = memory + (write.slot + token * write.step) * side.token_bytes;
+            const char *numbers = fresh + source / call.row_tokens * side.fresh_row_stride +
+                                  source % call.row_tokens * side.fresh_token_stride;
+            if (encode) encode(numbers, side.dim, slot);
+            else memcpy(slot, numbers, side.token_bytes);
         }
     }
     for (int64_t i = 0; i < call.num_copies; ++i) {

@@ -89,11 +89,11 @@ static bool has_avx512() {
 }
 
 static const Variant kVariants[] = {
-    {"portable", 4, always, portable::kKernels},
-    {"avx2", 8, has_avx2, avx2::kKernels},
-    {"avx512", 16, has_avx512, avx512::kKernels},
+    {"portable", 4, always, &portable::kKernel},
+    {"avx2", 8, has_avx2, &avx2::kKernel},
+    {"avx512", 16, has_avx512, &avx512::kKernel},
 #if defined(HFP_TEST_WIDE)
-    {"wide", 16, has_avx2, wide::kKernels},
+    {"wide", 16, has_avx2, &wide::kKernel},
 #endif
 };
 
@@ -101,9 +101,9 @@ static const Variant kVariants[] = {
 
 static const Variant kVariants[] = {
 #if defined(__aarch64__)
-    {"neon", 4, always, portable::kKernels},
+    {"neon", 4, always, &portable::kKernel},
 #else
-    {"portable", 4, always, portable::kKernels},
+    {"portable", 4, always, &portable::kKernel},
 #endif
 };
 

@@ -141,7 +141,7 @@ def inputs():
 def test_verify_asks_once_and_leaves_nothing_behind(monkeypatch):
     asked = []
     honest = check_module.check
-    monkeypatch.setattr("hf_paged.runtime.check", lambda model: asked.append(model) or honest(model))
+    monkeypatch.setattr("hf_paged.verify.check", lambda model: asked.append(model) or honest(model))
     stock = FAMILIES["llama"].build()
     model = patch_model(FAMILIES["llama"].build(), verify=True)
     torch.manual_seed(4)
@@ -188,7 +188,7 @@ def test_verify_keeps_other_threads_waiting(monkeypatch):
         order.append("checked")
         return honest(model)
 
-    monkeypatch.setattr("hf_paged.runtime.check", slow)
+    monkeypatch.setattr("hf_paged.verify.check", slow)
     model = patch_model(FAMILIES["llama"].build(), verify=True)
 
     def answer():

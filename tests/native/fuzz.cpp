@@ -60,6 +60,36 @@ static double get(const std::vector<char> &bytes, int64_t dtype, int64_t at) {
     return (double)x;
 }
 
+// A code of the format as the number that it stands for.
+static double number(int64_t storage, char code) {
+    if (storage == kInt8) return (double)(int8_t)code;
+    const int exponent = (code >> 3) & 15, mantissa = code & 7;
+    const double magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    return code & 0x80 ? -magnitude : magnitude;
+}
+static double decoded(const char *record, int64_t storage, int64_t dim, int64_t at) {
+    float scale;
+    memcpy(&scale, record + dim, sizeof scale);
+    return number(storage, record[at]) * (double)scale;
+}
+static bool is_used(int64_t storage, int64_t code) { return storage == kInt8 ? code != 128 : (code & 0x7f) != 0x7f; }
+static char a_code(int64_t storage) {
+    const int64_t code = upto(256);
+    return is_used(storage, code) ? (char)code : 0;
+}
+// Whether no other code's number is nearer; of two equally near ones the even one is right.
+static bool is_nearest(int64_t storage, char given, double x) {
+    static std::vector<double> numbers[kStorages];
+    if (numbers[storage].empty())
+        for (int code = 0; code < 256; ++code) numbers[storage].push_back(number(storage, (char)code));
+    const double least = std::fabs(numbers[storage][(uint8_t)given] - x);
+    for (int code = 0; code < 256; ++code) {
+        const double off = std::fabs(numbers[storage][code] - x);
+        if (is_used(storage, code) && (off < least || (off == least && (given & 1) && !(code & 1)))) return false;
+    }
+    return is_used(storage, (uint8_t)given);
+}
+
 struct Case {
     Attention call = {};
     std::vector<char> query, keys, values, out;
@@ -68,31 +98,49 @@ struct Case {
     std::vector<Run> runs;
 
     Case() {
-        call.dtype = upto(kDtypes);
+        call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({call.dtype, call.dtype, kInt8, kFloat8});
         call.kv_heads = 1 + upto(3), call.group = one_of<int64_t>({1, 2, 3, 4, 5, 8, 16});
         call.key_dim = 8 * (1 + upto(32)), call.value_dim = one_of<int64_t>({call.key_dim, 8 * (1 + upto(32))});
         call.num_queries = one_of<int64_t>({1, 2, 3, 16, 40}), call.num_slots = 1 + upto(700);
         call.threads = 1 + upto(4), call.scale = 0.1, call.softcap = one_of<double>({0, 4});
         for (int64_t left = upto(5); left; --left) add();
         fill(query, call.num_queries * call.kv_heads * call.group * call.key_dim);
-        fill(keys, call.kv_heads * call.num_slots * call.key_dim);
-        fill(values, call.kv_heads * call.num_slots * call.value_dim);
+        fill_memory(keys, call.key_dim);
+        fill_memory(values, call.value_dim);
         out.resize(call.num_queries * call.kv_heads * call.group * call.value_dim * size());
         for (int64_t i = 0; i < call.kv_heads * call.group; ++i) sinks.push_back(normal());
         call.query = query.data(), call.keys = keys.data(), call.values = values.data(), call.out = out.data();
         call.sinks = upto(2) ? sinks.data() : nullptr;
         call.query_stride = call.kv_heads * call.group * call.key_dim, call.query_head_stride = call.key_dim;
-        call.key_head_stride = call.num_slots * call.key_dim, call.value_head_stride = call.num_slots * call.value_dim;
+        call.key_head_stride = call.num_slots * token(call.key_dim);
+        call.value_head_stride = call.num_slots * token(call.value_dim);
         parts.reserve(parts.size() + 1), runs.reserve(runs.size() + 1);  // no null pointers
         call.parts = parts.data(), call.runs = runs.data();
         call.num_parts = (int64_t)parts.size(), call.num_runs = (int64_t)runs.size();
     }
 
+    bool has_records() const { return call.storage != call.dtype; }
+    int64_t token(int64_t dim) const { return has_records() ? dim + kScaleBytes : dim; }
     int64_t size() const { return call.dtype == kFloat32 ? 4 : 2; }
 
     void fill(std::vector<char> &bytes, int64_t count) {
         bytes.resize(count * size());
         for (int64_t i = 0; i < count; ++i) put(bytes, call.dtype, i, (float)(upto(65) - 32) / 16);
+    }
+
+    void fill_memory(std::vector<char> &bytes, int64_t dim) {
+        if (!has_records()) return fill(bytes, call.kv_heads * call.num_slots * dim);
+        bytes.resize(call.kv_heads * call.num_slots * token(dim));
+        for (size_t at = 0; at < bytes.size(); at += token(dim)) {
+            for (int64_t i = 0; i < dim; ++i) bytes[at + i] = a_code(call.storage);
+            const float scale = (float)(1 + upto(8)) / (call.storage == kInt8 ? 256 : 1024);
+            memcpy(&bytes[at + dim], &scale, sizeof scale);
+        }
+    }
+
+    double stored(const std::vector<char> &bytes, int64_t head, int64_t slot, int64_t dim, int64_t at) const {
+        const int64_t begin = (head * call.num_slots + slot) * token(dim);
+        return has_records() ? decoded(&bytes[begin], call.storage, dim, at) : get(bytes, call.dtype, begin + at);
     }
 
     void add() {
@@ -126,12 +174,11 @@ struct Case {
             double score = 0;
             for (int64_t i = 0; i < call.key_dim; ++i)
                 score += get(query, call.dtype, query_index * call.query_stride + head * call.key_dim + i) *
-                         get(keys, call.dtype, kv_head * call.key_head_stride + slot * call.key_dim + i);
+                         stored(keys, kv_head, slot, call.key_dim, i);
             score *= call.scale;
             if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
             total += std::exp(score);
-            sum += std::exp(score) *
-                   get(values, call.dtype, kv_head * call.value_head_stride + slot * call.value_dim + d);
+            sum += std::exp(score) * stored(values, kv_head, slot, call.value_dim, d);
         }
         return total > 0 ? sum / total : 0;
     }
@@ -161,7 +208,7 @@ static bool is_right(const Case &made) {
 static bool refuses_damage(Case &made) {
     const int64_t nonsense = one_of<int64_t>({-1, 0, INT64_MIN, INT64_MAX, INT64_MAX / 2, 7, 1000003});
     Attention call = made.call;
-    int64_t *const fields[] = {&call.dtype,     &call.variant, &call.num_queries, &call.kv_heads,
+    int64_t *const fields[] = {&call.dtype,     &call.variant, &call.num_queries, &call.kv_heads, &call.storage,
                                &call.key_dim,   &call.value_dim, &call.threads,   &call.group};
     if (!made.runs.empty() && upto(2)) {
         Run &damaged = made.runs[upto((int64_t)made.runs.size())];
@@ -174,9 +221,10 @@ static bool refuses_damage(Case &made) {
         damaged = before;
         return is_good || error;
     }
-    int64_t *field = fields[upto(8)];
+    int64_t *field = fields[upto(9)];
     if (nonsense > 0 && nonsense < 2000000) return true;  // may be good by chance, and is not checkable then
-    if (nonsense == 0 && (field == &call.dtype || field == &call.variant)) return true;
+    if (nonsense == 0 && (field == &call.dtype || field == &call.variant || field == &call.storage))
+        return true;
     *field = nonsense;
     return run(call) != kOk;
 }
@@ -189,7 +237,7 @@ static bool store_is_right() {
         const int64_t bytes = 1 + upto(40);
         memory[side].resize(heads * slots * bytes), fresh[side].resize(rows * heads * tokens * bytes);
         for (char &byte : fresh[side]) byte = (char)upto(256);
-        call.sides[side] = {memory[side].data(), bytes, slots * bytes, heads * tokens * bytes, tokens * bytes, bytes};
+        call.sides[side] = {memory[side].data(), 0, bytes, slots * bytes, heads * tokens * bytes, tokens * bytes, bytes};
     }
     call.heads = heads, call.num_slots = slots, call.row_tokens = tokens, call.num_tokens = rows * tokens;
     const int64_t limit = slots + 10;
@@ -205,6 +253,43 @@ static bool store_is_right() {
     const int64_t head = upto(heads), source = write.source, bytes = call.sides[1].token_bytes;
     return !memcmp(&memory[1][(head * slots + write.slot) * bytes],
                    &fresh[1][((source / tokens * heads + head) * tokens + source % tokens) * bytes], bytes);
+}
+
+// One token a row is encoded into memory that ends with its record; damaged calls are refused.
+static bool encodes_right() {
+    StoreCall call = {};
+    call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({kInt8, kFloat8});
+    call.heads = 1 + upto(3), call.num_slots = 1 + upto(5), call.row_tokens = 1, call.num_tokens = 1;
+    const int64_t size = call.dtype == kFloat32 ? 4 : 2;
+    std::vector<char> memory[2], fresh[2];
+    for (int side = 0; side < 2; ++side) {
+        const int64_t dim = kEncodedLanes * (1 + upto(64)), bytes = dim + kScaleBytes;
+        memory[side].resize(call.heads * call.num_slots * bytes), fresh[side].resize(call.heads * dim * size);
+        for (int64_t i = 0; i < call.heads * dim; ++i) put(fresh[side], call.dtype, i, (float)(upto(65) - 32) / 16);
+        const int64_t row = call.heads * dim * size;
+        call.sides[side] = {memory[side].data(), dim, bytes, call.num_slots * bytes, row, dim * size, dim * size};
+    }
+    const int64_t slot = upto(call.num_slots);
+    if (hf_paged_store(&call, fresh[0].data(), fresh[1].data(), nullptr, nullptr, 0, 0, slot, 1)) return false;
+    for (int side = 0; side < 2; ++side)
+        for (int64_t head = 0; head < call.heads; ++head) {
+            const int64_t dim = call.sides[side].dim;
+            const char *record = &memory[side][(head * call.num_slots + slot) * (dim + kScaleBytes)];
+            float most = 0, scale;
+            for (int64_t i = 0; i < dim; ++i)
+                most = std::fmax(most, std::fabs((float)get(fresh[side], call.dtype, head * dim + i)));
+            memcpy(&scale, record + dim, sizeof scale);
+            if (scale != most / (call.storage == kInt8 ? 127.0f : 448.0f)) return false;
+            for (int64_t i = 0; i < dim; ++i) {
+                const float x = (float)get(fresh[side], call.dtype, head * dim + i) / (scale == 0 ? 1 : scale);
+                if (!is_nearest(call.storage, record[i], x)) return false;
+            }
+        }
+    StoreCall damaged = call;
+    StoreSide &side = damaged.sides[upto(2)];
+    int64_t *const fields[] = {&damaged.dtype, &damaged.storage, &side.dim, &side.token_bytes};
+    *fields[upto(4)] = one_of<int64_t>({-1, INT64_MIN, INT64_MAX, kStorages, 3000});
+    return hf_paged_store(&damaged, fresh[0].data(), fresh[1].data(), nullptr, nullptr, 0, 0, slot, 1) != kOk;
 }
 
 static int64_t sample(const SampleCall &call, int64_t threads, bool is_recording, int64_t *differs) {
@@ -274,6 +359,10 @@ int main(int count, char **arguments) {
             }
             if (!store_is_right()) {
                 std::printf("variant %ld, round %d: store\n", (long)variant, round);
+                return 1;
+            }
+            if (!encodes_right()) {
+                std::printf("variant %ld, round %d: encoding\n", (long)variant, round);
                 return 1;
             }
             if (!sample_is_right()) {

@@ -1,17 +1,20 @@
-"""Attention over paged KV: plain-torch operations, and a native kernel for the CPU where it was built."""
+"""Attention over paged KV: formats it is stored in, plain-torch operations, a native CPU kernel where it was built."""
 
+from .formats import FORMATS, TokenFormat
 from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
 from .sample import NativeSample, takes
 
 __all__ = [
+    "FORMATS",
     "NativeError",
     "NativeKernel",
     "NativeSample",
     "NativeStore",
     "Part",
     "Parts",
+    "TokenFormat",
     "Writes",
     "attend_all",
     "attend_partial",

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch  # first, so that its OpenMP runtime is loaded
 
+from .formats import TokenFormat
+
 _LIBRARY = Path(__file__).with_name("_native.so")
 _SWITCH = "HF_PAGED_NATIVE"
 
@@ -28,8 +30,10 @@ _MEASURED = ("avx2",)
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As `AttentionCall` and `StoreCall` in native.h.
-_ATTENTION = Struct("=2q2Q14q2d")
-_STORE = Struct("=Q5qQ5q4q")
+_ATTENTION = Struct("=3q2Q14q2d")
+_STORE = Struct("=Q6qQ6q6q")
+# New tokens are encoded so many numbers at a time.
+_ENCODED_LANES = 4
 # Laid out calls that a kernel keeps: those of a few steps of a few models.
 _MAX_CALLS = 64
 _ERRORS = {
@@ -122,22 +126,25 @@ class NativeKernel:
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        token_format: TokenFormat | None = None,
     ) -> torch.Tensor:
-        """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`.
+        """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`, or records.
 
         Returns `[queries, heads, value_dim]`, contiguous. `NativeError` for what the library does not do.
         """
-        signature = (*_look_of(query, keys, values), scale, softcap, self._index)
+        signature = (*_look_of(query, keys, values), scale, softcap, self._index, token_format)
         call = parts.calls.get(signature)
         if call is None:
             if query.shape[0] != parts.num_queries:
                 raise NativeError(f"query has {query.shape[0]} queries, the parts are for {parts.num_queries}")
             if keys.shape[:2] != values.shape[:2]:
                 raise NativeError("keys and values differ in heads or slots")
-            call = self._lay_out(query, keys, values, parts.pointers, (keys.shape[1], 0, 0), scale, softcap)
+            extent = (keys.shape[1], 0, 0)
+            call = self._lay_out(query, keys, values, parts.pointers, extent, scale, softcap, token_format)
             parts.calls[signature] = call
         queries, heads, _ = query.shape
-        out = torch.empty((queries, heads, values.shape[2]), dtype=query.dtype)
+        value_dim = values.shape[2] if token_format is None else token_format.dim(values.shape[2])
+        out = torch.empty((queries, heads, value_dim), dtype=query.dtype)
         self._run(call, query, keys, values, out, sinks)
         return out
 
@@ -164,7 +171,7 @@ class NativeKernel:
             if odd or value.stride(0) != step * value.shape[3] or step < 0:
                 raise NativeError("the rows of key and value do not lie equally far apart")
             extent = ((rows - 1) * step + tokens, tokens, step)
-            call = self._lay_out(query.squeeze(2), key[0], value[0], (0, 0, 0, 0), extent, scale, softcap)
+            call = self._lay_out(query.squeeze(2), key[0], value[0], (0, 0, 0, 0), extent, scale, softcap, None)
             if len(self._row_calls) >= _MAX_CALLS:
                 self._row_calls.clear()
             self._row_calls[signature] = call
@@ -204,21 +211,28 @@ class NativeKernel:
         extent: tuple[int, int, int],
         scale: float,
         softcap: float | None,
+        token_format: TokenFormat | None,
     ) -> bytes:
         """`AttentionCall` without its pointers; `extent` is slots, tokens of a row and the step between rows."""
         queries, heads, key_dim = query.shape
-        kv_heads, _, value_dim = values.shape
+        kv_heads, _, value_size = values.shape
         query_stride, head_stride, last = query.stride()
         key_stride, value_stride = keys.stride(), values.stride()
-        if last != 1 or key_stride[1:] != (key_dim, 1) or value_stride[1:] != (value_dim, 1):
+        if last != 1 or key_stride[1:] != (keys.shape[2], 1) or value_stride[1:] != (value_size, 1):
             raise NativeError("query, keys or values are not contiguous in their last dims, or differ in dim")
         dtype = query.dtype
-        if keys.dtype != dtype or values.dtype != dtype or dtype not in _DTYPES or heads % kv_heads:
+        stored, dims = (dtype, (keys.shape[2], value_size))
+        if token_format is not None:
+            stored, dims = torch.uint8, tuple(map(token_format.dim, dims))
+        if keys.dtype != stored or values.dtype != stored or dtype not in _DTYPES or heads % kv_heads:
             raise NativeError(f"cannot attend {heads} heads in {dtype} to {kv_heads} KV heads in {keys.dtype}")
+        if dims[0] != key_dim:
+            raise NativeError(f"query has dim {key_dim}, keys have {dims[0]}")
         if not (query.device == keys.device == values.device == _CPU):
             raise NativeError("query, keys or values are not on the CPU")
         return _ATTENTION.pack(
-            self._index, _DTYPES[dtype], *parts, queries, kv_heads, heads // kv_heads, key_dim, value_dim,
+            self._index, _DTYPES[dtype], _DTYPES[dtype] if token_format is None else token_format.storage, *parts,
+            queries, kv_heads, heads // kv_heads, *dims,
             query_stride, head_stride, key_stride[0], value_stride[0], *extent, scale, softcap or 0.0,
         )  # fmt: skip
 
@@ -233,12 +247,17 @@ def _look_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
 
 
 class NativeStore:
-    """The library's store of new tokens in one layer's memory `keys`, `values [kv_heads, slots, dim]`, of any dtype."""
+    """The library's store of new tokens in one layer's memory.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+    Args:
+        keys, values: `[kv_heads, slots, dim]` of any dtype, or records.
+        token_format: of records.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, token_format: TokenFormat | None = None):
         if keys.shape[:2] != values.shape[:2]:
             raise NativeError("keys and values differ in heads or slots")
-        self._keys, self._values = keys, values
+        self._keys, self._values, self._format = keys, values, token_format
         self._store = _load().hf_paged_store
         self._seen: tuple[Any, ...] | None = None
         self._call: bytes | None = None
@@ -246,7 +265,7 @@ class NativeStore:
     def write(self, key: torch.Tensor, value: torch.Tensor, writes: Writes) -> bool:
         """Write new K and V `[rows, kv_heads, n, dim]`, numbered row by row, and do the copies.
 
-        Returns False, having done nothing, where a token's elements do not lie side by side.
+        Returns False, having done nothing, where a token's elements do not lie side by side or cannot be encoded here.
         """
         return self._run(key, value, *writes.pointers, 0, 1)
 
@@ -257,7 +276,7 @@ class NativeStore:
     def _run(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> bool:
         seen = (key.shape, key.stride(), key.dtype, key.device, value.shape, value.stride(), value.dtype, value.device)
         if seen != self._seen:
-            self._call = self._lay_out(key, value) if key.stride(3) == value.stride(3) == 1 else None
+            self._call = self._lay_out(key, value) if self._takes(key, value) else None
             self._seen = seen
         if self._call is None:
             return False
@@ -266,27 +285,39 @@ class NativeStore:
             raise NativeError(_ERRORS[error])
         return True
 
+    def _takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        if self._format is not None:
+            dims = (key.shape[3], value.shape[3])
+            if key.dtype != value.dtype or key.dtype not in _DTYPES or any(dim % _ENCODED_LANES for dim in dims):
+                return False
+            if not all(8 <= dim <= 256 for dim in dims):
+                return False
+        return key.stride(3) == value.stride(3) == 1
+
     def _lay_out(self, key: torch.Tensor, value: torch.Tensor) -> bytes:
         """`StoreCall` without what changes from call to call."""
         heads, slots, _ = self._keys.shape
         rows, _, tokens, _ = key.shape
         if value.shape[:3] != key.shape[:3]:
             raise NativeError("key and value differ in rows, heads or tokens")
-        sides = _side(self._keys, key) + _side(self._values, value)
-        return _STORE.pack(*sides, heads, slots, tokens, rows * tokens)
+        sides = _side(self._keys, key, self._format) + _side(self._values, value, self._format)
+        kinds = (0, 0) if self._format is None else (_DTYPES[key.dtype], self._format.storage)
+        return _STORE.pack(*sides, *kinds, heads, slots, tokens, rows * tokens)
 
 
-def _side(memory: torch.Tensor, new: torch.Tensor) -> tuple[int, ...]:
+def _side(memory: torch.Tensor, new: torch.Tensor, token_format: TokenFormat | None) -> tuple[int, ...]:
     """`StoreSide`: the memory and the strides in bytes."""
-    heads, _, dim = memory.shape
+    heads, _, size = memory.shape
+    dim = new.shape[3]
+    expected, dtype = (dim, new.dtype) if token_format is None else (token_format.record_bytes(dim), torch.uint8)
     head_stride, *dense = memory.stride()
     row, head, token, last = new.stride()
-    if dense != [dim, 1] or last != 1 or new.shape[1] != heads or new.shape[3] != dim:
+    if dense != [size, 1] or last != 1 or new.shape[1] != heads or size != expected:
         raise NativeError("new tokens do not fit the memory, or one of the two is not contiguous in its last dims")
-    if new.dtype != memory.dtype or not (new.device == memory.device == _CPU):
+    if memory.dtype != dtype or not (new.device == memory.device == _CPU):
         raise NativeError(f"new tokens in {new.dtype} on {new.device}, memory in {memory.dtype} on {memory.device}")
-    size = memory.element_size()
-    return memory.data_ptr(), dim * size, head_stride * size, row * size, head * size, token * size
+    item, fresh = memory.element_size(), new.element_size()
+    return memory.data_ptr(), dim, size * item, head_stride * item, row * fresh, head * fresh, token * fresh
 
 
 class Availability(NamedTuple):
@@ -295,10 +326,12 @@ class Availability(NamedTuple):
     kernels: tuple[NativeKernel, ...]
     reason: str
 
-    def store_for(self, keys: torch.Tensor, values: torch.Tensor) -> NativeStore | None:
+    def store_for(
+        self, keys: torch.Tensor, values: torch.Tensor, token_format: TokenFormat | None = None
+    ) -> NativeStore | None:
         """The native store for one layer's memory, `None` where torch is to copy."""
         suits = keys.device == values.device == _CPU and keys.shape[:2] == values.shape[:2]
-        return NativeStore(keys, values) if self.kernels and suits else None
+        return NativeStore(keys, values, token_format) if self.kernels and suits else None
 
 
 @functools.cache

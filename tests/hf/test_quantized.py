@@ -1,0 +1,174 @@
+"""`kv_cache_dtype`: the same tokens as stock on a cache that keeps what a second implementation makes of K and V."""
+
+import copy
+
+import prompts
+import pytest
+import torch
+from compare import BLOCK_SIZE, copy_of
+from disk import tiered
+from families import FAMILIES, stock_model
+from pair import Pair, evict
+from quantized import RoundingCache
+
+from hf_paged import patch_model
+from hf_paged.core.prefix import root_key
+from hf_paged_kernels import FORMATS
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+}
+NEW = 12
+
+
+def patched(family, name, **overrides):
+    overrides = {"block_size": BLOCK_SIZE, "verify": False, **overrides}
+    return patch_model(copy_of(FAMILIES[family]), kv_cache_dtype=name, **overrides)
+
+
+def stock_answer(family, name, inputs, **kwargs):
+    model = stock_model(family)
+    torch.manual_seed(1)
+    return model.generate(**inputs, max_new_tokens=NEW, past_key_values=RoundingCache(model.config, name), **kwargs)
+
+
+def answer(model, inputs, **kwargs):
+    torch.manual_seed(1)
+    result = model.generate(**inputs, max_new_tokens=NEW, **kwargs)
+    model.paged._pool.manager.check_integrity()
+    assert model.paged.stats().blocks_in_use == 0
+    return result
+
+
+# Packed with one window and with two kinds, V of another dim than K, the padded path, a hybrid, softcaps and sinks.
+NAMES = ["llama", "gemma3", "gpt2", "deepseek_v3", "bloom", "lfm2", "gemma2", "gpt_oss"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", NAMES)
+def test_tokens_are_those_of_stock_on_rounded_kv_cold_and_warm(family, name):
+    if FAMILIES[family].missing():
+        pytest.skip(FAMILIES[family].missing())
+    for mode, arguments in MODES.items():
+        inputs = prompts.shared_prefix() if mode != "samples" else prompts.ragged()
+        expected = stock_answer(family, name, inputs, **arguments)
+        model = patched(family, name)
+        for _ in range(2):
+            assert torch.equal(answer(model, inputs, **arguments), expected), mode
+        if FAMILIES[family].packed:
+            assert model.paged.stats().reused_tokens > 0
+            assert model.paged.stats().fallbacks == {}
+
+
+def test_the_yardstick_is_not_stock_itself():
+    """Else the tests above would pass with full precision stored."""
+    inputs = prompts.shared_prefix()
+    plain = stock_model("llama").generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert not torch.equal(stock_answer("llama", "int8", inputs, do_sample=False), plain)
+    assert not torch.equal(stock_answer("llama", "fp8", inputs, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("switch", ["reference", "off"])
+def test_plain_torch_is_right_for_everything(name, switch, monkeypatch):
+    from hf_paged_kernels.native import kernel_for, native
+
+    if switch == "off":
+        monkeypatch.setenv("HF_PAGED_NATIVE", "off")
+        for cached in (native, kernel_for):
+            cached.cache_clear()
+    try:
+        inputs = prompts.ragged()
+        expected = stock_answer("llama", name, inputs, do_sample=False)
+        model = patched("llama", name, attention_backend="reference" if switch == "reference" else "cpu")
+        assert torch.equal(answer(model, inputs, do_sample=False), expected)
+    finally:
+        monkeypatch.undo()
+        for cached in (native, kernel_for):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_prefixes_that_were_saved_go_on_where_they_ended(name, tmp_path):
+    inputs = prompts.shared_prefix()
+    expected = stock_answer("llama", name, inputs, do_sample=False)
+    first = patched("llama", name)
+    answer(first, inputs, do_sample=False)
+    written = first.paged.save(tmp_path)
+    other = patched("llama", name, block_size=16)
+    assert other.paged.load(tmp_path) == written
+    assert torch.equal(answer(other, inputs, do_sample=False), expected)
+    assert other.paged.stats().reused_tokens == prompts.num_real_tokens(inputs) - len(inputs["input_ids"])
+    for wrong in {"auto", *FORMATS} - {name}:
+        model = patched("llama", wrong)
+        with pytest.raises(ValueError, match=f"have kv_cache_dtype {name}, this model has {wrong}"):
+            model.paged.load(tmp_path)
+
+
+def test_eviction_and_the_disk_tier_bring_records_back():
+    class Rounded(Pair):
+        """A pair whose stock side keeps rounded KV."""
+
+        def ask(self, rows, **kwargs):
+            cache = lambda model: RoundingCache(model.config, "int8") if model is self.stock else None  # noqa: E731
+            return super().ask(rows, past_key_values=cache, **kwargs)
+
+    # Memory for about three prompts; float32 takes 256 bytes a token and layer where int8 takes 80.
+    pair = tiered("llama", blocks=4, make=Rounded, kv_cache_dtype="int8", verify=False)
+    rows = [prompts.tokens(30, seed=each) for each in range(8)]
+    for _ in range(2):
+        for row in rows:
+            pair.ask([row])
+    stats = pair.paged.stats()
+    assert stats.fetched_bytes > 0
+    assert pair.reused > 0
+    evict(pair)
+    pair.ask([rows[0]])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_are_counted_as_they_are(name):
+    model, plain = patched("llama", name), patched("llama", "auto")
+    heads, dim, layers = 2, 16, 2
+    for each, token in ((model, 2 * heads * (dim + 4) * layers), (plain, 2 * heads * dim * 4 * layers)):
+        each.generate(**prompts.single(), max_new_tokens=NEW, do_sample=False)
+        stats = each.paged.stats()
+        assert each.paged._pool.token_bytes == token
+        assert stats.blocks_cached > 0
+        assert stats.bytes_reserved % (token * BLOCK_SIZE) == 0
+        assert 0 < stats.bytes_reserved <= (stats.blocks_cached + 4) * token * BLOCK_SIZE
+
+
+def test_a_budget_holds_so_many_more_tokens():
+    def most(name):
+        model = patched("llama", name, max_memory={"cpu": 64 * 1024})
+        model.generate(**prompts.single(), max_new_tokens=1, do_sample=False)
+        return model.paged._pool.manager.budget.limit_bytes // model.paged._pool.token_bytes
+
+    assert most("int8") / most("auto") == pytest.approx(256 / 80, rel=0.02)
+
+
+def test_a_cache_that_is_handed_out_shows_what_is_stored_and_goes_on():
+    inputs = prompts.single()
+    model = patched("llama", "int8")
+    given = {"max_new_tokens": 4, "do_sample": False}
+    first = model.generate(**inputs, **given, return_dict_in_generate=True)
+    keys = first.past_key_values.layers[0].keys
+    assert keys.dtype == torch.float32
+    assert keys.shape == (1, 2, 24, 16)
+    twin = copy.deepcopy(first.past_key_values)
+    for cache in (twin, first.past_key_values):
+        rest = model.generate(first.sequences, past_key_values=cache, max_new_tokens=NEW - 4, do_sample=False)
+        assert torch.equal(rest, stock_answer("llama", "int8", inputs, do_sample=False))
+
+
+def test_the_format_is_part_of_the_key():
+    keys = {root_key(b"model", None, name) for name in (None, *FORMATS)}
+    assert len(keys) == 1 + len(FORMATS)
+
+
+def test_the_triton_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8': attention_backend='triton' reads no quantized KV"):
+        patched("llama", "int8", attention_backend="triton")
