@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_paged.commands import demo, doctor, plan, serve
+from hf_paged.commands import bench, demo, doctor, plan, serve
 from hf_paged.commands.arguments import UsageError
 
-COMMANDS = {"demo": demo, "doctor": doctor, "plan": plan, "serve": serve}
+COMMANDS = {"bench": bench, "demo": demo, "doctor": doctor, "plan": plan, "serve": serve}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -27,21 +27,30 @@ SETTINGS = {
 
 
 class Reward:
-    """Pays for different words, and keeps what was sampled."""
+    """Pays for different words, and keeps what was sampled; other calls of `generate` come meanwhile."""
 
     __name__ = "reward"
 
-    def __init__(self):
-        self.completions = []
+    def __init__(self, model):
+        self.model, self.completions = model, []
 
     def __call__(self, prompts, completions, **kwargs) -> list[float]:
         self.completions.append(list(completions))
+        self.ask_meanwhile()
         return [len(set(completion.split())) + 0.01 * len(completion) for completion in completions]
+
+    def ask_meanwhile(self) -> None:
+        """As a judge would that is the model itself; in eval mode, so that a patched model keeps the prefix."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval().generate(torch.tensor([prompts.tokens(20, 2)]), do_sample=False, max_new_tokens=2)
+        for module in training:
+            module.training = True
+        assert not hasattr(self.model, "paged") or self.model.paged.stats().bytes_reserved > 0
 
 
 def learn(kind, configuration, model, folder, **kwargs) -> tuple[list, list]:
     """Completions of every step, and what was logged of the losses."""
-    reward = Reward()
+    reward = Reward(model)
     trainer = kind(
         model=model,
         args=configuration(output_dir=str(folder), **SETTINGS, **kwargs.pop("settings", {})),
@@ -77,9 +86,6 @@ def rloo(model, folder):
 @pytest.mark.parametrize("trainer", [grpo, grpo_with_lora, rloo])
 def test_an_online_trainer_samples_and_learns_the_same(trainer, tmp_path, monkeypatch):
     pair = Pair(max_memory={"cpu": "1MiB"})
-    pair.ask(prompts.ragged())
-    assert pair.paged.stats().bytes_reserved > 0
-    pair.paged.reset_stats()
     held, backward = [], torch.Tensor.backward
 
     def watched(*args, **kwargs):
@@ -96,7 +102,7 @@ def test_an_online_trainer_samples_and_learns_the_same(trainer, tmp_path, monkey
     assert held == [0] * STEPS
     stats = pair.check()
     assert set(stats.fallbacks) == {"prefixes not reused: LlamaForCausalLM in training mode; call model.eval()"}
-    assert stats.prompt_tokens == STEPS * GENERATIONS * 20
+    assert stats.prompt_tokens == STEPS * (GENERATIONS + 1) * 20
     assert stats.shared_tokens == STEPS * (GENERATIONS - 1) * 20
 
 
