@@ -25,8 +25,9 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4
 BENCH ?=
 SOAK ?=
-# The examples run a real model in processes of their own: once is enough.
-OLDER_TESTS ?= tests/hf --ignore=tests/hf/test_examples.py
+# The examples run a real model in processes of their own, trl and lm-eval ask for new releases: once is enough.
+ONCE := examples demo trl lm_eval
+OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py)
 MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 

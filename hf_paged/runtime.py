@@ -252,7 +252,9 @@ class PagedRuntime:
         found = self._capabilities.get(key)
         if found is None:
             # Whether passes are put together right has nothing to do with how exactly K and V are stored.
-            exact = replace(self.config, kv_cache_dtype="auto", verify=False)
+            exact = self.config
+            if exact.token_format is not None:
+                exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
             found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
             self._capabilities[key] = found
             if found.obstacle is not None and found.unfit is None:
