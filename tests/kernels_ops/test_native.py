@@ -16,7 +16,6 @@ from hf_paged_kernels.native import (
     Parts,
     Writes,
     _look,
-    native,
     variants,
 )
 
@@ -358,6 +357,6 @@ print(len(paths), _openmp_entry() is not None)
 
 
 def test_threads_are_those_of_torch():
-    """No second OpenMP runtime is loaded, and the one that is there can be reached; in a process without other users."""
+    """No second OpenMP runtime is loaded, and the one that is there can be reached; other packages bring their own."""
     done = subprocess.run([sys.executable, "-c", OPENMP], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "True"]
