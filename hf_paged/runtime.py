@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.backends import backend_for
+from hf_paged.backends import backend_for, plain_torch_reason
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
@@ -177,6 +177,9 @@ class PagedRuntime:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {obstacle}")
+        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.token_format)
+        if slow is not None:
+            self.counters.fall_back(slow)
         return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
 
     def check_root(self, cache: PagedCache, salt: str | None) -> None:

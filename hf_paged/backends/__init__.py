@@ -10,7 +10,7 @@ from hf_paged.backends.reference import ReferenceBackend
 from hf_paged_kernels import TokenFormat
 from hf_paged_kernels.launch import triton_obstacle
 
-__all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for"]
+__all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for", "plain_torch_reason"]
 
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 
@@ -40,3 +40,13 @@ def backend_for(name: str, device: torch.device, token_format: TokenFormat | Non
 
         _BACKENDS[name] = TritonBackend()
     return _BACKENDS[name]
+
+
+def plain_torch_reason(name: str, device: torch.device, token_format: TokenFormat | None = None) -> str | None:
+    """Why `"auto"` takes plain torch operations on a GPU, which are right and not fast; else `None`."""
+    if name != "auto" or device.type == "cpu":
+        return None
+    if token_format is not None:
+        return f"attention in plain torch: kv_cache_dtype={token_format.name!r} has no GPU kernel in this version"
+    obstacle = triton_obstacle(device)
+    return None if obstacle is None else f"attention in plain torch: {obstacle}"

@@ -12,6 +12,7 @@ from pair import Pair, evict
 from quantized import RoundingCache
 
 from hf_paged import patch_model
+from hf_paged.backends import plain_torch_reason
 from hf_paged.core.prefix import root_key
 from hf_paged_kernels import FORMATS
 
@@ -172,3 +173,20 @@ def test_the_format_is_part_of_the_key():
 def test_the_triton_backend_is_refused_by_name():
     with pytest.raises(ValueError, match="kv_cache_dtype='int8': attention_backend='triton' reads no quantized KV"):
         patched("llama", "int8", attention_backend="triton")
+
+
+def test_plain_torch_on_a_gpu_is_counted(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("hf_paged.backends.triton_obstacle", lambda device: None)
+    assert plain_torch_reason("auto", gpu) is None
+    assert plain_torch_reason("reference", gpu, FORMATS["int8"]) is None, "as it was asked for"
+    assert plain_torch_reason("auto", torch.device("cpu"), FORMATS["int8"]) is None
+    reason = plain_torch_reason("auto", gpu, FORMATS["int8"])
+    assert "int8" in reason
+    monkeypatch.setattr("hf_paged.backends.triton_obstacle", lambda device: "a toaster")
+    assert "a toaster" in plain_torch_reason("auto", gpu)
+
+    model = patched("llama", "int8")
+    monkeypatch.setattr("hf_paged.runtime.plain_torch_reason", lambda *_: reason)
+    answer(model, prompts.ragged())
+    assert model.paged.stats().fallbacks == {reason: 1}
