@@ -117,11 +117,19 @@ def paged_attention_forward(
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call = _attention_call(module, query, scaling, dropout, kwargs)
+    if compat.autocast_dtype(query.device) is None:
+        return _attend(query, key, value, call), None
+    query = compat.as_attended(query)
+    with torch.autocast(query.device.type, enabled=False):  # which would round sums that are kept in float32
+        return _attend(query, key, value, call), None
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     if not isinstance(key, PagedKV):
-        return attend_rows(query, key, value, call), None
-    step, query = key.step, compat.as_attended(query)
+        return attend_rows(query, key, value, call)
+    step = key.step
     step.windows_seen[key.layer_index] = call.window
-    return step.backend.attend(query, key.store, step.plans[key.layer_index], call), None
+    return step.backend.attend(query, key.store, step.plans[key.layer_index], call)
 
 
 def _runtime_of(module: torch.nn.Module) -> PagedRuntime | None:

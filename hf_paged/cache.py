@@ -313,6 +313,7 @@ class PagedCache(Cache):
             span = step.plans[layer.index].span
             if span is not None:
                 # The common decode step, which the layers' bookkeeping has nothing to add to.
+                key_states, value_states = compat.as_attended(key_states), compat.as_attended(value_states)
                 store = self.sequences.pool.layer(layer.index, key_states, value_states)
                 return store.append_rows(span, key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)

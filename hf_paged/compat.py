@@ -266,7 +266,7 @@ def as_attended(states: torch.Tensor) -> torch.Tensor:
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     """Whether the model's forward computes the logits of chosen positions only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "logits_to_keep" in forward_arguments(model)
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from hf_paged.commands.arguments import UsageError, add_block_size, memory_budget, merged
+from hf_paged.commands.arguments import UsageError, add_block_size, add_kv_cache_dtype, memory_budget, merged
 from hf_paged.commands.subject import DTYPES, find_config
 from hf_paged.config import ATTENTION_BACKENDS, PagedConfig
 
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention-backend", choices=ATTENTION_BACKENDS, default="auto", help="as in patch_model (default: auto)"
     )
+    add_kv_cache_dtype(parser)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: auto)")
     parser.add_argument("--device", default="auto", help="as in transformers serve: auto, cpu, cuda:0 (default: auto)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -88,6 +89,7 @@ def make_app(args: argparse.Namespace) -> FastAPI:
                 max_memory=args.max_memory and merged("--max-memory", args.max_memory),
                 offload_folder=args.offload_folder,
                 attention_backend=args.attention_backend,
+                kv_cache_dtype=args.kv_cache_dtype,
             ),
             dtype=args.dtype,
             device=args.device,

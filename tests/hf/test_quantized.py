@@ -113,7 +113,9 @@ def test_eviction_and_the_disk_tier_bring_records_back():
         """A pair whose stock side keeps rounded KV."""
 
         def ask(self, rows, **kwargs):
-            cache = lambda model: RoundingCache(model.config, "int8") if model is self.stock else None  # noqa: E731
+            def cache(model):
+                return RoundingCache(model.config, "int8") if model is self.stock else None
+
             return super().ask(rows, past_key_values=cache, **kwargs)
 
     # Memory for about three prompts; float32 takes 256 bytes a token and layer where int8 takes 80.

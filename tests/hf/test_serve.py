@@ -17,6 +17,7 @@ from real import save_tiny_chat_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 from versions import skip_if_older
 
+# Behind the skips, as it imports what the extra `serve` brings.
 openai = pytest.importorskip("openai")
 CollectorRegistry = pytest.importorskip("prometheus_client").CollectorRegistry
 uvicorn = pytest.importorskip("uvicorn")

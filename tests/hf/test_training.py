@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_paged import patch_model, unpatch_model
+from hf_paged.probe import difference, tolerance_of
 
 ROWS = prompts.ragged()
 LABELS = ROWS["input_ids"].masked_fill(ROWS["attention_mask"] == 0, -100)
@@ -98,6 +99,26 @@ def test_mixed_precision_takes_the_fast_path_before_and_after_it_is_set_up(warme
         del model.forward
     pair.ask(ROWS)
     assert pair.paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize("rows", [prompts.single(), prompts.shared_prefix()], ids=["single", "shared"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_autocast_takes_the_fast_path_with_the_logits_of_stock(family, rows):
+    """Tokens may differ at near-ties, so that steps count up to the first where they do."""
+    pair, arguments = Pair(family), {"do_sample": False, "max_new_tokens": 4}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (
+            model.generate(**rows, **arguments, output_logits=True, return_dict_in_generate=True)
+            for model in (pair.stock, pair.model)
+        )
+    assert pair.paged.stats().fallbacks == {}
+    same = (expected.sequences == actual.sequences)[:, -4:].cumprod(dim=1).sum(dim=1).tolist()
+    compared = 0
+    for row, steps in enumerate(same):
+        for ours, stocks in zip(actual.logits[: steps + 1], expected.logits, strict=False):
+            assert difference(ours[row], stocks[row]) <= tolerance_of(torch.bfloat16)
+            compared += 1
+    assert compared > 2 * len(same), "decode steps among them"
 
 
 def test_a_forward_that_accelerate_took_along_outlives_the_patch():
