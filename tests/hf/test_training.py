@@ -248,20 +248,25 @@ class Sampler(TrainerCallback):
         model.train(training)
 
 
+SETTINGS = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 0.01,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
 def trained(model, folder):
     """Losses, gradient norms and a sampler's answers of a run of `Trainer`."""
     sampler = Sampler()
     arguments = TrainingArguments(
         str(folder),
         max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
         gradient_checkpointing=True,
         logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+        **SETTINGS,
     )
     trainer = Trainer(model, arguments, train_dataset=Rows(6), callbacks=[sampler])
     trainer.train()
@@ -297,15 +302,10 @@ def test_evaluation_that_generates_takes_the_paged_path(tmp_path):
             max_steps=2,
             eval_strategy="steps",
             eval_steps=1,
-            per_device_train_batch_size=2,
             per_device_eval_batch_size=4,
-            learning_rate=0.01,
             predict_with_generate=True,
             generation_max_length=22,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+            **SETTINGS,
         )
 
         def keep(prediction, into=predictions):
