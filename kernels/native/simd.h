@@ -17,6 +17,14 @@ static HFP_INLINE Floats load(const float *p) {
 static HFP_INLINE void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
 static HFP_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Keeps the compiler from loading `x` anew at each use: loads are what the inner loops have most of.
+static HFP_INLINE Floats in_register(Floats x) {
+#if defined(HFP_F16C) && HFP_LANES == 8
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 static HFP_INLINE Words load_halves(const uint16_t *p) {
 #if defined(HFP_F16C) && HFP_LANES == 8  // gcc 12 widens in two halves
     return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
