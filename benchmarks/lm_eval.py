@@ -1,8 +1,8 @@
 """lm-eval's ``HFLM`` on SmolLM2, stock and patched taking turns: questions that share a long few-shot prompt.
 
 The task is made here, of the topics of Python's ``help()``: each question is the begin of a topic, to be answered with
-its name. Answers and scores must be equal. The patched side forgets all prefixes before each run. One
-question to each side comes first and is not counted::
+its name. Answers and scores must be equal. The patched side forgets all prefixes before each run. One question to each
+side comes first and is not counted::
 
     python -m benchmarks.lm_eval --runs 3
 """

@@ -51,9 +51,10 @@ class NoteCaller:
         outer = _CALLER.set(caller)
 
         async def received() -> Message:
-            if caller.hung_up.is_set() and messages.empty():
-                return {"type": _DISCONNECT}
-            return await messages.get()
+            message = await messages.get()
+            if message["type"] == _DISCONNECT:
+                messages.put_nowait(message)  # for whoever else asks
+            return message
 
         try:
             await self._app(scope, received, send)

@@ -20,7 +20,7 @@ from hf_paged.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.real
 FLOATS = 256  # bytes of a token in the tiny model: 2 layers, K and V, 2 heads of 8 numbers
-ROOM = 512  # tokens that fit
+ROOM = 256  # tokens that fit
 LONG = "word " * 1000
 
 
@@ -187,7 +187,7 @@ def test_a_client_that_hangs_up_before_its_turn_is_not_computed_at_all(roomy):
 
 def test_int8_holds_more_and_answers_as_generate_does(folder):
     """A prompt for which `test_what_does_not_fit...` finds no room: 12 bytes where there were 32."""
-    messages = asked("word " * 900)
+    messages = asked("word " * 500)
     with serving(
         app_of(folder, "--block-size", "8", "--max-memory", f"cpu={ROOM * FLOATS}", "--kv-cache-dtype", "int8")
     ) as port:
