@@ -165,9 +165,11 @@ def test_bad_completions_and_responses(service):
         lambda: service.api.completions.create(model=service.model, prompt=""),
         lambda: service.api.completions.create(model=service.model, prompt=[1, 2]),
         lambda: service.api.responses.create(model=service.model, input=[]),
+        lambda: service.api.post("/completions", body="no object", cast_to=object),
     ):
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(openai.BadRequestError) as caught:
             call()
+        assert caught.value.type == "invalid_request_error"
 
 
 def test_users_do_not_see_each_others_prefixes(service):
