@@ -22,6 +22,7 @@ from statistics import median
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_paged import patch_model
@@ -88,7 +89,10 @@ def evaluate(
 ) -> Run:
     """Ask the first `limit` questions of the task, or all."""
     judge = Timed(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    outcome = simple_evaluate(judge, tasks=[dict(task)], limit=limit, bootstrap_iters=0, verbosity="ERROR")
+    manager = TaskManager(include_defaults=False)  # a look at all of lm-eval's tasks takes seconds
+    outcome = simple_evaluate(
+        judge, tasks=[dict(task)], task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
+    )
     answers = [sample["resps"][0][0] for sample in outcome["samples"][TASK]]
     return Run(judge.seconds, answers, float(outcome["results"][TASK]["exact_match,word"]))
 
