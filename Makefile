@@ -8,6 +8,7 @@
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step
+#   make bench-lm-eval  lm-eval's HFLM on questions under one few-shot prompt
 #   make bench-quality  what each kv_cache_dtype does to SmolLM2's answers on 4,096 tokens of text
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
@@ -40,7 +41,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-quality
+.PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
 .PHONY: bench-gpu compile-gpu
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
@@ -100,6 +101,9 @@ bench-attention: $(VENV)/.demo
 
 bench-grpo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.grpo $(BENCH)
+
+bench-lm-eval: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.lm_eval $(BENCH)
 
 bench-quality: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality $(BENCH)

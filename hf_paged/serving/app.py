@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from hf_paged import compat
 from hf_paged.config import PagedConfig
-from hf_paged.errors import PagedMemoryError
 from hf_paged.metrics import PagedCollector
 from hf_paged.patch import is_patched, patch_model
 from hf_paged.serving import checks
-from hf_paged.serving.salt import NoteAuthorization, salted, user_salt, with_salt
+from hf_paged.serving.caller import NoteCaller, current_caller
+from hf_paged.serving.errors import error_object, explained
+from hf_paged.serving.generation import Call, PagedGenerations, under_way
+from hf_paged.serving.salt import user_salt
+from hf_paged.serving.streams import with_last_event
 
-_COMPLAINTS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
-    "chat_handler": checks.chat_complaint,
-    "completion_handler": checks.completion_complaint,
-    "response_handler": checks.response_complaint,
+
+class Endpoint(NamedTuple):
+    """What is to be known of a handler of transformers."""
+
+    complaint: Callable[[Mapping[str, Any]], str | None]
+    has_error_events: bool = False  # that clients understand
+
+
+_ENDPOINTS = {
+    "chat_handler": Endpoint(checks.chat_complaint),
+    "completion_handler": Endpoint(checks.completion_complaint),
+    "response_handler": Endpoint(checks.response_complaint, has_error_events=True),
 }
 
 
@@ -53,7 +62,9 @@ class PagedModelManager(ModelManager):
         return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
 
     def _load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        return patch_model(super()._load_model(*args, **kwargs), self._config)
+        model = patch_model(super()._load_model(*args, **kwargs), self._config)
+        model.paged.verify()  # not only when somebody asks
+        return model
 
     def get_gen_models(self, *_: Any) -> list[dict[str, Any]]:
         """The one model that is served, instead of all that the Hub's cache holds."""
@@ -65,46 +76,31 @@ class PagedModelManager(ModelManager):
         return {self.force_model: loaded[0]} if loaded else {}
 
 
-class SaltedGeneration(GenerateManager):
-    """One `generate` after the other, each with the salt of its request."""
-
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own."""
-        return super().generate_streaming(model, processor, with_salt(inputs), *args, **kwargs)
-
-    async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own."""
-        return await super().generate_non_streaming(model, processor, with_salt(inputs), *args, **kwargs)
-
-
-class SaltedGenerations(GenerationState):
-    """Gives every model its `SaltedGeneration`. Continuous batching, which has a cache of its own, stays off."""
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> GenerateManager:
-        """The manager of a model."""
-        return self._generate_managers.setdefault(model_id, SaltedGeneration())
-
-
 class PagedRequests:
-    """Comes before a handler of transformers: looks at the body first, and takes the salt out of it."""
+    """Comes before a handler of transformers: looks at the body first, and tells errors as OpenAI does."""
 
-    complaint: Callable[[Mapping[str, Any]], str | None]
+    endpoint: Endpoint
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """The handler's answer; 400 where the request cannot be answered."""
-        problem = type(self).complaint(body)
+        """The handler's answer. A stream is begun when its first piece is there, so that an error before has a status.
+
+        Raises `HTTPException` where the request cannot be answered.
+        """
+        problem = self.endpoint.complaint(body)
         if problem is not None:
             raise HTTPException(status_code=400, detail=problem)
         rest = {name: value for name, value in body.items() if name != "cache_salt"}
-        with salted(user_salt(body.get("cache_salt"), body.get("user"))):
-            try:
-                return await super().handle_request(rest, request_id)
-            except ValidationError:  # of an answer: the server's fault, although a ValueError
-                raise
-            except (PagedMemoryError, TemplateError, ValueError) as error:
-                # What `generate` and chat templates say of arguments; requests run one at a time, so that what does
-                # not fit would not fit later either.
-                raise HTTPException(status_code=400, detail=str(error)) from error
+        salt = user_salt(body.get("cache_salt"), current_caller().authorization, body.get("user"))
+        call = Call(salt, are_errors_items=self.endpoint.has_error_events)
+        try:
+            with under_way(call):
+                response = await super().handle_request(rest, request_id)
+            if call.pieces is not None:
+                await call.pieces.begin()
+                response.body_iterator = with_last_event(response.body_iterator)
+            return response
+        except Exception as error:
+            raise explained(error) from error
 
 
 def build_app(models: PagedModelManager, chat_template_kwargs: Mapping[str, Any], enable_cors: bool = False) -> FastAPI:
@@ -112,18 +108,19 @@ def build_app(models: PagedModelManager, chat_template_kwargs: Mapping[str, Any]
 
     Raises `RuntimeError` where this transformers builds its server in a way that is not known.
     """
-    state, handlers = SaltedGenerations(), {}
+    state, handlers = PagedGenerations(), {}
     given = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
     for name, kind in compat.server_handlers().items():
-        if name in _COMPLAINTS:
-            kind = type(kind.__name__, (PagedRequests, kind), {"complaint": staticmethod(_COMPLAINTS[name])})
+        if name in _ENDPOINTS:
+            kind = type(kind.__name__, (PagedRequests, kind), {"endpoint": _ENDPOINTS[name]})
         taken = compat.accepted(kind.__init__, given)
         if name == "chat_handler" and taken != given:
             raise RuntimeError("chat_template_kwargs are not known to the server of this transformers")
         handlers[name] = kind(models, state, **taken)
     app = compat.build_server(models, state, handlers, enable_cors)
-    app.add_middleware(NoteAuthorization)
-    app.add_exception_handler(HTTPException, _explain)
+    app.add_middleware(NoteCaller)
+    app.add_exception_handler(HTTPException, _tell)
+    app.add_exception_handler(RequestValidationError, _tell_invalid)
     registry = CollectorRegistry()
     registry.register(PagedCollector(models.patched))
 
@@ -134,7 +131,12 @@ def build_app(models: PagedModelManager, chat_template_kwargs: Mapping[str, Any]
     return app
 
 
-async def _explain(_: Request, problem: HTTPException) -> JSONResponse:
-    """The answer to a bad request as OpenAI's clients read it; `detail` is what transformers' server has."""
-    error = {"message": str(problem.detail), "type": "invalid_request_error", "code": problem.status_code}
-    return JSONResponse({"detail": problem.detail, "error": error}, problem.status_code)
+async def _tell(_: Request, problem: HTTPException) -> JSONResponse:
+    """A problem as OpenAI's clients read it; `detail` is what transformers' server has."""
+    content = {"detail": problem.detail, "error": error_object(problem)}
+    return JSONResponse(content, problem.status_code, problem.headers)
+
+
+async def _tell_invalid(request: Request, problem: RequestValidationError) -> JSONResponse:
+    """The same of a body that is no JSON object."""
+    return await _tell(request, HTTPException(400, "; ".join(str(each["msg"]) for each in problem.errors())))

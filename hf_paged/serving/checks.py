@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ _NUMBERS: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**63 - 1),
 }
 _TEXTS = ("cache_salt", "user", "generation_config", "instructions")
+_PARTS_OF_TEXT = ("text", "input_text", "output_text")
 
 
 def complaint(body: Mapping[str, Any]) -> str | None:
@@ -37,6 +39,10 @@ def complaint(body: Mapping[str, Any]) -> str | None:
     stops = body.get("stop")
     if not isinstance(stops, str | None) and not _is_list_of(stops, str):
         return "stop must be a string or a list of strings"
+    if not isinstance(_parsed(body.get("generation_config") or "{}"), dict):
+        return "generation_config must be a JSON object in a string"
+    if not _is_logit_bias(body.get("logit_bias") or {}):
+        return "logit_bias must be an object of token ids and numbers"
     return None
 
 
@@ -48,11 +54,13 @@ def chat_complaint(body: Mapping[str, Any]) -> str | None:
     for place, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             return f"messages[{place}] has no role"
-        content = message.get("content")
-        if not isinstance(content, str | None) and not _is_list_of(content, dict):
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str | None) and not (_is_list_of(content, dict) and all(map(_is_part, content))):
             return f"messages[{place}].content must be a string or a list of parts"
-        if content is None and not message.get("tool_calls"):
+        if content is None and not calls:
             return f"messages[{place}] has no content"
+        if "tool_calls" in message and not (_is_list_of(calls, dict) and all(map(_is_tool_call, calls))):
+            return f"messages[{place}].tool_calls must be a list of calls with the name and arguments of a function"
     return complaint(body)
 
 
@@ -68,6 +76,33 @@ def response_complaint(body: Mapping[str, Any]) -> str | None:
     if not isinstance(body.get("input"), str) and not _is_list_of(body.get("input"), dict):
         return "input must be a string or a list of items"
     return complaint(body) if body["input"] else "input is empty"
+
+
+def _is_part(part: Mapping[str, Any]) -> bool:
+    kind = part.get("type")
+    return isinstance(part.get("text"), str) if kind in _PARTS_OF_TEXT else isinstance(kind, str)
+
+
+def _is_tool_call(call: Mapping[str, Any]) -> bool:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    arguments = function.get("arguments")
+    return isinstance(_parsed(arguments) if isinstance(arguments, str) else arguments, dict)
+
+
+def _is_logit_bias(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(str(token).isdecimal() and isinstance(bias, int | float) for token, bias in value.items())
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON; `None` where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
 
 
 def _is_list_of(value: object, kind: type) -> bool:

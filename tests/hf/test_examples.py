@@ -62,7 +62,7 @@ def test_examples_are_short():
 
 
 def test_equal_prefixes_meet_on_one_of_two_replicas(tmp_path):
-    pytest.importorskip("ray.serve")
+    pytest.importorskip("ray.serve", reason="needs the extra `ray`, 235 MB: pip install -e '.[ray]'")
     lines = run_tiny([sys.executable], "ray_serve.py", tmp_path)
     places = [re.fullmatch(r"(You answer .*) On (\w+), (\d+) tokens reused there so far", line) for line in lines]
     homes = {}
