@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
+
+if TYPE_CHECKING:
+    from hf_paged.backends.fixed import FixedStep
 
 
 class AttentionCall(NamedTuple):
@@ -58,6 +62,24 @@ class AttentionBackend(ABC):
     def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """New K and V `[batch, kv_heads, tokens, dim]` into their slots, and the plan's copies."""
         store.write(plan, key, value)
+
+    def copy(self, store: LayerStore, plan: StepPlan) -> None:
+        """The plan's copies alone, where a `fixed_step` leaves them out of the forward pass."""
+        raise NotImplementedError(f"{self.name} has no fixed steps")
+
+    def fixed_step(
+        self,
+        plans: Sequence[StepPlan],
+        asked: Sequence[Sequence[Any]],
+        active: Sequence[int],
+        rows: int,
+        device: torch.device,
+    ) -> FixedStep | None:
+        """The decode step of `plans` (by group) for a captured pass, as `FixedStep.of`; `None`: there is no such form.
+
+        Copies are left to `copy`, before the pass.
+        """
+        return None
 
     @abstractmethod
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
