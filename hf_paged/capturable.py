@@ -21,8 +21,7 @@ _REPLACED = frozenset(("past_key_values", "attention_mask"))
 def model_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:
     """Why nothing of the model is captured, besides what its `ModelIdentity` knows, or `None`.
 
-    A graph repeats what a forward pass does on the device. What it does besides, such as fetching weights, would be left
-    out.
+    A graph repeats what a forward pass does on the device; what it does besides, such as fetching weights, is left out.
     """
     tree = Tree.of(model)
     if compat.autocast_dtype(device) is not None:

@@ -16,7 +16,6 @@ from hf_paged.cache import PagedCache
 from hf_paged.core.plan import StepPlan
 from hf_paged.forward import ModelCall
 from hf_paged.graphs import GraphDriver
-from hf_paged.step import Step
 
 
 class CapturedStep:

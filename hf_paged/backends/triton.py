@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.reference import ReferenceBackend
 from hf_paged.backends.fixed import FixedStep
+from hf_paged.backends.reference import ReferenceBackend
 from hf_paged.backends.work import Asked, slot_numbers, slots_key, work_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore

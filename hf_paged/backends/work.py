@@ -28,7 +28,7 @@ class Asked(NamedTuple):
 
 
 def work_for(plan: StepPlan, asked: Asked, device: torch.device) -> Work:
-    """What the plan's queries read, kept in `plan.prepared`, as is what was asked for: by layers of one group in turn."""
+    """What the plan's queries read, kept in `plan.prepared`; so is what was asked, by whichever layer of the group."""
     plan.prepared.setdefault("asked", set()).add(asked)
     key = work_key(plan, asked, device)
     if key not in plan.prepared:

@@ -1,7 +1,7 @@
 """CUDA graphs without a GPU: a driver that records what a pass does to tensors, and does exactly that again.
 
-A replay runs no Python of the model or of ours. What was computed from Python's numbers during the capture is a constant
-of the tape, as in a graph, and so shows up in the tokens where it should have been read from a buffer.
+A replay runs no Python of the model or of ours. What was computed from Python's numbers during the capture is a
+constant of the tape, as in a graph, and so shows up in the tokens where it should have been read from a buffer.
 """
 
 import contextlib
@@ -49,10 +49,17 @@ class Tape(TorchDispatchMode):
         for function, args, kwargs, recorded in self.entries:
             fresh = function(*args, **kwargs)
             for old, new in zip(tree_leaves(recorded), tree_leaves(fresh), strict=True):
-                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                if (
+                    isinstance(old, torch.Tensor)
+                    and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
+                ):
                     if function in EMPTY and new.is_floating_point():
                         new.fill_(torch.nan)  # memory that others have used since
                     old.copy_(new)
+
+
+def _same_memory(one, other):
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def launch(function):

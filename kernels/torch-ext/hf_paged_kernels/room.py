@@ -9,7 +9,7 @@ step needs, and the room that is left over says "nothing":
     part_starts        [ 0 2 5 7 ][ 7 ]                  no parts: the merge writes zeros
     parts              [ 0 3 ... ][ ....... ]
 
-Rows that no query belongs to come out as zeros: from the merge, or, where results are final, from an item over no token.
+Rows that no query belongs to come out as zeros: from the merge or, where results are final, from items of no tokens.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Room(NamedTuple):
         """Room for `layout`, whose queries are the first ones of `queries` rows, and for some that come after it."""
         is_final = not layout.num_parts
         least = queries if is_final else max(queries, _MIN_ITEMS)
-        tiles = tuple((tile, next_power_of_two(max(least, len(layout.by_tile[tile])))) for tile in sorted(layout.by_tile))
+        counts = {tile: next_power_of_two(max(least, len(items))) for tile, items in layout.by_tile.items()}
         pages = max(_MIN_PAGES, next_power_of_two(len(layout.pages)))
         parts = next_power_of_two(max(least, len(layout.parts)))
-        return cls(queries, tiles, pages, parts, is_final, layout.window)
+        return cls(queries, tuple(sorted(counts.items())), pages, parts, is_final, layout.window)
 
     @property
     def _sizes(self) -> list[int]:
@@ -104,4 +104,3 @@ class Room(NamedTuple):
         return Work(
             launches, pages, rows[: self.queries], num_parts, part_starts[: self.queries + 1], parts, self.window
         )
-

@@ -228,8 +228,6 @@ def send(layout: Layout, device: torch.device) -> Work:
         buffer.extend([0] * (-len(buffer) % 4))
     sent = torch.frombuffer(buffer, dtype=torch.int32).to(device)
     views = [sent[start:stop] for start, stop in places]
-    launches = [
-        Launch(tile, items.view(-1, ITEM_NUMBERS)) for tile, items in zip(layout.by_tile, views, strict=False)
-    ]
+    launches = [Launch(tile, items.view(-1, ITEM_NUMBERS)) for tile, items in zip(layout.by_tile, views, strict=False)]
     pages, rows, part_starts, parts = views[len(launches) :]
     return Work(launches, pages, rows, layout.num_parts, part_starts, parts, layout.window)
