@@ -31,9 +31,7 @@ def model_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:
     if not set(map(type, tree.tensors)) <= PLAIN_TENSORS:
         return "weights in a tensor subclass"
     for module, attributes in zip(tree.modules, tree.attributes, strict=True):
-        if "_hf_hook" in attributes:
-            return f"{type(module).__name__} with a hook of accelerate"
-        if "forward" in attributes:
+        if "forward" in attributes:  # accelerate's hooks, too
             return f"{type(module).__name__} with a forward of its own"
         if attributes.get("_compiled_call_impl") is not None:
             return f"{type(module).__name__} is compiled"

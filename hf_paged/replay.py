@@ -168,7 +168,7 @@ class DecodeGraphs:
             raise UncapturableError(f"{backend.name} attention")
         shapes = tuple(sorted((name, value.dtype, tuple(value.shape[:-2])) for name, value in tensors.items()))
         values = tuple(sorted(constants.items()))
-        signature = (standing.digest, id(cache.pool), backend.name, device, shapes, values, step.rooms)
+        signature = (standing.digest, backend.name, device, shapes, values, step.rooms)
         with driver.turn():
             if any(plan.copies for plan in plans):
                 for layer, group in enumerate(cache.pool.layer_groups):

@@ -30,7 +30,7 @@ class FixedNumbers(dict):
     """`StepPlan.prepared` of a captured pass: what is not in it has no place in the buffer."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise UncapturableError("attention of another kind than in the step before")
+        raise UncapturableError("attention that does not read the buffers of its step")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -88,11 +88,11 @@ class TapeDriver:
     """A `GraphDriver` on the CPU.
 
     Attributes:
-        captures: number of them.
+        captures, replays: number of these.
     """
 
     def __init__(self):
-        self.captures = 0
+        self.captures = self.replays = 0
         self._in_turn = threading.Lock()
 
     @contextlib.contextmanager
@@ -119,7 +119,12 @@ class TapeDriver:
             for each in tree_leaves(recorded):
                 if isinstance(each, torch.Tensor) and each is captured.logits:
                     each.fill_(torch.nan)
-        return captured, tape.play
+
+        def replay():
+            self.replays += 1
+            tape.play()
+
+        return captured, replay
 
     def release(self):
         pass

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import hf_paged_kernels.room as room_module
 import hf_paged_kernels.work as work_module
 from hf_paged import patch_model, replay, unpatch_model
+from hf_paged.capturable import model_obstacle
 from hf_paged_kernels import attend as attend_module
 from hf_paged_kernels import store as store_module
 from hf_paged_kernels.copy import copy_slots_reference
@@ -184,15 +185,12 @@ def test_assisted_decoding(quick):
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.num_assistant_tokens = 4
     assistant.generation_config.assistant_confidence_threshold = 0.0
-    answers = [
-        each.generate(**batch([PROMPT]), max_new_tokens=12, do_sample=False, assistant_model=helper)
-        for each, helper in (
-            (stock, copy.deepcopy(assistant)),
-            (patch_model(stock, attention_backend="triton"), patch_model(assistant, attention_backend="triton")),
-        )
-    ]
+    answers = []
+    for patch in (lambda model: model, lambda model: patch_model(model, attention_backend="triton")):
+        call = {"max_new_tokens": 12, "do_sample": False, "assistant_model": patch(assistant)}
+        answers.append(patch(stock).generate(**batch([PROMPT]), **call))
     assert torch.equal(*answers)
-    assert assistant.paged.stats().replayed_steps > 5
+    assert quick.replays > 5
 
 
 def test_threads_take_turns(quick):
@@ -242,11 +240,37 @@ CHANGES = [replace_weight, replace_memory, change_number, change_forward]
 def test_a_changed_model_is_captured_anew(change, prefix_caching, quick):
     both = Both(prefix_caching=prefix_caching)
     assert both.ask() == 3
+    graphs = len(both.graphs)
     answer = both.model.generate(**batch([PROMPT]), max_new_tokens=5, do_sample=False)
     for each in (both.stock, both.model):
         change(each)
     assert both.ask() == 3
+    assert len(both.graphs) == graphs, "graphs of a state that is gone are kept"
     assert not torch.equal(answer, both.model.generate(**batch([PROMPT]), max_new_tokens=5, do_sample=False))
+
+
+def test_a_cache_that_goes_on_after_a_change(quick):
+    """Between two calls of `generate`, and between two steps of a caller's own loop."""
+    both, answers = Both(), []
+    for model in (both.stock, both.model):
+        out = model.generate(**batch([PROMPT]), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        replace_memory(model)
+        out = model.generate(
+            out.sequences, past_key_values=out.past_key_values, max_new_tokens=4, return_dict_in_generate=True
+        )
+        found = out.sequences[0].tolist()
+        for step in range(6):
+            if step == 3:
+                replace_weight(model)
+            with torch.no_grad():
+                logits = model(
+                    input_ids=torch.tensor([found[-1:]]), past_key_values=out.past_key_values,
+                    position_ids=torch.tensor([[len(found) - 1]]), use_cache=True,
+                ).logits  # fmt: skip
+            found.append(int(logits[0, -1].argmax()))
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert both.replayed > 6
 
 
 def test_another_dtype_is_another_pool(quick):
@@ -388,11 +412,27 @@ def own_forward(model):
     layer.forward = layer.forward
 
 
+def compiled(model):
+    norm = model.model.norm
+    norm._compiled_call_impl = norm._call_impl
+
+
+class Special(torch.Tensor):
+    """As quantized weights are."""
+
+
+def special_weight(model):
+    weight = model.model.norm.weight.data
+    model.model.norm.weight = torch.nn.Parameter(weight.as_subclass(Special))
+
+
 OBSTACLES = {
     compute_with_length: "the model computes with the length of the cache",
     wait_for_the_device: "a capture has failed: RuntimeError: operation not permitted when stream is capturing",
     return_more: "outputs hidden_states",
     hook: "LlamaRMSNorm with a forward hook",
+    compiled: "LlamaRMSNorm is compiled",
+    special_weight: "weights in a tensor subclass",
     own_forward: "LlamaDecoderLayer with a forward of its own",
 }
 
@@ -407,6 +447,19 @@ def test_models_that_cannot_be_captured_say_so_once_a_call(change, quick):
     assert both.ask(new=6) == both.ask(new=6) == 0
     assert both.reasons[f"no CUDA graphs: {OBSTACLES[change]}"] == 2
     assert len(both.graphs) == 0
+
+
+def test_weights_elsewhere():
+    model = FAMILIES["llama"].build()
+    assert model_obstacle(model, torch.device("cuda", 0)) == "weights on other devices"
+    assert model_obstacle(model, CPU) is None
+
+
+def test_attention_that_the_kernels_do_not_take(quick, monkeypatch):
+    monkeypatch.setattr("hf_paged.backends.triton.takes", lambda *_: False)
+    both = Both()
+    assert both.ask() == 0
+    assert both.reasons == {"no CUDA graphs: attention that does not read the buffers of its step": 1}
 
 
 def test_a_failed_capture_is_not_tried_again(quick):
@@ -427,9 +480,10 @@ def test_calls_that_are_not_replayed(quick):
     both.ask()
     captures = quick.captures
     assert both.ask(prefill_chunk_size=8, new=2) == 1, "a prompt is no decode step"
-    with torch.enable_grad():
-        cache = both.model(torch.tensor([PROMPT[:5]]), use_cache=True).past_key_values
-    assert cache is not None
+    cache = both.model.generate(**batch([PROMPT]), max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="carries no gradients"):
+        both.model(input_ids=torch.tensor([[5]]), position_ids=torch.tensor([[20]]), past_key_values=cache)
+    assert both.reasons == {}
     with torch.autocast("cpu", torch.bfloat16):
         both.model.generate(**batch([PROMPT]), max_new_tokens=4)
     assert both.reasons == {"no CUDA graphs: autocast": 1}
