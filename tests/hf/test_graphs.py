@@ -190,7 +190,8 @@ def test_assisted_decoding(quick):
         call = {"max_new_tokens": 12, "do_sample": False, "assistant_model": patch(assistant)}
         answers.append(patch(stock).generate(**batch([PROMPT]), **call))
     assert torch.equal(*answers)
-    assert quick.replays > 5
+    drafted = assistant.paged.stats().generated_tokens  # none in transformers 5.8, which gives drafts a stock cache
+    assert quick.replays > 5 or not drafted
 
 
 def test_threads_take_turns(quick):
