@@ -96,8 +96,10 @@ class DecodeGraphs:
             plans: of the step, by group.
             active: the rows of the call that the plans' queries belong to.
         """
+        if not self._enabled or not backend.has_fixed_steps or torch.is_grad_enabled() or cache.dense_len < 2:
+            return None
         driver = self._driver(request.inputs.device)
-        if driver is None or torch.is_grad_enabled() or cache.dense_len < 2:
+        if driver is None:
             return None
         with self._lock:
             standing = self._standing(cache, request.inputs.device)
@@ -120,10 +122,8 @@ class DecodeGraphs:
                 self._asked[standing.digest] = [sorted(plan.prepared.get("asked", ()), key=repr) for plan in plans]
 
     def _driver(self, device: torch.device) -> GraphDriver | None:
-        if not self._enabled:
-            return None
         if device not in self._drivers:
-            self._drivers[device] = driver_for(device)
+            self._drivers.setdefault(device, driver_for(device))
         return self._drivers[device]
 
     def _standing(self, cache: PagedCache, device: torch.device) -> Standing:
@@ -164,8 +164,6 @@ class DecodeGraphs:
         device, rows = request.inputs.device, _bucket(len(active))
         tensors, constants = inputs_of(request)
         step = backend.fixed_step(plans, asked, active, rows, device)
-        if step is None:
-            raise UncapturableError(f"{backend.name} attention")
         shapes = tuple(sorted((name, value.dtype, tuple(value.shape[:-2])) for name, value in tensors.items()))
         values = tuple(sorted(constants.items()))
         signature = (standing.digest, backend.name, device, shapes, values, step.rooms)

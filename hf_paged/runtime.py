@@ -231,7 +231,6 @@ class PagedRuntime:
         self._copied_before -= self._pool.manager.copied_blocks  # the next pool begins at zero, the counters go on
         self._evicted_before -= self._pool.manager.evicted
         self._pool = self._pool_key = None
-        self._graphs.clear()
 
     @staticmethod
     def _close_tier(pool: KVPool) -> None:

@@ -26,7 +26,7 @@ class PagedStats:
         fetch_choices, recompute_choices: how often a lower tier had what a prompt begins with, and it was fetched, or
             held to be computed in less time.
         fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes;
-            what went wrong with the disk tier.
+            why decode steps were no CUDA graphs; what went wrong with the disk tier.
         blocks_in_use, bytes_in_use: held by running sequences.
         blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
         bytes_reserved: all memory held for KV on the model's devices.

@@ -40,6 +40,8 @@ class AttentionBackend(ABC):
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
     reads_rows: bool = False
+    # Whether a decode step has a form for captured passes, `fixed_step`, whose copies are made before them by `copy`.
+    has_fixed_steps: bool = False
 
     def describe(self) -> str:
         """What runs, for people."""
@@ -64,7 +66,7 @@ class AttentionBackend(ABC):
         store.write(plan, key, value)
 
     def copy(self, store: LayerStore, plan: StepPlan) -> None:
-        """The plan's copies alone, where a `fixed_step` leaves them out of the forward pass."""
+        """The copies of a plan."""
         raise NotImplementedError(f"{self.name} has no fixed steps")
 
     def fixed_step(
@@ -74,12 +76,9 @@ class AttentionBackend(ABC):
         active: Sequence[int],
         rows: int,
         device: torch.device,
-    ) -> FixedStep | None:
-        """The decode step of `plans` (by group) for a captured pass, as `FixedStep.of`; `None`: there is no such form.
-
-        Copies are left to `copy`, before the pass.
-        """
-        return None
+    ) -> FixedStep:
+        """The decode step of `plans` (by group) for a captured pass, as `FixedStep.of`."""
+        raise NotImplementedError(f"{self.name} has no fixed steps")
 
     @abstractmethod
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:

@@ -22,6 +22,7 @@ class TritonBackend(AttentionBackend):
     """One launch for each shape of tile, and one to merge parts; what the kernels do not take goes to `reference`."""
 
     name = "triton"
+    has_fixed_steps = True
 
     def __init__(self) -> None:
         self._reference = ReferenceBackend()

@@ -10,7 +10,7 @@ import threading
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 # What waits for the device, and so cannot be captured.
@@ -34,6 +34,7 @@ class Tape(TorchDispatchMode):
 
     def add(self, function, args, kwargs):
         result = function(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))  # memory, not who holds it
         self.entries.append((function, args, kwargs, result))
         return result
 

@@ -263,11 +263,12 @@ def test_a_cache_that_goes_on_after_a_change(quick):
         for step in range(6):
             if step == 3:
                 replace_weight(model)
+            inputs = {
+                "input_ids": torch.tensor([found[-1:]], dtype=(torch.int32, torch.int64)[step % 2]),
+                "position_ids": torch.tensor([[len(found) - 1]]),
+            }
             with torch.no_grad():
-                logits = model(
-                    input_ids=torch.tensor([found[-1:]]), past_key_values=out.past_key_values,
-                    position_ids=torch.tensor([[len(found) - 1]]), use_cache=True,
-                ).logits  # fmt: skip
+                logits = model(**inputs, past_key_values=out.past_key_values, use_cache=True).logits
             found.append(int(logits[0, -1].argmax()))
         answers.append(found)
     assert answers[0] == answers[1]
@@ -491,6 +492,13 @@ def test_calls_that_are_not_replayed(quick):
     both.model.generate(**batch([PROMPT]), max_new_tokens=4, return_dict_in_generate=True, output_hidden_states=True)
     assert not any("CUDA" in reason for reason in both.reasons if "autocast" not in reason)
     assert quick.captures == captures
+
+
+def test_other_attention_is_never_captured(quick):
+    for backend in ("cpu", "reference"):
+        both = Both(attention_backend=backend)
+        assert both.ask() == 0
+        assert both.reasons == {}
 
 
 def test_without_a_gpu_nothing_is_said_of_graphs():

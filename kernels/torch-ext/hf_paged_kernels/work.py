@@ -16,6 +16,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -175,25 +176,27 @@ def cut(
     num_parts = 0
     for tile, whole in by_tile.items():
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
-        items = by_tile[tile] = [part for item in whole for part in _split(item, most)]
-        for index, item in enumerate(items):
-            items[index] = item._replace(part=num_parts)
-            for i in range(item.count):
-                parts[item.start + i].append(num_parts + i)
-            num_parts += item.count
+        items: list[Item] = []
+        for start, count, table, lo, hi, first, _ in whole:
+            for at in range(lo, hi, most):  # in parts that begin with a page where the item does
+                items.append(Item(start, count, table, at, min(at + most, hi), first, num_parts))
+                for i in range(count):
+                    parts[start + i].append(num_parts + i)
+                num_parts += count
+        by_tile[tile] = items
         items.sort(key=lambda item: item.lo - item.hi)  # the longest first, so that none is left over at the end
     is_final = all(len(of_query) == 1 for of_query in parts)
-    starts, at = array("i", [0]), 0
-    for of_query in parts:
-        at += len(of_query)
-        starts.append(at)
+    starts = array("i", accumulate(map(len, parts), initial=0))
     flat_parts = array("i", [x for of_query in parts for x in of_query])
     return Layout(by_tile, tables.pages, rows, 0 if is_final else num_parts, starts, flat_parts, window)
 
 
 def item_numbers(items: Sequence[Item]) -> array:
     """Items as the kernels read them."""
-    return array("i", [x for item in items for x in (*item, 0)])
+    numbers = array("i")
+    for item in items:
+        numbers.extend((*item, 0))
+    return numbers
 
 
 def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
@@ -210,11 +213,6 @@ def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
         if hi > lo:
             items.append(Item(start, count, stretch.table, lo, hi, first, 0))
     return items
-
-
-def _split(item: Item, most_tokens: int) -> list[Item]:
-    """The item in parts of at most `most_tokens` tokens, which begin with a page where the item does."""
-    return [item._replace(lo=lo, hi=min(lo + most_tokens, item.hi)) for lo in range(item.lo, item.hi, most_tokens)]
 
 
 def send(layout: Layout, device: torch.device) -> Work:
