@@ -85,6 +85,7 @@ class Both:
             answers.append(each.generate(**batch(list(rows)), max_new_tokens=new, **arguments, **extra))
         assert torch.equal(*answers), f"stock {answers[0].tolist()}, ours {answers[1].tolist()}"
         self.model.paged._pool.manager.check_integrity()
+        assert self.model.paged.stats().blocks_in_use == 0, "a graph holds a cache"
         return self.replayed - before
 
 
