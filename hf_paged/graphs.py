@@ -40,7 +40,7 @@ class GraphDriver(Protocol):
         """
 
     def release(self) -> None:
-        """Give up what is kept between captures; graphs that still exist stay valid."""
+        """Wait for the last step, whose graph may be given up then, and give up what is kept between captures."""
 
 
 def driver_for(device: torch.device) -> GraphDriver | None:
@@ -128,5 +128,7 @@ class CUDAGraphDriver:
         return self._stream
 
     def release(self) -> None:
+        if self._last_step is not None:
+            self._last_step.synchronize()
         self._on_their_way.clear()
         self._pool = None

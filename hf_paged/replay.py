@@ -73,11 +73,11 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Give every graph up, and their memory."""
         with self._lock:
-            self._steps.clear()
-            self._asked.clear()
             for driver in self._drivers.values():
                 if driver is not None:
                     driver.release()
+            self._steps.clear()
+            self._asked.clear()
 
     def step(
         self,

@@ -157,3 +157,6 @@ def test_steps_on_other_streams_wait_for_each_other(cuda, driver):
     with cuda.stream(type(cuda.main)("theirs")), suppress(ValueError), driver.turn():
         raise ValueError
     assert cuda.log == ["recorded on main", "theirs waits for event", "recorded on theirs"]
+    cuda.log.clear()
+    driver.release()
+    assert cuda.log == ["host waits"], "memory of a graph that still runs is given up"
