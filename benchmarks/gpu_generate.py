@@ -56,28 +56,46 @@ TINY = Sizes(
 
 
 def tokens_equal(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
-    """Greedy, beams and samples of a tiny model in float32: every token must be stock's."""
+    """Calls of a tiny model in float32, with and without CUDA graphs: every token must be stock's."""
     torch.manual_seed(0)
     tiny = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=120, eos_token_id=None, pad_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).to(device).eval()
-    prompt = torch.randint(3, 120, (1, 37), device=device)
-    new = 8 if sizes is not TINY else 2
+    prompt = torch.randint(3, 120, (5, 37), device=device)
+    mask = torch.ones_like(prompt)
+    for row in range(5):
+        mask[row, : 6 * row] = 0
+    new = 40 if sizes is not TINY else 2
+    free = model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, 37:]
+    ends = [int(free[row, (5 * row + 3) % new]) for row in range(3)]
+    one, ragged = {"inputs": prompt[:1]}, {"inputs": prompt, "attention_mask": mask}
     calls: dict[str, dict[str, object]] = {
-        "greedy": {"do_sample": False},
-        "beams": {"do_sample": False, "num_beams": 3},
-        "samples": {"do_sample": True, "num_return_sequences": 3},
+        "greedy": {**one, "do_sample": False},
+        "beams": {**one, "do_sample": False, "num_beams": 3},
+        "samples": {**one, "do_sample": True, "num_return_sequences": 3},
+        "ragged rows that end": {**ragged, "do_sample": False, "eos_token_id": ends},
     }
     for name, arguments in calls.items():
         torch.manual_seed(1)
-        expected = model.generate(prompt, max_new_tokens=new, **arguments)
-        with paged(model, attention_backend="triton"):
-            torch.manual_seed(1)
-            actual = model.generate(prompt, max_new_tokens=new, **arguments)
-            fallbacks = model.paged.stats().fallbacks  # with any, it was not the kernels that were right
-        yield {"call": name, "passed": torch.equal(expected, actual) and not fallbacks, "fallbacks": fallbacks}
+        expected = model.generate(max_new_tokens=new, **arguments)
+        for graphs in (False, True):
+            with paged(model, attention_backend="triton", cuda_graphs=graphs):
+                for time in ("first", "again"):  # which finds its graphs captured
+                    torch.manual_seed(1)
+                    actual = model.generate(max_new_tokens=new, **arguments)
+                    stats = model.paged.stats()  # with fallbacks, it was not the kernels that were right
+                    replayed = stats.replayed_steps > 0
+                    yield {
+                        "call": f"{name}, {time}",
+                        "graphs": graphs,
+                        "passed": torch.equal(expected, actual)
+                        and not stats.fallbacks
+                        and replayed == (graphs and device.type == "cuda"),
+                        "fallbacks": stats.fallbacks,
+                        "replayed_steps": stats.replayed_steps,
+                    }
 
 
 def build(device: torch.device, sizes: Sizes) -> PreTrainedModel:
@@ -151,9 +169,12 @@ def _sides(
     # Room for the work, and for a tenth more: what a pool may take is taken at once on a GPU.
     key = "cpu" if prompts.device.type == "cpu" else prompts.device.index or 0
     budget = int(1.1 * sizes.kv_bytes(room_tokens + 64 * (rows + 2)))
-    with paged(model, attention_backend="triton", max_memory={key: budget}):
-        outcome = _measure(ours, rows * sizes.new, prompts.device)
-        yield {"work": what, "side": "hf_paged", "fallbacks": model.paged.stats().fallbacks} | outcome
+    for graphs in (False, True):
+        with paged(model, attention_backend="triton", max_memory={key: budget}, cuda_graphs=graphs):
+            outcome = _measure(ours, rows * sizes.new, prompts.device)
+            stats = model.paged.stats()
+            side = {"work": what, "side": "hf_paged" if graphs else "hf_paged, no CUDA graphs"}
+            yield side | {"fallbacks": stats.fallbacks, "replayed_steps": stats.replayed_steps} | outcome
 
 
 def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> dict[str, object]:

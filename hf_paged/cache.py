@@ -87,6 +87,8 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
+        # Whether and how its decode steps come from CUDA graphs, as found out by `DecodeGraphs`.
+        self.standing: Any = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
 

@@ -30,7 +30,7 @@ class PagedConfig:
         kv_cache_dtype: `"auto"` stores KV in the model's dtype, `"int8"` and `"fp8"` (e4m3) in a byte a number and a
             scale for each token and KV head. Attention reads what is stored, also where a token was just computed.
         attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
-        cuda_graphs: replay decode steps from CUDA graphs where the device can; no device can in this version.
+        cuda_graphs: replay decode steps from CUDA graphs where the device can and attention runs in Triton's kernels.
         verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
             answers differ; `hf-paged doctor` asks the same ones. Where KV is stored quantized, a short prompt is held
             against full precision as well, unless this is `False`: `None` does only that.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,9 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import plan_decode
+
+if TYPE_CHECKING:
+    from hf_paged.replay import DecodeGraphs
 
 # Arguments that the fast paths carry over or replace; any other one that is set means the padded path.
 _KNOWN_ARGUMENTS = frozenset(
@@ -175,10 +178,12 @@ def run_decode(
     cache: PagedCache,
     backend: AttentionBackend,
     windows_seen: dict[int, int | None] | None = None,
+    graphs: DecodeGraphs | None = None,
 ) -> Any:
     """One new token a row. Rows that have finished are neither computed nor stored; their logits are zero.
 
-    `windows_seen` is filled with the sliding window of each layer's attention call.
+    `windows_seen` is filled with the sliding window of each layer's attention call. `graphs`: where the step may come
+    from a graph.
     """
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
@@ -193,6 +198,10 @@ def run_decode(
         raise cache.pool.memory_error(error, len(tables)) from None
     cache.sequences.pins += pins
     cache.is_copying = bool(pins)
+    outputs = None if graphs is None else graphs.step(request, cache, backend, plans, active)
+    if outputs is not None:
+        cache.finish(None, 1)
+        return outputs
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
@@ -209,6 +218,8 @@ def run_decode(
     outputs = request.call(**kwargs)
     if windows_seen is not None:
         windows_seen.update(cache.step.windows_seen)
+    if graphs is not None:
+        graphs.learn(cache, plans)
     cache.finish(None, 1)
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)

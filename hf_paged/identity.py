@@ -86,7 +86,7 @@ class ModelIdentity:
         """
         with self._lock:
             tensors = [held() for held in self._tensors]
-            if not tensors or any(tensor is None for tensor in tensors):
+            if not tensors or self._sample is None or any(tensor is None for tensor in tensors):
                 return None
             return Sampling(self._sample, self._sample.begin(tensors))
 
@@ -101,6 +101,16 @@ class ModelIdentity:
             tree = Tree.of(self._model())
             obstacle = _obstacle(tree)
             return (self._digest_of(tree, begun), None) if obstacle is None else (None, obstacle)
+
+    def glance(self) -> tuple[bytes | None, str | None]:
+        """`look` without the sample: for who reads the weights where they lie, whatever their content.
+
+        An identity that is asked for `look` or `digest` too takes the next of these for a change.
+        """
+        with self._lock:
+            tree = Tree.of(self._model())
+            obstacle = _obstacle(tree)
+            return (self._digest_of(tree, sampled=False), None) if obstacle is None else (None, obstacle)
 
     def renew(self) -> None:
         """The next digest is a new one, whether or not anything can be seen to have changed."""
@@ -133,10 +143,10 @@ class ModelIdentity:
 
     # -- what is compared ----------------------------------------------------------------------------------------
 
-    def _digest_of(self, tree: Tree, begun: Sampling | None = None) -> bytes:
+    def _digest_of(self, tree: Tree, begun: Sampling | None = None, *, sampled: bool = True) -> bytes:
         if self._changed(tree):
-            self._remember(tree)
-        elif self._sample_differs(tree, begun):
+            self._remember(tree, sampled)
+        elif sampled and self._sample_differs(tree, begun):
             self._new_epoch()  # first, so that the change is not forgotten whatever is thrown in between
             self._sample = Sample(tree.tensors)
         terms = self._current_terms(tree)
@@ -146,6 +156,8 @@ class ModelIdentity:
         return self._digest
 
     def _sample_differs(self, tree: Tree, begun: Sampling | None) -> bool:
+        if self._sample is None:
+            return True
         if begun is None or begun.sample is not self._sample:  # another thread has made one anew
             return self._sample.differs(tree.tensors)
         return begun.differs()
@@ -159,7 +171,7 @@ class ModelIdentity:
         """Whether anything is not as at the last `_remember`; the rest only makes sense for the same structure."""
         return self._structure != _structure(tree) or bool(self._died) or self._state != self._current_state(tree)
 
-    def _remember(self, tree: Tree) -> None:
+    def _remember(self, tree: Tree, sampled: bool) -> None:
         self._new_epoch()
         self._structure = None  # until all below is of this tree, whatever is thrown in between
         self._died = died = []
@@ -168,7 +180,7 @@ class ModelIdentity:
         self._attributes = _plain_attributes(tree, set(self._adapters))
         self._configs = _distinct_configs(tree)
         self._state = copy.deepcopy(self._current_state(tree))
-        self._tensors, self._sample = list(map(weakref.ref, tree.tensors)), Sample(tree.tensors)
+        self._tensors, self._sample = list(map(weakref.ref, tree.tensors)), Sample(tree.tensors) if sampled else None
         self._structure = _structure(tree)
 
     def _new_epoch(self) -> None:

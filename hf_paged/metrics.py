@@ -15,6 +15,7 @@ COUNTERS = {
     "reused_tokens": "Prompt tokens taken from earlier calls",
     "shared_tokens": "Prompt tokens computed once in their call for several rows",
     "generated_tokens": "New tokens returned",
+    "replayed_steps": "Decode steps that were CUDA graphs",
     "copied_blocks": "Blocks copied on write",
     "evicted_blocks": "Cached blocks given up for their memory",
     "offloaded_bytes": "Bytes moved to lower tiers",

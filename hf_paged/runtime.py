@@ -28,6 +28,7 @@ from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
 from hf_paged.probe import PROBE_SLOTS, Capability, probe
+from hf_paged.replay import DecodeGraphs
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.tiers import DiskTier
@@ -62,6 +63,7 @@ class PagedRuntime:
         self._verification = Verification(config)
         self.counters = Counters()
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
+        self._graphs = DecodeGraphs(model, config.cuda_graphs, self.counters)
 
     # -- public --------------------------------------------------------------------------------------------------
 
@@ -99,11 +101,12 @@ class PagedRuntime:
     def release(self) -> None:
         """Give the pool's memory and its files back to the system, cached prefixes included.
 
-        The next `generate` takes what it needs again.
+        CUDA graphs go with it. The next `generate` takes what it needs again.
 
         Blocks of running calls, and of caches that are still held, stay theirs until they are gone.
         """
         with self._lock:
+            self._graphs.clear()
             if self._pool is not None:
                 self.clear()
                 self._close_tier(self._pool)
@@ -368,7 +371,7 @@ class PagedRuntime:
         if obstacle is None:
             try:
                 if request.tokens == 1:
-                    return run_decode(request, cache, backend), request.rows, 0
+                    return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
                 return run_packed(
                     request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches
                 )

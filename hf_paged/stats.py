@@ -19,13 +19,14 @@ class PagedStats:
         reused_tokens: prompt tokens taken from earlier calls.
         shared_tokens: prompt tokens computed once in their call for several rows.
         generated_tokens: new tokens returned, padding left out.
+        replayed_steps: decode steps that were CUDA graphs.
         copied_blocks: blocks copied on write.
         evicted_blocks: cached blocks given up for their memory.
         offloaded_bytes, fetched_bytes: moved to and from lower tiers.
         fetch_choices, recompute_choices: how often a lower tier had what a prompt begins with, and it was fetched, or
             held to be computed in less time.
         fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes;
-            what went wrong with the disk tier.
+            why decode steps were no CUDA graphs; what went wrong with the disk tier.
         blocks_in_use, bytes_in_use: held by running sequences.
         blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
         bytes_reserved: all memory held for KV on the model's devices.
@@ -38,6 +39,7 @@ class PagedStats:
     reused_tokens: int = 0
     shared_tokens: int = 0
     generated_tokens: int = 0
+    replayed_steps: int = 0
     copied_blocks: int = 0
     evicted_blocks: int = 0
     offloaded_bytes: int = 0
@@ -119,6 +121,8 @@ def format_table(stats: PagedStats, title: str) -> str:
             ("prefixes fetched / computed anew", f"{stats.fetch_choices:,} / {stats.recompute_choices:,}"),
             ("speed of fetching / computing", speeds),
         ]
+    if stats.replayed_steps:
+        rows.append(("decode steps from CUDA graphs", f"{stats.replayed_steps:,}"))
     rows += [(f"fallback: {reason}", f"{calls:,} calls") for reason, calls in sorted(stats.fallbacks.items())]
     if not stats.fallbacks:
         rows.append(("fallbacks", "none"))

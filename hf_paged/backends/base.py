@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
+
+if TYPE_CHECKING:
+    from hf_paged.backends.fixed import FixedStep
 
 
 class AttentionCall(NamedTuple):
@@ -36,6 +40,8 @@ class AttentionBackend(ABC):
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
     reads_rows: bool = False
+    # Whether a decode step has a form for captured passes, `fixed_step`, whose copies are made before them by `copy`.
+    has_fixed_steps: bool = False
 
     def describe(self) -> str:
         """What runs, for people."""
@@ -58,6 +64,21 @@ class AttentionBackend(ABC):
     def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """New K and V `[batch, kv_heads, tokens, dim]` into their slots, and the plan's copies."""
         store.write(plan, key, value)
+
+    def copy(self, store: LayerStore, plan: StepPlan) -> None:
+        """The copies of a plan."""
+        raise NotImplementedError(f"{self.name} has no fixed steps")
+
+    def fixed_step(
+        self,
+        plans: Sequence[StepPlan],
+        asked: Sequence[Sequence[Any]],
+        active: Sequence[int],
+        rows: int,
+        device: torch.device,
+    ) -> FixedStep:
+        """The decode step of `plans` (by group) for a captured pass, as `FixedStep.of`."""
+        raise NotImplementedError(f"{self.name} has no fixed steps")
 
     @abstractmethod
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
+from hf_paged.backends.fixed import FixedStep
 from hf_paged.backends.reference import ReferenceBackend
-from hf_paged.backends.work import work_for
+from hf_paged.backends.work import Asked, slot_numbers, slots_key, work_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
 from hf_paged_kernels.attend import attend, takes
@@ -19,16 +22,29 @@ class TritonBackend(AttentionBackend):
     """One launch for each shape of tile, and one to merge parts; what the kernels do not take goes to `reference`."""
 
     name = "triton"
+    has_fixed_steps = True
 
     def __init__(self) -> None:
         self._reference = ReferenceBackend()
 
     def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """One launch for the new tokens, and one for the copies where there are any."""
-        slots, waves = _writes(plan, key.shape[0] * key.shape[2], key.device)
-        store_tokens(key, value, store.keys, store.values, slots)
-        for copies in waves:
+        store_tokens(key, value, store.keys, store.values, _slots(plan, key.shape[0] * key.shape[2], key.device))
+        self.copy(store, plan)
+
+    def copy(self, store: LayerStore, plan: StepPlan) -> None:
+        for copies in _copies(plan, store.keys.device):
             copy_slots(store.keys, store.values, store.keys, store.values, copies)
+
+    def fixed_step(
+        self,
+        plans: Sequence[StepPlan],
+        asked: Sequence[Sequence[Asked]],
+        active: Sequence[int],
+        rows: int,
+        device: torch.device,
+    ) -> FixedStep:
+        return FixedStep.of(plans, asked, active, rows, device)
 
     def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         """As the others, but the kernels read and write rows in any order."""
@@ -41,17 +57,23 @@ class TritonBackend(AttentionBackend):
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         heads, (kv_heads, _, key_dim) = query.shape[1], store.keys.shape
         tiles = tiles_for(query.dtype, key_dim, store.values.shape[2], heads // kv_heads)
-        work = work_for(plan, call.window, heads, kv_heads, tiles, query.device)
+        work = work_for(plan, Asked(call.window, heads, kv_heads, tiles), query.device)
         return attend(query, store.keys, store.values, work, call.scale, call.softcap, call.sinks)
 
 
-def _writes(plan: StepPlan, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The slot of each new token, -1 where it has none, and the copies by launch."""
-    key = ("triton writes", device)
+def _slots(plan: StepPlan, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The slot of each new token, -1 where it has none."""
+    key = slots_key(device)
     if key not in plan.prepared:
-        slots = [-1] * num_tokens
-        for source, tokens, slot, step in plan.writes:
-            slots[source : source + tokens] = range(slot, slot + tokens * step, step)
-        sent = torch.tensor(slots, dtype=torch.int32).to(device)
-        plan.prepared[key] = sent, copy_waves(plan.copies, device)
+        plan.prepared[key] = torch.frombuffer(slot_numbers(plan, num_tokens), dtype=torch.int32).to(device)
+    return plan.prepared[key]
+
+
+def _copies(plan: StepPlan, device: torch.device) -> list[torch.Tensor]:
+    """The plan's copies, by launch."""
+    if not plan.copies:
+        return []
+    key = ("triton copies", device)
+    if key not in plan.prepared:
+        plan.prepared[key] = copy_waves(plan.copies, device)
     return plan.prepared[key]

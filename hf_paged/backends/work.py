@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from hf_paged.core.chain import BlockChain, Run
 from hf_paged.core.plan import Segment, StepPlan
 from hf_paged_kernels.tuning import Tile, processors
-from hf_paged_kernels.work import PageTables, Work, lay_out
+from hf_paged_kernels.work import Layout, PageTables, Work, cut, send
 
 # Segments of so many rows (queries times heads) fill tiles of their own. Shorter ones go by the plan's pieces instead:
 # queries that share a past then share tiles.
 _SEGMENT_ROWS = 64
 
 
-def work_for(
-    plan: StepPlan, window: int | None, heads: int, kv_heads: int, tiles: Sequence[Tile], device: torch.device
-) -> Work:
-    """What the plan's queries read, kept in `plan.prepared`.
+class Asked(NamedTuple):
+    """What an attention call asks of its plan: its window, its heads, the tiles to choose from."""
 
-    Args:
-        plan: the step.
-        window: sliding window of the attention call.
-        heads, kv_heads: of the call.
-        tiles: shapes to choose from.
-        device: of the call.
-    """
-    window = plan.still_hiding(window)
-    key = ("work", window, heads, kv_heads, tiles, device)
+    window: int | None
+    heads: int
+    kv_heads: int
+    tiles: tuple[Tile, ...]
+
+
+def work_for(plan: StepPlan, asked: Asked, device: torch.device) -> Work:
+    """What the plan's queries read, kept in `plan.prepared`; so is what was asked, by whichever layer of the group."""
+    plan.prepared.setdefault("asked", set()).add(asked)
+    key = work_key(plan, asked, device)
     if key not in plan.prepared:
-        group = heads // kv_heads
-        rows = range(plan.num_queries) if plan.order is None else plan.order
-        tables = _page_tables(plan, window, group)
-        plan.prepared[key] = lay_out(tables, rows, tiles, group, kv_heads, processors(device), device, window)
+        plan.prepared[key] = send(layout_for(plan, asked, device), device)
     return plan.prepared[key]
+
+
+def slots_key(device: torch.device) -> tuple[object, ...]:
+    """Where `plan.prepared` holds the slots of the new tokens."""
+    return ("slots", device)
+
+
+def slot_numbers(plan: StepPlan, num_tokens: int) -> array:
+    """The slot of each of `num_tokens` new tokens, -1 where it has none."""
+    slots = array("i", [-1]) * num_tokens
+    for source, tokens, slot, step in plan.writes:
+        slots[source : source + tokens] = array("i", range(slot, slot + tokens * step, step))
+    return slots
+
+
+def work_key(plan: StepPlan, asked: Asked, device: torch.device) -> tuple[object, ...]:
+    """Where `plan.prepared` holds a work; windows that hide nothing make no difference."""
+    return ("work", *asked._replace(window=plan.still_hiding(asked.window)), device)
+
+
+def layout_for(plan: StepPlan, asked: Asked, device: torch.device) -> Layout:
+    """The same, still on the host."""
+    window, group = plan.still_hiding(asked.window), asked.heads // asked.kv_heads
+    rows = range(plan.num_queries) if plan.order is None else plan.order
+    tables = _page_tables(plan, window, group)
+    return cut(tables, rows, asked.tiles, group, asked.kv_heads, processors(device), window)
 
 
 def _page_tables(plan: StepPlan, window: int | None, group: int) -> PageTables:

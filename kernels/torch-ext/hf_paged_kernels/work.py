@@ -16,6 +16,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,19 @@ class Launch:
 
     tile: Tile
     items: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What a `Work` is made of, still on the host; names as there."""
+
+    by_tile: dict[Tile, list[Item]]
+    pages: array
+    rows: Sequence[int]
+    num_parts: int
+    part_starts: array
+    parts: array
+    window: int | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +143,20 @@ def lay_out(
     device: torch.device,
     window: int | None = None,
 ) -> Work:
-    """Cut stretches into items and send them to `device`.
+    """Cut stretches into items and send them to `device`; the other arguments are those of `cut`."""
+    return send(cut(tables, rows, tiles, group, kv_heads, num_processors, window), device)
+
+
+def cut(
+    tables: PageTables,
+    rows: Sequence[int],
+    tiles: Sequence[Tile],
+    group: int,
+    kv_heads: int,
+    num_processors: int,
+    window: int | None = None,
+) -> Layout:
+    """Cut stretches into items.
 
     Args:
         tables: what is read; with a `window`, every stretch has a `first`.
@@ -138,7 +165,6 @@ def lay_out(
         group: query heads per KV head.
         kv_heads: KV heads of the call.
         num_processors: of the device.
-        device: of the call.
         window: a query sees itself and the `window - 1` tokens before it.
     """
     by_tile: dict[Tile, list[Item]] = {}
@@ -150,14 +176,27 @@ def lay_out(
     num_parts = 0
     for tile, whole in by_tile.items():
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
-        items = by_tile[tile] = [part for item in whole for part in _split(item, most)]
-        for index, item in enumerate(items):
-            items[index] = item._replace(part=num_parts)
-            for i in range(item.count):
-                parts[item.start + i].append(num_parts + i)
-            num_parts += item.count
+        items: list[Item] = []
+        for start, count, table, lo, hi, first, _ in whole:
+            for at in range(lo, hi, most):  # in parts that begin with a page where the item does
+                items.append(Item(start, count, table, at, min(at + most, hi), first, num_parts))
+                for i in range(count):
+                    parts[start + i].append(num_parts + i)
+                num_parts += count
+        by_tile[tile] = items
         items.sort(key=lambda item: item.lo - item.hi)  # the longest first, so that none is left over at the end
-    return _send(by_tile, tables.pages, rows, parts, num_parts, device, window)
+    is_final = all(len(of_query) == 1 for of_query in parts)
+    starts = array("i", accumulate(map(len, parts), initial=0))
+    flat_parts = array("i", [x for of_query in parts for x in of_query])
+    return Layout(by_tile, tables.pages, rows, 0 if is_final else num_parts, starts, flat_parts, window)
+
+
+def item_numbers(items: Sequence[Item]) -> array:
+    """Items as the kernels read them."""
+    numbers = array("i")
+    for item in items:
+        numbers.extend((*item, 0))
+    return numbers
 
 
 def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
@@ -176,28 +215,10 @@ def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
     return items
 
 
-def _split(item: Item, most_tokens: int) -> list[Item]:
-    """The item in parts of at most `most_tokens` tokens, which begin with a page where the item does."""
-    return [item._replace(lo=lo, hi=min(lo + most_tokens, item.hi)) for lo in range(item.lo, item.hi, most_tokens)]
-
-
-def _send(
-    by_tile: dict[Tile, list[Item]],
-    pages: array,
-    rows: Sequence[int],
-    parts: list[list[int]],
-    num_parts: int,
-    device: torch.device,
-    window: int | None,
-) -> Work:
+def send(layout: Layout, device: torch.device) -> Work:
     """One copy to the device; every tensor begins at a multiple of 16 bytes."""
-    is_final = all(len(of_query) == 1 for of_query in parts)
-    starts, at = array("i", [0]), 0
-    for of_query in parts:
-        at += len(of_query)
-        starts.append(at)
-    sections = [array("i", [x for item in items for x in (*item, 0)]) for items in by_tile.values()]
-    sections += [pages, array("i", rows), starts, array("i", [x for of_query in parts for x in of_query])]
+    sections = [item_numbers(items) for items in layout.by_tile.values()]
+    sections += [layout.pages, array("i", layout.rows), layout.part_starts, layout.parts]
     buffer, places = array("i"), []
     for section in sections:
         places.append((len(buffer), len(buffer) + len(section)))
@@ -205,6 +226,6 @@ def _send(
         buffer.extend([0] * (-len(buffer) % 4))
     sent = torch.frombuffer(buffer, dtype=torch.int32).to(device)
     views = [sent[start:stop] for start, stop in places]
-    launches = [Launch(tile, items.view(-1, ITEM_NUMBERS)) for tile, items in zip(by_tile, views, strict=False)]
-    table, row_of, part_starts, flat_parts = views[len(launches) :]
-    return Work(launches, table, row_of, 0 if is_final else num_parts, part_starts, flat_parts, window)
+    launches = [Launch(tile, items.view(-1, ITEM_NUMBERS)) for tile, items in zip(layout.by_tile, views, strict=False)]
+    pages, rows, part_starts, parts = views[len(launches) :]
+    return Work(launches, pages, rows, layout.num_parts, part_starts, parts, layout.window)

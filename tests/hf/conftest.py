@@ -1,0 +1,37 @@
+"""CUDA graphs for tests without a GPU."""
+
+import pytest
+import tape
+import torch
+
+from hf_paged import replay
+from hf_paged_kernels import room, work
+from hf_paged_kernels.launch import triton_obstacle
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Graphs on the CPU, captured often: parts of 16 tokens, and rooms without reserve."""
+    if obstacle := triton_obstacle(torch.device("cpu")):
+        pytest.skip(obstacle)
+    made = tape.TapeDriver()
+    monkeypatch.setattr(replay, "driver_for", lambda device: made)
+    monkeypatch.setattr(work, "part_tokens", lambda *_: 16)
+    monkeypatch.setattr(room, "_MIN_ITEMS", 1)
+    monkeypatch.setattr(room, "_MIN_PAGES", 4)
+    return made
+
+
+@pytest.fixture
+def quick(driver, monkeypatch):
+    """The same with kernels in plain torch."""
+    from hf_paged_kernels.copy import copy_slots_reference  # these modules import triton
+    from hf_paged_kernels.store import store_tokens_reference
+
+    for name, function in {
+        "attend": tape.attend_plainly,
+        "store_tokens": store_tokens_reference,
+        "copy_slots": copy_slots_reference,
+    }.items():
+        monkeypatch.setattr(f"hf_paged.backends.triton.{name}", tape.launch(function))
+    return driver
