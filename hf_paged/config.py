@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hf_paged_kernels.formats import FORMATS, TokenFormat
+from hf_paged_kernels.formats import FORMATS, KVFormat
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
@@ -75,7 +75,7 @@ class PagedConfig:
         return replace(config or cls(), **overrides)
 
     @property
-    def token_format(self) -> TokenFormat | None:
+    def kv_format(self) -> KVFormat | None:
         """How KV is stored; `None`: as the model gives it."""
         return FORMATS.get(self.kv_cache_dtype)
 

@@ -47,7 +47,12 @@ class PagedRuntime:
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model), config.token_format)  # says why, where it does not run
+            backend_for("triton", compat.compute_device(model), config.kv_format)  # says why, where it does not run
+        if config.kv_format is not None:
+            kind = getattr(model, "_hf_paged_original", type(model))
+            footprint(
+                kind, model.config, model.dtype, config.kv_format
+            )  # says where there is none for the model's dims
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -149,8 +154,8 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, compat.compute_device(model), self.config.token_format).describe()
-        stored = "" if self.config.token_format is None else f", {self.config.kv_cache_dtype} KV"
+            backend = backend_for(backend, compat.compute_device(model), self.config.kv_format).describe()
+        stored = "" if self.config.kv_format is None else f", {self.config.kv_cache_dtype} KV"
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
         )
@@ -177,7 +182,7 @@ class PagedRuntime:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {obstacle}")
-        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.token_format)
+        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.kv_format)
         if slow is not None:
             self.counters.fall_back(slow)
         return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
@@ -245,7 +250,7 @@ class PagedRuntime:
         self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
     ) -> KVPool:
         config = config or self.config
-        size = footprint(model._hf_paged_original, model.config, model.dtype, config.token_format)
+        size = footprint(model._hf_paged_original, model.config, model.dtype, config.kv_format)
         return KVPool(config, self.layout().windows, size.layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
@@ -256,7 +261,7 @@ class PagedRuntime:
         if found is None:
             # Whether passes are put together right has nothing to do with how exactly K and V are stored.
             exact = self.config
-            if exact.token_format is not None:
+            if exact.kv_format is not None:
                 exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
             found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
             self._capabilities[key] = found
@@ -364,7 +369,7 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
+        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
         if obstacle is None:
             try:
                 if request.tokens == 1:
@@ -385,7 +390,7 @@ class PagedRuntime:
             return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
+            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)

@@ -18,17 +18,49 @@ def e4m3_numbers() -> torch.Tensor:
 
 
 NUMBERS = {"int8": torch.arange(-127, 128, dtype=torch.float64), "fp8": e4m3_numbers()}
+KEY_GROUP, VALUE_GROUP = 32, 64  # of int4
 
 
-def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
-    """`x [..., dim]` as the format keeps it: the nearest of its numbers, times the scale of the last dim."""
-    numbers = NUMBERS[name]
+def hadamard(dim: int) -> torch.Tensor:
+    """The rotation as a matrix `[dim, dim]`."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while dim % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / len(block) ** 0.5] * (dim // len(block)))
+
+
+def nearest(x: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """`x [..., dim]` as the nearest of `numbers` times a scale of the last dim."""
     # The format's scale is a float32.
-    scale = (x.double().abs().amax(-1, keepdim=True) / numbers[-1]).float().double()
-    wanted = torch.where(scale > 0, x.double() / scale, 0.0).contiguous()
+    scale = (x.abs().amax(-1, keepdim=True) / numbers[-1]).float().double()
+    wanted = torch.where(scale > 0, x / scale, 0.0).contiguous()
     above = torch.searchsorted(numbers, wanted).clamp(1, len(numbers) - 1)
     low, high = numbers[above - 1], numbers[above]
-    return (torch.where(wanted - low <= high - wanted, low, high) * scale).to(x.dtype)
+    return torch.where(wanted - low <= high - wanted, low, high) * scale
+
+
+def on_steps(x: torch.Tensor, most_channels: int) -> torch.Tensor:
+    """`x [..., dim]` with each group of channels on 16 equal steps from its smallest number on."""
+    group = next(size for size in (64, 32, 16) if size <= most_channels and x.shape[-1] % size == 0)
+    pieces = []
+    for channels in x.split(group, dim=-1):
+        low = channels.amin(-1, keepdim=True)
+        step = ((channels.amax(-1, keepdim=True) - low) / 15).half().double()
+        low = low.half().double()
+        counted = torch.where(step > 0, (channels - low) / step, 0.0)
+        pieces.append(counted.round().clamp(0, 15) * step + low)
+    return torch.cat(pieces, dim=-1)
+
+
+def rounded(x: torch.Tensor, name: str, is_key: bool) -> torch.Tensor:
+    """K or V `[..., dim]` as the format keeps it; keys are rotated before they are rounded."""
+    turn = hadamard(x.shape[-1]) if is_key else torch.eye(x.shape[-1], dtype=torch.float64)
+    turned = x.double() @ turn
+    if name == "int4":
+        kept = on_steps(turned, KEY_GROUP if is_key else VALUE_GROUP)
+    else:
+        kept = nearest(turned, NUMBERS[name])
+    return (kept @ turn).to(x.dtype)
 
 
 class RoundingCache(DynamicCache):
@@ -39,4 +71,6 @@ class RoundingCache(DynamicCache):
         self.rounded = functools.partial(rounded, name=name)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        return super().update(self.rounded(key_states), self.rounded(value_states), *args, **kwargs)
+        return super().update(
+            self.rounded(key_states, is_key=True), self.rounded(value_states, is_key=False), *args, **kwargs
+        )

@@ -11,6 +11,7 @@ from benchmarks import smollm2
 from hf_paged import paged, patch_model, verify
 from hf_paged.cli import main
 from hf_paged.quality import MAX_MEAN_KL, Quality, measure, prompt_of
+from hf_paged.store import LayerStore
 from hf_paged_kernels import FORMATS
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -51,8 +52,8 @@ def test_a_model_that_a_format_ruins_is_refused_and_another_format_named():
 def test_it_is_measured_once_and_only_where_kv_is_quantized(monkeypatch):
     asked = []
 
-    def check_quality(model, token_format):
-        asked.append(token_format.name)
+    def check_quality(model, kv_format):
+        asked.append(kv_format.name)
         return Quality(0, 1)
 
     monkeypatch.setattr(verify, "check_quality", check_quality)
@@ -81,7 +82,8 @@ def test_verify_asks_whether_answers_are_those_of_stock_on_rounded_kv(family):
 
 def test_a_store_that_keeps_something_else_is_noticed(monkeypatch):
     model = patched(copy_of(FAMILIES["llama"]), "int8", verify=True)
-    monkeypatch.setattr("hf_paged.store.LayerStore._encode", lambda self, x: self.token_format.encode(x * 1.1))
+    encoded = LayerStore._encoded
+    monkeypatch.setattr(LayerStore, "_encoded", lambda self, key, value: encoded(self, key * 1.1, value))
     monkeypatch.setattr("hf_paged_kernels.NativeStore.write", lambda *_: False)
     with pytest.raises(ValueError, match="verify: the patched model does not answer as stock does"):
         model.generate(**prompts.single(), **GREEDY)
