@@ -174,14 +174,43 @@ static HFP_INLINE void in_tiles(int64_t count, const Step &step) {
 template <class Type>
 static void rescale(const typename Type::Storage *tokens, const int64_t *at, int64_t count, int64_t dim, int64_t rows,
                     float *weights) {
-    if (!Type::is_scaled) return;
-    float scales[kMaxBlock] = {};
-    for (int64_t t = 0; t < count; ++t) scales[t] = Type::scale((const char *)(tokens + at[t]) + dim);
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t t = 0; t < count; t += HFP_LANES) {
-            float *here = weights + row * kMaxBlock + t;
-            store(here, load(here) * load(scales + t));
-        }
+    if constexpr (Type::is_scaled) {
+        float scales[kMaxBlock] = {};
+        for (int64_t t = 0; t < count; ++t) scales[t] = Type::scale((const char *)(tokens + at[t]) + dim);
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t t = 0; t < count; t += HFP_LANES) {
+                float *here = weights + row * kMaxBlock + t;
+                store(here, load(here) * load(scales + t));
+            }
+    }
+}
+
+// What scores and sums are made from: the tokens themselves, or the floats that they are decoded to.
+template <class Type, bool is_decoded = Type::is_decoded>
+struct Readable {
+    typedef Type Read;
+    static const typename Type::Storage *of(const typename Type::Storage *tokens, const int64_t *, int64_t, int64_t,
+                                            int64_t, float *) {
+        return tokens;
+    }
+};
+template <class Type>
+struct Readable<Type, true> {
+    typedef Float32 Read;
+    static const float *of(const typename Type::Storage *tokens, const int64_t *at, int64_t count, int64_t dim,
+                           int64_t group, float *into) {
+        for (int64_t t = 0; t < count; ++t) Type::decode(tokens + at[t], dim, group, into + t * dim);
+        return into;
+    }
+};
+
+// Where decoded tokens lie.
+static void lay_out_decoded(int64_t tokens, int64_t key_dim, int64_t value_dim, Block &block) {
+    block.tokens = tokens;
+    for (int64_t t = 0; t < (tokens + 3) / 4 * 4; ++t) {
+        const int64_t used = t < tokens ? t : tokens - 1;
+        block.keys[t] = used * key_dim, block.values[t] = used * value_dim;
+    }
 }
 
 template <class Type>
@@ -231,8 +260,9 @@ template <class Type>
 static void attend_strip(const Attention &call, const Strip &strip, int64_t head, float *partial,
                          const Scratch &scratch) {
     typedef typename Type::Storage Storage;
+    typedef typename Readable<Type>::Read Read;
     const int64_t rows = (strip.query_stop - strip.query) * call.group;
-    const int64_t key_size = Type::size(call.key_dim), value_size = Type::size(call.value_dim);
+    const int64_t key_size = Type::size(call.key_dim, kKeyGroup), value_size = Type::size(call.value_dim, kValueGroup);
     const Storage *keys = (const Storage *)call.keys + head * call.key_head_stride;
     const Storage *values = (const Storage *)call.values + head * call.value_head_stride;
     float *most = partial + rows * call.value_dim, *total = most + rows;
@@ -240,16 +270,20 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = (strip.query + row / call.group) * call.query_stride +
                            (head * call.group + row % call.group) * call.query_head_stride;
-        kReadQuery[call.dtype](call, at, scratch.query + row * call.key_dim);
+        float *query = scratch.query + row * call.key_dim;
+        kReadQuery[call.dtype](call, at, query);
+        if (Type::is_record) rotate(query, call.key_dim);
         most[row] = -INFINITY, total[row] = 0;
     }
     const int64_t key_bytes = key_size * sizeof(Storage), value_bytes = value_size * sizeof(Storage);
-    int64_t most_tokens = 16384 / key_bytes;
+    const int64_t widest = call.key_dim > call.value_dim ? call.key_dim : call.value_dim;
+    int64_t most_tokens = Type::is_decoded ? kDecodedFloats / widest : 16384 / key_bytes;
     most_tokens = most_tokens > kMaxBlock ? kMaxBlock : most_tokens;
 
-    Block blocks[2];
+    Block blocks[2], decoded;
     Cursor at = {call.runs + strip.run, strip.skip, strip.tokens};
     next_block(at, most_tokens, key_size, value_size, blocks[0]);
+    if (Type::is_decoded) lay_out_decoded(most_tokens, call.key_dim, call.value_dim, decoded);
     int64_t begin = strip.begin;
     for (int64_t i = 0; blocks[i & 1].tokens; ++i) {
         const Block &block = blocks[i & 1];
@@ -258,7 +292,12 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
         const int64_t size = sizeof(Storage);
         const Ahead these_values = {(const char *)values, block.values, block.tokens, size, value_bytes};
         const Ahead next_keys = {(const char *)keys, next.keys, next.tokens, size, key_bytes};
-        in_tiles(rows, Scoring<Type>{call, scratch.query, keys, block, scratch.weights, these_values});
+        if (Type::is_decoded && block.tokens < decoded.tokens)
+            lay_out_decoded(block.tokens, call.key_dim, call.value_dim, decoded);
+        const Block &readable = Type::is_decoded ? decoded : block;
+        const auto *read_keys =
+            Readable<Type>::of(keys, block.keys, block.tokens, call.key_dim, kKeyGroup, scratch.decoded);
+        in_tiles(rows, Scoring<Read>{call, scratch.query, read_keys, readable, scratch.weights, these_values});
         rescale<Type>(keys, block.keys, block.tokens, call.key_dim, rows, scratch.weights);
         for (int64_t row = 0; row < rows; ++row) {
             // Query `i` sees tokens up to `first + i`, `window` of them.
@@ -270,7 +309,9 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
                                          most + row, total + row);
         }
         rescale<Type>(values, block.values, block.tokens, call.value_dim, rows, scratch.weights);
-        in_tiles(rows, Weighing<Type>{call, scratch.weights, scratch.scales, values, block, partial, next_keys});
+        const auto *read_values =
+            Readable<Type>::of(values, block.values, block.tokens, call.value_dim, kValueGroup, scratch.decoded);
+        in_tiles(rows, Weighing<Read>{call, scratch.weights, scratch.scales, read_values, readable, partial, next_keys});
         begin += block.tokens;
     }
 }
@@ -299,6 +340,7 @@ static void merge_partials(const Attention &call, int64_t query, int64_t head, c
 }
 
 static const Kernel kKernel = {
-    {attend_strip<Float32>, attend_strip<BFloat16>, attend_strip<Float16>, attend_strip<Int8>, attend_strip<Float8>},
+    {attend_strip<Float32>, attend_strip<BFloat16>, attend_strip<Float16>, attend_strip<Int8>, attend_strip<Float8>,
+     attend_strip<Int4>},
     {merge_partials<Float32>, merge_partials<BFloat16>, merge_partials<Float16>},
 };

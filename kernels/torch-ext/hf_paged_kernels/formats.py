@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -39,9 +40,11 @@ class TokenFormat(ABC):
 
     Attributes:
         is_rotated: whether codes are those of rotated numbers.
+        codes_per_byte: how many there are.
     """
 
     is_rotated: bool
+    codes_per_byte: ClassVar[int] = 1
 
     @abstractmethod
     def record_bytes(self, dim: int) -> int:
@@ -114,6 +117,7 @@ class GroupedNibbles(TokenFormat):
     """
 
     most_channels: int
+    codes_per_byte: ClassVar[int] = 2
 
     def takes(self, dim: int) -> bool:
         return dim % 16 == 0

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch  # first, so that its OpenMP runtime is loaded
 
-from .formats import KVRecords
+from .formats import KVFormat, KVRecords
 
 _LIBRARY = Path(__file__).with_name("_native.so")
 _SWITCH = "HF_PAGED_NATIVE"
@@ -113,9 +113,12 @@ class NativeKernel:
         self._attend = library.hf_paged_attend
         self._row_calls: dict[tuple[Any, ...], bytes] = {}
 
-    def takes(self, dtype: torch.dtype, *dims: int) -> bool:
-        """Whether the variant does K and V of this dtype and these dims."""
-        return dtype in _DTYPES and all(8 <= dim <= 256 and dim % 8 == dim % self.lanes == 0 for dim in dims)
+    def takes(self, dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None) -> bool:
+        """Whether the variant does K and V of this dtype and these dims, stored in this format."""
+        # A vector of codes is read from each part of a record whose codes share bytes.
+        parts = 1 if kv_format is None else kv_format.keys.codes_per_byte
+        multiple = parts * max(8, self.lanes)
+        return dtype in _DTYPES and all(8 <= dim <= 256 and dim % multiple == 0 for dim in (key_dim, value_dim))
 
     def attend(
         self,
@@ -345,9 +348,11 @@ def native() -> Availability:
 
 
 @functools.cache
-def kernel_for(dtype: torch.dtype, key_dim: int, value_dim: int) -> NativeKernel | None:
+def kernel_for(
+    dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None
+) -> NativeKernel | None:
     """The variant for K and V on the CPU, `None` where torch's own attention is to be used."""
-    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim)), None)
+    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim, kv_format)), None)
 
 
 @functools.cache
