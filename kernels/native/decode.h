@@ -199,7 +199,8 @@ struct Readable<Type, true> {
     typedef Float32 Read;
     static const float *of(const typename Type::Storage *tokens, const int64_t *at, int64_t count, int64_t dim,
                            int64_t group, float *into) {
-        for (int64_t t = 0; t < count; ++t) Type::decode(tokens + at[t], dim, group, into + t * dim);
+        const int64_t each = group_of(dim, group);
+        for (int64_t t = 0; t < count; ++t) Type::decode(tokens + at[t], dim, each, into + t * dim);
         return into;
     }
 };

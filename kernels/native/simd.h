@@ -160,22 +160,38 @@ struct Int4 {
 #endif
     }
 
+    // Step and minimum of a group.
+    struct Scales {
+        float step, least;
+    };
+    static HFP_INLINE Scales scales(const int8_t *p) {
+#if defined(HFP_F16C)
+        int32_t both;
+        memcpy(&both, p, sizeof both);
+        const __m128 x = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+        return {x[0], x[1]};
+#else
+        uint16_t both[HFP_LANES] = {};
+        memcpy(both, p, kGroupBytes);
+        const Floats x = Float16::read(both);
+        return {x[0], x[1]};
+#endif
+    }
+
     // Numbers of `dim` channels. A vector of codes lies in one group and in one half of the channels.
-    static HFP_INLINE void decode(const int8_t *record, int64_t dim, int64_t most_group, float *into) {
-        const int64_t half = dim / 2, group = group_of(dim, most_group), count = dim / group;
-        float scales[2 * kMaxDim / 16 + HFP_LANES];
-        for (int64_t i = 0; i < 2 * count; i += HFP_LANES) {
-            uint16_t some[HFP_LANES] = {};
-            const int64_t left = 2 * count - i;
-            memcpy(some, record + half + 2 * i, 2 * (left < HFP_LANES ? left : HFP_LANES));
-            store(scales + i, Float16::read(some));
-        }
+    static HFP_INLINE void decode(const int8_t *record, int64_t dim, int64_t group, float *into) {
+        const int64_t half = dim / 2, run = half % group ? group / 2 : group;
         const int shift = __builtin_ctzll((unsigned long long)group);
-        for (int64_t d = 0; d < half; d += HFP_LANES) {
-            const Ints both = load_bytes(record + d);
-            const float *low = scales + 2 * (d >> shift), *high = scales + 2 * ((d + half) >> shift);
-            store(into + d, __builtin_convertvector(both & 15, Floats) * splat(low[0]) + splat(low[1]));
-            store(into + half + d, __builtin_convertvector(both >> 4, Floats) * splat(high[0]) + splat(high[1]));
+        for (int64_t begin = 0; begin < half; begin += run) {
+            const Scales first = scales(record + half + (begin >> shift) * kGroupBytes);
+            const Scales second = scales(record + half + ((half + begin) >> shift) * kGroupBytes);
+            const Floats low_step = splat(first.step), low = splat(first.least);
+            const Floats high_step = splat(second.step), high = splat(second.least);
+            for (int64_t d = begin; d < begin + run; d += HFP_LANES) {
+                const Ints both = load_bytes(record + d);
+                store(into + d, __builtin_convertvector(both & 15, Floats) * low_step + low);
+                store(into + half + d, __builtin_convertvector(both >> 4, Floats) * high_step + high);
+            }
         }
     }
 };
