@@ -17,8 +17,10 @@ from hf_paged.probe import in_one_line
 from hf_paged_kernels import KVFormat
 
 # Mean KL divergence from the model's own distribution of the next token, in nats. SmolLM2-135M on 4,096 tokens of text
-# is off by 0.0008 (int8) and 0.011 (fp8); beyond this limit other words are chosen all the time.
-MAX_MEAN_KL = 0.05
+# is off by 0.0003 (int8), 0.006 (fp8) and 0.048 (int4), on the prompt below by 0.0002, 0.004 and 0.041. A short prompt
+# tells no more than the order of magnitude: twice what int4 does to a model that bears it is allowed. A model whose keys
+# have channels of outliers is off by 0.3 and more.
+MAX_MEAN_KL = 0.1
 _PROMPT = (
     "In the spring the river rose above its banks, and the people of the lower town carried what they could uphill. "
     "Three days later the water fell again. Nobody had drowned, but the mill was gone, and with it the only clock for "

@@ -4,8 +4,6 @@ It shares no line with the package: numbers in float64, codes looked up in table
 are said to be.
 """
 
-import functools
-
 import torch
 from transformers import DynamicCache
 
@@ -19,6 +17,7 @@ def e4m3_numbers() -> torch.Tensor:
 
 NUMBERS = {"int8": torch.arange(-127, 128, dtype=torch.float64), "fp8": e4m3_numbers()}
 KEY_GROUP, VALUE_GROUP = 32, 64  # of int4
+NUDGE = 3e-7  # as far as K and V in float32 are off where sums are taken in another order
 
 
 def hadamard(dim: int) -> torch.Tensor:
@@ -52,23 +51,45 @@ def on_steps(x: torch.Tensor, most_channels: int) -> torch.Tensor:
     return torch.cat(pieces, dim=-1)
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """`x [..., dim]` times that matrix, in float32 and in the order in which the format adds up.
+
+    Any other order would put numbers that lie between two codes on the other side now and then.
+    """
+    dim = x.shape[-1]
+    block = next(size for size in range(dim, 0, -1) if dim % size == 0 and size.bit_count() == 1)
+
+    def summed(piece: torch.Tensor) -> torch.Tensor:
+        if piece.shape[-1] == 1:
+            return piece
+        first, second = map(summed, piece.chunk(2, dim=-1))
+        return torch.cat([first + second, first - second], dim=-1)
+
+    return torch.cat([summed(piece.float()) for piece in x.split(block, dim=-1)], dim=-1) * block**-0.5
+
+
 def rounded(x: torch.Tensor, name: str, is_key: bool) -> torch.Tensor:
     """K or V `[..., dim]` as the format keeps it; keys are rotated before they are rounded."""
-    turn = hadamard(x.shape[-1]) if is_key else torch.eye(x.shape[-1], dtype=torch.float64)
-    turned = x.double() @ turn
+    given = (turned(x) if is_key else x).double()
     if name == "int4":
-        kept = on_steps(turned, KEY_GROUP if is_key else VALUE_GROUP)
+        kept = on_steps(given, KEY_GROUP if is_key else VALUE_GROUP)
     else:
-        kept = nearest(turned, NUMBERS[name])
-    return (kept @ turn).to(x.dtype)
+        kept = nearest(given, NUMBERS[name])
+    return (kept @ hadamard(x.shape[-1]) if is_key else kept).to(x.dtype)
 
 
 class RoundingCache(DynamicCache):
-    """Stock's cache, of what a format leaves of K and V."""
+    """Stock's cache, of what a format leaves of K and V; of K and V that are a little off with a `nudge`, a seed."""
 
-    def __init__(self, config, name: str):
+    def __init__(self, config, name: str, nudge: int | None = None):
         super().__init__(config=config.get_text_config(decoder=True))
-        self.rounded = functools.partial(rounded, name=name)
+        self.name = name
+        self.generator = None if nudge is None else torch.Generator().manual_seed(nudge)
+
+    def rounded(self, x: torch.Tensor, is_key: bool) -> torch.Tensor:
+        if self.generator is not None:
+            x = x * (1 + NUDGE * torch.randn(x.shape, generator=self.generator))
+        return rounded(x, self.name, is_key)
 
     def update(self, key_states, value_states, *args, **kwargs):
         return super().update(
