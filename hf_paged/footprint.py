@@ -57,12 +57,17 @@ def footprint(
     return Footprint((int(compat.estimated_kv_elements(decoder) * item_bytes),) * num_layers, reason)
 
 
+def footprint_of(model: PreTrainedModel, kv_format: KVFormat | None = None) -> Footprint:
+    """The same for a model that is there, patched or not."""
+    return footprint(getattr(model, "_hf_paged_original", type(model)), model.config, model.dtype, kv_format)
+
+
 def formats_for(model: PreTrainedModel) -> list[KVFormat]:
     """The formats that are there for K and V of the model's dims, all of them where these are not known."""
     found = []
     for kv_format in FORMATS.values():
         try:
-            footprint(getattr(model, "_hf_paged_original", type(model)), model.config, model.dtype, kv_format)
+            footprint_of(model, kv_format)
         except ValueError:
             continue
         found.append(kv_format)

@@ -20,7 +20,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
-from hf_paged.footprint import footprint
+from hf_paged.footprint import footprint_of
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
@@ -49,10 +49,7 @@ class PagedRuntime:
         if config.attention_backend == "triton":
             backend_for("triton", compat.compute_device(model), config.kv_format)  # says why, where it does not run
         if config.kv_format is not None:
-            kind = getattr(model, "_hf_paged_original", type(model))
-            footprint(
-                kind, model.config, model.dtype, config.kv_format
-            )  # says where there is none for the model's dims
+            footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -203,8 +200,7 @@ class PagedRuntime:
         except ValueError as error:
             return str(error)
         if self._looked_at is None or self._looked_at[0] is not layout:
-            model = self._model()
-            sizes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+            sizes = footprint_of(self._model()).layer_bytes
             idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
             self._looked_at = layout, idle
         return self._looked_at[1]
@@ -250,8 +246,8 @@ class PagedRuntime:
         self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
     ) -> KVPool:
         config = config or self.config
-        size = footprint(model._hf_paged_original, model.config, model.dtype, config.kv_format)
-        return KVPool(config, self.layout().windows, size.layer_bytes, compat.compute_device(model), max_slots)
+        layer_bytes = footprint_of(model, config.kv_format).layer_bytes
+        return KVPool(config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""

@@ -10,7 +10,7 @@ moves records and knows nothing of formats:
 
 Keys are rotated before they are rounded (`rotation`), values are not. What reads codes of keys as they are has to
 rotate its queries instead. SmolLM2, 4,096 tokens, mean KL from full precision, without and with: int8 0.0008 and
-0.0003, fp8 0.011 and 0.006, int4 0.063 and 0.048; of int4's, V alone are 0.005. So its keys have smaller groups.
+0.0003, fp8 0.011 and 0.006, int4 0.063 and 0.046; of int4's, V alone are 0.005. So its keys have smaller groups.
 
 The dim of a record cannot be told from its bytes (48 and 64 channels of V both take 36 in int4).
 """
