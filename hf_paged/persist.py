@@ -4,7 +4,7 @@
       manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
       tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens], kept [groups, pieces] bool
       layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept
-                                    (like_key, like_value [0, dim] beside records: of the dtype and dim of what these hold)
+                                    (like_key, like_value [0, dim] beside records: dtype and dim of what these hold)
       ...
 
 A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry

@@ -1,6 +1,8 @@
 """`kv_cache_dtype`: the same tokens as stock on a cache that keeps what a second implementation makes of K and V."""
 
 import copy
+import itertools
+import json
 
 import prompts
 import pytest
@@ -15,6 +17,7 @@ from hf_paged import patch_model
 from hf_paged.backends import plain_torch_reason
 from hf_paged.core.prefix import root_key
 from hf_paged.footprint import formats_for
+from hf_paged.persist import _sum_of
 from hf_paged_kernels import FORMATS
 
 MODES = {
@@ -84,12 +87,10 @@ def test_the_yardstick_is_not_stock_itself():
     """Else the tests above would pass with full precision stored."""
     inputs = prompts.shared_prefix()
     plain = stock_model("llama").generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    for name in FORMATS:
-        assert not torch.equal(stock_answer("llama", name, inputs, do_sample=False), plain)
-        answers = [stock_answer("llama", other, inputs, do_sample=False) for other in FORMATS if other != name]
-        for other in answers:
-            with pytest.raises(AssertionError):
-                assert_answer(other, "llama", name, inputs, do_sample=False)
+    answers = {"auto": plain, **{name: stock_answer("llama", name, inputs, do_sample=False) for name in FORMATS}}
+    for other, name in itertools.pairwise(answers):
+        with pytest.raises(AssertionError):
+            assert_answer(answers[other], "llama", name, inputs, do_sample=False)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -129,18 +130,34 @@ def test_prefixes_that_were_saved_go_on_where_they_ended(name, tmp_path):
             model.paged.load(tmp_path)
 
 
-def test_eviction_and_the_disk_tier_bring_records_back():
+def test_prefixes_that_an_older_version_saved_are_refused(tmp_path):
+    """Its keys were not rotated."""
+    first = patched("llama", "int8")
+    answer(first, prompts.single(), do_sample=False)
+    first.paged.save(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["format_version"] = 3
+    del manifest["sha256"]
+    path.write_text(json.dumps({**manifest, "sha256": _sum_of(manifest)}))
+    second = patched("llama", "int8")
+    with pytest.raises(ValueError, match="the saved prefixes have format_version 3, this model has 4"):
+        second.paged.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_eviction_and_the_disk_tier_bring_records_back(name):
     class Rounded(Pair):
         """A pair whose stock side keeps rounded KV."""
 
         def ask(self, rows, **kwargs):
             def cache(model):
-                return RoundingCache(model.config, "int8") if model is self.stock else None
+                return RoundingCache(model.config, name) if model is self.stock else None
 
             return super().ask(rows, past_key_values=cache, **kwargs)
 
-    # Memory for about three prompts; float32 takes 256 bytes a token and layer where int8 takes 80.
-    pair = tiered("llama", blocks=4, make=Rounded, kv_cache_dtype="int8", verify=False)
+    # Memory for three to five prompts: float32 takes 256 bytes a token and layer, int8 80 and int4 48.
+    pair = tiered("llama", blocks=4, make=Rounded, kv_cache_dtype=name, verify=False)
     rows = [prompts.tokens(30, seed=each) for each in range(8)]
     for _ in range(2):
         for row in rows:
@@ -172,12 +189,15 @@ def test_a_budget_holds_so_many_more_tokens():
         model.generate(**prompts.single(), max_new_tokens=1, do_sample=False)
         return model.paged._pool.manager.budget.limit_bytes // model.paged._pool.token_bytes
 
-    assert most("int8") / most("auto") == pytest.approx(256 / 80, rel=0.02)
+    plain = most("auto")
+    assert most("int8") / plain == pytest.approx(256 / 80, rel=0.02)
+    assert most("int4") / plain == pytest.approx(256 / 48, rel=0.02)
 
 
-def test_a_cache_that_is_handed_out_shows_what_is_stored_and_goes_on():
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_cache_that_is_handed_out_shows_what_is_stored_and_goes_on(name):
     inputs = prompts.single()
-    model = patched("llama", "int8")
+    model = patched("llama", name)
     given = {"max_new_tokens": 4, "do_sample": False}
     first = model.generate(**inputs, **given, return_dict_in_generate=True)
     keys = first.past_key_values.layers[0].keys
@@ -186,7 +206,7 @@ def test_a_cache_that_is_handed_out_shows_what_is_stored_and_goes_on():
     twin = copy.deepcopy(first.past_key_values)
     for cache in (twin, first.past_key_values):
         rest = model.generate(first.sequences, past_key_values=cache, max_new_tokens=NEW - 4, do_sample=False)
-        assert torch.equal(rest, stock_answer("llama", "int8", inputs, do_sample=False))
+        assert_answer(rest, "llama", name, inputs, do_sample=False)
 
 
 def test_the_format_is_part_of_the_key():

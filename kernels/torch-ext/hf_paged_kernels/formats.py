@@ -201,6 +201,14 @@ class KVRecords:
         """K `[..., key_dim]` of `records [..., key_bytes]`."""
         return self.kv_format.keys.decode(records, self.key_dim, dtype)
 
+    def decode_met_keys(self, records: torch.Tensor) -> torch.Tensor:
+        """The same in float32, for queries that went through `meet`; less work where there are fewer of these."""
+        return self.kv_format.keys.decode_codes(records, self.key_dim)
+
+    def meet(self, query: torch.Tensor) -> torch.Tensor:
+        """`query [..., key_dim]` float32, rotated where codes of keys are."""
+        return rotated(query) if self.kv_format.keys.is_rotated else query
+
     def decode_values(self, records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """V `[..., value_dim]` of `records [..., value_bytes]`."""
         return self.kv_format.values.decode(records, self.value_dim, dtype)

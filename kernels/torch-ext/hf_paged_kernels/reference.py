@@ -41,7 +41,7 @@ def paged_attention_reference(
         q = query[start : start + length].float().unflatten(1, (keys.shape[0], group)).permute(1, 2, 0, 3)
         k, v = keys.index_select(1, slots), values.index_select(1, slots)
         if records is not None:
-            k, v = records.decode_keys(k, torch.float32), records.decode_values(v, torch.float32)
+            q, k, v = records.meet(q), records.decode_met_keys(k), records.decode_values(v, torch.float32)
         k, v = k.float().unsqueeze(1), v.float().unsqueeze(1)
         scores = q @ k.transpose(-1, -2) * scale
         if softcap is not None:
