@@ -3,7 +3,8 @@
 //
 // A strip goes through its tokens in blocks that stay in the first-level cache: scores of all rows against the keys,
 // one update of the running softmax, weights times values. Rows are taken a few at a time, as many as there are
-// registers for, so that K and V leave memory once however many rows read them.
+// registers for, so that K and V leave memory once however many rows read them. Codes of a byte are read as they are;
+// of four bits, a block is decoded first, once for all rows (SmolLM2's shape and 8k tokens on Zen 3: 480 us, int8 330).
 
 // Where the tokens of a block lie, in elements from the head's first slot.
 struct Block {
@@ -312,7 +313,8 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
         rescale<Type>(values, block.values, block.tokens, call.value_dim, rows, scratch.weights);
         const auto *read_values =
             Readable<Type>::of(values, block.values, block.tokens, call.value_dim, kValueGroup, scratch.decoded);
-        in_tiles(rows, Weighing<Read>{call, scratch.weights, scratch.scales, read_values, readable, partial, next_keys});
+        in_tiles(rows,
+                 Weighing<Read>{call, scratch.weights, scratch.scales, read_values, readable, partial, next_keys});
         begin += block.tokens;
     }
 }

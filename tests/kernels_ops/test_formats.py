@@ -1,5 +1,7 @@
 """Formats of quantized KV by themselves: bounds of their errors, bytes, and the native library against plain torch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, strategies
@@ -8,6 +10,7 @@ from quantized import hadamard, rounded
 from hf_paged_kernels import (
     FORMATS,
     KVRecords,
+    NativeKernel,
     NativeStore,
     Part,
     Parts,
@@ -185,3 +188,11 @@ def test_every_variant_attends_to_what_the_codes_stand_for(name, variant, group,
         expected = paged_attention_reference(query.float(), keys, values, segments, 0.2, 5.0, 150, sinks, records)
         error = (actual.float() - expected).abs().max() / expected.abs().max()
         assert error <= tolerance, f"{dtype}: {error:.1g} of the largest"
+
+
+def test_a_vector_of_codes_lies_in_one_half_of_a_record():
+    wide = SimpleNamespace(lanes=16)  # whatever this CPU has
+    assert NativeKernel.takes(wide, torch.float32, 64, 96, FORMATS["int4"])
+    assert NativeKernel.takes(wide, torch.float32, 48, 80, FORMATS["int8"])
+    assert not NativeKernel.takes(wide, torch.float32, 48, 64, FORMATS["int4"])
+    assert NativeKernel.takes(SimpleNamespace(lanes=8), torch.float32, 48, 80, FORMATS["int4"])

@@ -171,7 +171,8 @@ struct Case {
             if (call.storage == kInt4) {
                 for (int64_t i = 0; i < dim / 2; ++i) bytes[at + i] = (char)upto(256);
                 for (int64_t i = at + dim / 2; i < (int64_t)at + each; i += 4)
-                    put(bytes, kFloat16, i / 2, (float)upto(8) / 32), put(bytes, kFloat16, i / 2 + 1, -(float)upto(8) / 4);
+                    put(bytes, kFloat16, i / 2, (float)upto(8) / 32),
+                        put(bytes, kFloat16, i / 2 + 1, -(float)upto(8) / 4);
                 continue;
             }
             for (int64_t i = 0; i < dim; ++i) bytes[at + i] = a_code(call.storage);
@@ -320,7 +321,8 @@ static bool are_steps(const char *record, bool is_key, const std::vector<float> 
     const int64_t dim = (int64_t)kept.size(), group = side_group(is_key, dim);
     for (int64_t g = 0; g < dim / group; ++g) {
         float low = INFINITY, high = -INFINITY;
-        for (int64_t i = g * group; i < (g + 1) * group; ++i) low = std::fmin(low, kept[i]), high = std::fmax(high, kept[i]);
+        for (int64_t i = g * group; i < (g + 1) * group; ++i)
+            low = std::fmin(low, kept[i]), high = std::fmax(high, kept[i]);
         const double step = half_at(record + dim / 2 + 4 * g), least = half_at(record + dim / 2 + 4 * g + 2);
         if (step != (double)(Half)((high - low) / 15) || least != (double)(Half)low) return false;
         for (int64_t i = g * group; i < (g + 1) * group; ++i) {
