@@ -32,7 +32,7 @@ from hf_paged_kernels import KVFormat, KVRecords, Writes, native
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
-# More tokens at once are copied sooner by torch's threads than by the native store's one.
+# More tokens at once are copied sooner by torch's threads than by the native store's one; encoding is always its own.
 MAX_NATIVE_WRITE_TOKENS = 256
 
 # Tests set this: memory that nobody owns then holds NaN, so that reading it shows.
@@ -116,7 +116,8 @@ class LayerStore:
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
-        native_store = self._native if plan.num_queries <= MAX_NATIVE_WRITE_TOKENS else None
+        suits = self.records is not None or plan.num_queries <= MAX_NATIVE_WRITE_TOKENS
+        native_store = self._native if suits else None
         if native_store is not None and native_store.write(key, value, _native_writes(plan)):
             return
         self.write_stored(plan, *self._encoded(key, value))

@@ -117,11 +117,13 @@ def test_the_bytes_of_a_token(dim):
 
 
 def test_a_rotation_is_its_own_inverse_and_keeps_products():
-    for dim in (1, 2, 24, 64, 80):
-        x, y = torch.randn(2, 7, dim)
+    for rows, dim in ((7, 1), (7, 2), (1, 24), (7, 64), (1, 64), (7, 80), (0, 16)):
+        x, y = torch.randn(2, rows, dim)
+        given = x.clone()
         torch.testing.assert_close(rotated(rotated(x)), x)
         torch.testing.assert_close((rotated(x) * rotated(y)).sum(-1), (x * y).sum(-1), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rotated(x).double(), x.double() @ hadamard(dim), atol=1e-5, rtol=1e-5)
+        assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("dims", [(8, 64), (64, 24)])

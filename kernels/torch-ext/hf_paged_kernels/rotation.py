@@ -16,8 +16,14 @@ def rotated(numbers: torch.Tensor) -> torch.Tensor:
     """
     dim = numbers.shape[-1]
     size, apart = dim & -dim, 1
+    # Channels first, so that each operation goes through long rows.
+    now = numbers.detach().reshape(-1, dim).t().clone(memory_format=torch.contiguous_format)
+    after = torch.empty_like(now)
     while apart < size:
-        first, second = numbers.unflatten(-1, (dim // (2 * apart), 2, apart)).unbind(-2)
-        numbers = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        first, second = now.unflatten(0, (dim // (2 * apart), 2, apart)).unbind(1)
+        total, difference = after.unflatten(0, (dim // (2 * apart), 2, apart)).unbind(1)
+        torch.add(first, second, out=total)
+        torch.sub(first, second, out=difference)
+        now, after = after, now
         apart *= 2
-    return numbers * size**-0.5 if size > 1 else numbers
+    return now.mul_(size**-0.5).t().reshape(numbers.shape).contiguous()
