@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from hf_paged_kernels import FORMATS, NativeKernel, Part, Parts, attend_partial, native
+from hf_paged_kernels import FORMATS, KVRecords, NativeKernel, Part, Parts, attend_partial, native
 from hf_paged_kernels.native import variants
 
 from . import environment, report
@@ -56,8 +56,11 @@ class Result:
 
 
 def bytes_of(stored: str, dim: int) -> int:
-    """Of a token's K or V in one head."""
-    return FORMATS[stored].record_bytes(dim) if stored in FORMATS else dim * getattr(torch, stored).itemsize
+    """Of a token's K and V in one head."""
+    if stored not in FORMATS:
+        return 2 * dim * getattr(torch, stored).itemsize
+    records = KVRecords(FORMATS[stored], dim, dim)
+    return records.key_bytes + records.value_bytes
 
 
 class Layers:
@@ -67,15 +70,16 @@ class Layers:
         self.heads, self.kv_heads, self.dim = SHAPES[shape]
         self.batch, self.context = batch, context
         slots = batch * context + BLOCK
-        self.format = FORMATS.get(stored)
-        dtype = getattr(torch, stored) if self.format is None else torch.float32
-        self.bytes = 2 * self.kv_heads * batch * context * bytes_of(stored, self.dim)
+        self.records = KVRecords(FORMATS[stored], self.dim, self.dim) if stored in FORMATS else None
+        dtype = getattr(torch, stored) if self.records is None else torch.float32
+        self.bytes = self.kv_heads * batch * context * bytes_of(stored, self.dim)
         count = max(2, min(30, int(WORKING_SET / self.bytes)))
         memory = (self.kv_heads, slots, self.dim)
         numbers = [(torch.randn(memory).to(dtype), torch.randn(memory).to(dtype)) for _ in range(count)]
         self.memories = numbers
-        if self.format is not None:
-            self.memories = [tuple(map(self.format.encode, pair)) for pair in numbers]
+        if self.records is not None:
+            keys, values = self.records.kv_format.keys, self.records.kv_format.values
+            self.memories = [(keys.encode(key), values.encode(value)) for key, value in numbers]
         self.query = torch.randn(batch, self.heads, self.dim).to(dtype)
 
     def microseconds(self, one: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
@@ -107,7 +111,7 @@ class Layers:
     def native(self, kernel: NativeKernel, is_random: bool) -> float:
         """The native kernel's time."""
         parts = self.parts(is_random)
-        more = (None, None, self.format)
+        more = (None, None, self.records)
         return self.microseconds(
             lambda keys, values: kernel.attend(self.query, keys, values, parts, self.dim**-0.5, *more)
         )
@@ -119,8 +123,8 @@ class Layers:
     def sdpa(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """What the `cpu` backend does without a native kernel."""
         key, value = self.rows(keys), self.rows(values)
-        if self.format is not None:
-            key, value = (self.format.decode(each, torch.float32) for each in (key, value))
+        if self.records is not None:
+            key, value = self.records.decode_keys(key, torch.float32), self.records.decode_values(value, torch.float32)
         attend_partial(self.query.unsqueeze(2), key, value, self.dim**-0.5)
 
     def stock(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -137,7 +141,7 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
         kernel = next(iter(native().kernels), None)
     for shape, dtype, context, batch in product(options.shapes, options.dtypes, options.contexts, options.batches):
         _, kv_heads, dim = SHAPES[shape]
-        if 2 * kv_heads * batch * context * bytes_of(dtype, dim) > MOST_BYTES:
+        if kv_heads * batch * context * bytes_of(dtype, dim) > MOST_BYTES:
             continue
         layers = Layers(shape, dtype, batch, context)
         yield Result(

@@ -10,20 +10,21 @@ import torch
 from rich.table import Table
 
 from hf_paged.quality import Quality, measure
-from hf_paged_kernels import FORMATS
+from hf_paged_kernels import FORMATS, KVRecords
 
 from . import environment, report, smollm2
 from .text import corpus
 
 RESULTS = Path(__file__).parent / "results"
-LIMITS = {"int8": 0.002, "fp8": 0.002}
+LIMITS = {"int8": 0.002, "fp8": 0.002, "int4": 0.05}
 """Largest mean KL divergence from full precision, in nats, that a format may have to be offered."""
 TOKENS = 4096
 
 
 def bytes_of_bfloat16(name: str, dim: int) -> float:
-    """Bytes of a token's K or V in a format, as a part of what bfloat16 takes."""
-    return FORMATS[name].record_bytes(dim) / (2 * dim)
+    """Bytes of a token's K and V in a format, as a part of what bfloat16 takes."""
+    records = KVRecords(FORMATS[name], dim, dim)
+    return (records.key_bytes + records.value_bytes) / (4 * dim)
 
 
 def rows(found: dict[str, Quality], dim: int) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ from hf_paged import compat
 from hf_paged.probe import difference, in_one_line, tolerance_of
 from hf_paged.quality import rounding_cache
 from hf_paged.stats import PagedStats
-from hf_paged_kernels import TokenFormat
+from hf_paged_kernels import KVFormat
 
 DEFAULT_LENGTH = 64
 NEW_TOKENS = 16  # decode steps of encoder-decoders and hybrids are tried at the eighth
@@ -65,7 +65,7 @@ def check(model: Any, length: int = DEFAULT_LENGTH) -> list[Finding]:
     before = runtime.stats()
     with torch.random.fork_rng(), torch.no_grad():
         for question in _questions(model, length):
-            expected = _ask_stock(model, question, runtime.config.token_format)
+            expected = _ask_stock(model, question, runtime.config.kv_format)
             runtime.reset_stats()
             actual = _ask(model, question, cache_salt=salt)
             findings.append(_finding(question, runtime.stats(), expected, actual, tolerance_of(model.dtype)))
@@ -102,10 +102,10 @@ def _questions(model: Any, length: int) -> Iterator[Question]:
     yield Question("with hidden states", batch, {"do_sample": False, "output_hidden_states": True})
 
 
-def _ask_stock(model: Any, question: Question, token_format: TokenFormat | None) -> Any:
+def _ask_stock(model: Any, question: Question, kv_format: KVFormat | None) -> Any:
     given = {"cache_implementation": "dynamic"}
-    if token_format is not None:
-        given = {"past_key_values": rounding_cache(model.config, token_format)}
+    if kv_format is not None:
+        given = {"past_key_values": rounding_cache(model.config, kv_format)}
     try:
         return _ask(model, question, **given)
     except (TypeError, ValueError, RuntimeError) as error:

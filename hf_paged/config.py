@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hf_paged_kernels.formats import FORMATS, TokenFormat
+from hf_paged_kernels.formats import FORMATS, KVFormat
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
@@ -28,7 +28,9 @@ class PagedConfig:
         offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype, `"int8"` and `"fp8"` (e4m3) in a byte a number and a
-            scale for each token and KV head. Attention reads what is stored, also where a token was just computed.
+            scale for each token and KV head, `"int4"` in four bits a number, and step and minimum of each group of
+            channels; for head dims that are multiples of 16. Attention reads what is stored, also where a token was
+            just computed.
         attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can and attention runs in Triton's kernels.
         verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
@@ -75,7 +77,7 @@ class PagedConfig:
         return replace(config or cls(), **overrides)
 
     @property
-    def token_format(self) -> TokenFormat | None:
+    def kv_format(self) -> KVFormat | None:
         """How KV is stored; `None`: as the model gives it."""
         return FORMATS.get(self.kv_cache_dtype)
 

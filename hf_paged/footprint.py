@@ -9,9 +9,10 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
-from hf_paged_kernels import TokenFormat
+from hf_paged_kernels import FORMATS, KVFormat
 
 _MEASURED_DTYPE = torch.bfloat16  # the one in which every operation has a form for tensors without memory
+_USUAL_DIM = 64  # for estimates
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,50 @@ def footprint(
     kind: type[PreTrainedModel],
     config: PreTrainedConfig,
     dtype: torch.dtype,
-    token_format: TokenFormat | None = None,
+    kv_format: KVFormat | None = None,
 ) -> Footprint:
-    """What a model of class `kind` keeps, were its weights of `dtype`, and KV stored in `token_format`.
+    """What a model of class `kind` keeps, were its weights of `dtype`, and KV stored in `kv_format`.
 
     One token goes through a model without memory, once a process and config: 0.3 s of CPU time for the 30 layers of
     SmolLM2-135M. Where that cannot be done, the usual fields of the config are believed.
+
+    Raises `ValueError` where the format is not there for K and V of these dims.
     """
     reason = f"{kind.__name__} is not one of transformers' own classes"
     if compat.is_transformers_class(kind):
         try:
             sizes = _measure(_Build(kind, repr(config.to_dict()), config))
-            return Footprint(sizes.layer_bytes(dtype, token_format), None, sizes.weight_elements * dtype.itemsize)
         except Exception as error:  # whatever a model does with numbers that are not there
             reason = f"{kind.__name__} cannot be tried without weights: {type(error).__name__}"
+        else:
+            return Footprint(sizes.layer_bytes(dtype, kv_format), None, sizes.weight_elements * dtype.itemsize)
     decoder = config.get_text_config(decoder=True)
     num_layers = len(compat.cache_layout(decoder).windows)
-    item_bytes = dtype.itemsize if token_format is None else 1  # scales left out
-    return Footprint((compat.estimated_kv_elements(decoder) * item_bytes,) * num_layers, reason)
+    item_bytes = dtype.itemsize if kv_format is None else _bytes_per_number(kv_format)
+    return Footprint((int(compat.estimated_kv_elements(decoder) * item_bytes),) * num_layers, reason)
+
+
+def footprint_of(model: PreTrainedModel, kv_format: KVFormat | None = None) -> Footprint:
+    """The same for a model that is there, patched or not."""
+    return footprint(getattr(model, "_hf_paged_original", type(model)), model.config, model.dtype, kv_format)
+
+
+def formats_for(model: PreTrainedModel) -> list[KVFormat]:
+    """The formats that are there for K and V of the model's dims, all of them where these are not known."""
+    found = []
+    for kv_format in FORMATS.values():
+        try:
+            footprint_of(model, kv_format)
+        except ValueError:
+            continue
+        found.append(kv_format)
+    return found
+
+
+def _bytes_per_number(kv_format: KVFormat) -> float:
+    """With a share of the scales, at a usual dim."""
+    sides = (kv_format.keys, kv_format.values)
+    return sum(side.record_bytes(_USUAL_DIM) for side in sides) / (len(sides) * _USUAL_DIM)
 
 
 @dataclass(frozen=True)
@@ -74,11 +101,20 @@ class _Sizes:
     shapes: tuple[tuple[tuple[int, int], ...], ...]
     weight_elements: int
 
-    def layer_bytes(self, dtype: torch.dtype, token_format: TokenFormat | None) -> tuple[int, ...]:
-        if token_format is not None:
-            return tuple(sum(heads * token_format.record_bytes(dim) for heads, dim in each) for each in self.shapes)
+    def layer_bytes(self, dtype: torch.dtype, kv_format: KVFormat | None) -> tuple[int, ...]:
+        if kv_format is not None:
+            return tuple(_record_bytes(kv_format, each) for each in self.shapes)
         pairs = zip(self.elements, self.fixed_bytes, strict=True)
         return tuple(count * dtype.itemsize + fixed for count, fixed in pairs)
+
+
+def _record_bytes(kv_format: KVFormat, shapes: tuple[tuple[int, int], ...]) -> int:
+    """Of one token in a layer, whose K and V have these heads and dims; none where it keeps none."""
+    if not shapes:
+        return 0
+    (key_heads, key_dim), (value_heads, value_dim) = shapes
+    kv_format.check(key_dim, value_dim)
+    return key_heads * kv_format.keys.record_bytes(key_dim) + value_heads * kv_format.values.record_bytes(value_dim)
 
 
 @functools.lru_cache(maxsize=64)

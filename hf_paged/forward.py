@@ -205,7 +205,7 @@ def run_decode(
     columns = None
     if cache.columns is not None:
         columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
-    as_given = cache.pool.token_format is None
+    as_given = cache.pool.kv_format is None
     reads_rows = backend.reads_rows and as_given and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
     kwargs = {**request.kwargs, request.names.mask: paged_mask(request.inputs.device)}

@@ -122,7 +122,7 @@ class PagedLayer(CacheLayerMixin):
         return None if not self.is_initialized else self._own(self.store.read_values(self._view))
 
     def _own(self, dense: torch.Tensor) -> torch.Tensor:
-        return dense if self.store.token_format else dense.clone()  # others may hold these blocks
+        return dense if self.store.records else dense.clone()  # others may hold these blocks
 
     def _view(self, memory: torch.Tensor) -> torch.Tensor:
         cache = self.cache

@@ -4,7 +4,7 @@
       manifest.json                 whose K and V these are, and the SHA-256 of every file; replaced last, at once
       tokens-<sum>.safetensors      parents [pieces], lengths [pieces], tokens [tokens], kept [groups, pieces] bool
       layer-0000-<sum>.safetensors  keys, values [kv_heads, tokens, dim] of the pieces that the layer's group has kept
-                                    (like [0] beside records of a quantized format: in the dtype of what they stand for)
+                                    (like_key, like_value [0, dim] beside records: dtype and dim of what these hold)
       ...
 
 A piece is what one block held: the tokens that follow those of its parent, an earlier piece or none (-1). Names carry
@@ -36,7 +36,7 @@ from hf_paged.prefixes import PrefixRoot
 from hf_paged.store import run_slots
 
 MANIFEST = "manifest.json"
-FORMAT, FORMAT_VERSION = "hf_paged prefixes", 3
+FORMAT, FORMAT_VERSION = "hf_paged prefixes", 4
 _CHUNK_BYTES = 2**22
 
 
@@ -154,8 +154,9 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
             runs = [Run(block * pool.block_size, num_tokens) for block, num_tokens in held if block]
             keys, values = store.gather(run_slots(runs, store.keys.device))
             tensors = {"keys": keys.cpu(), "values": values.cpu()}
-            if store.token_format is not None:
-                tensors["like"] = torch.empty(0, dtype=store.dtype)
+            if store.records is not None:
+                tensors["like_key"] = torch.empty(0, store.key_dim, dtype=store.dtype)
+                tensors["like_value"] = torch.empty(0, store.value_dim, dtype=store.value_dtype)
             yield f"layer-{index:04d}", tensors
 
 
@@ -200,7 +201,7 @@ def _description(model: PreTrainedModel, pool: KVPool) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "kv_cache_dtype": "auto" if pool.token_format is None else pool.token_format.name,
+        "kv_cache_dtype": "auto" if pool.kv_format is None else pool.kv_format.name,
         "config": describe_config(model),
         "circumstances": describe_circumstances(model),
         "weights": fingerprint(model),
@@ -301,10 +302,11 @@ def _fill(pool: KVPool, index: int, layer: dict[str, torch.Tensor], blocks: Sequ
     picked = torch.cat([each.rows[group] for each in new]).to(layer["keys"].device)
     key, value = (layer[name].index_select(1, picked).unsqueeze(0) for name in ("keys", "values"))
     slots = [each.blocks[group] * pool.block_size + i for each in new for i in range(each.rows.shape[1])]
-    likes = (key, value)
-    if pool.token_format is not None:
-        likes = tuple(
-            layer["like"].new_empty(1, each.shape[1], 1, pool.token_format.dim(each.shape[3])) for each in likes
-        )
-    store = pool.layer(index, *likes)
+    store = pool.layer(index, *(_like(layer, name, each) for name, each in (("key", key), ("value", value))))
     store.write_stored(StepPlan(len(slots), strided_writes(slots), [], [], [], [], 0), key, value)
+
+
+def _like(layer: dict[str, torch.Tensor], name: str, stored: torch.Tensor) -> torch.Tensor:
+    """A tensor as K or V of the layer come, where these are `stored [1, kv_heads, n, dim or record bytes]`."""
+    like = layer.get(f"like_{name}")
+    return stored if like is None else like.new_empty(1, stored.shape[1], 1, like.shape[1])

@@ -53,7 +53,7 @@ class KVPool:
         max_slots: int | None = None,
     ):
         self.block_size = block_size = settings.block_size
-        self.token_format = settings.token_format
+        self.kv_format = settings.kv_format
         self.device_key: str | int = "cpu" if device.type == "cpu" else (device.index or 0)
         given_bytes = settings.budget_bytes(self.device_key)
         on_cpu = device.type == "cpu"
@@ -125,7 +125,7 @@ class KVPool:
                     group = self.layer_groups[index]
                     pool = self.manager.pools[group]
                     num_slots = pool.num_blocks * self.block_size
-                    store = LayerStore(num_slots, self.block_size, key, value, group, self.token_format)
+                    store = LayerStore(num_slots, self.block_size, key, value, group, self.kv_format)
                     pool.page_blocks = math.lcm(pool.page_blocks, store.whole_page_blocks)
                     self.stores[index] = store
                     self._keep_to_budget()

@@ -69,7 +69,7 @@ class Prefixes:
         if self._epoch != self._identity.epoch:
             self._epoch = self._identity.epoch
             pool.forget_prefixes()
-        kv_format = None if pool.token_format is None else pool.token_format.name
+        kv_format = None if pool.kv_format is None else pool.kv_format.name
         return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity)
 
     def forget(self) -> None:

@@ -20,7 +20,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
-from hf_paged.footprint import footprint
+from hf_paged.footprint import footprint_of
 from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
@@ -48,7 +48,9 @@ class PagedRuntime:
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model), config.token_format)  # says why, where it does not run
+            backend_for("triton", compat.compute_device(model), config.kv_format)  # says why, where it does not run
+        if config.kv_format is not None:
+            footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
@@ -152,8 +154,8 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, compat.compute_device(model), self.config.token_format).describe()
-        stored = "" if self.config.token_format is None else f", {self.config.kv_cache_dtype} KV"
+            backend = backend_for(backend, compat.compute_device(model), self.config.kv_format).describe()
+        stored = "" if self.config.kv_format is None else f", {self.config.kv_cache_dtype} KV"
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
         )
@@ -180,7 +182,7 @@ class PagedRuntime:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {obstacle}")
-        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.token_format)
+        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.kv_format)
         if slow is not None:
             self.counters.fall_back(slow)
         return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
@@ -201,8 +203,7 @@ class PagedRuntime:
         except ValueError as error:
             return str(error)
         if self._looked_at is None or self._looked_at[0] is not layout:
-            model = self._model()
-            sizes = footprint(model._hf_paged_original, model.config, model.dtype).layer_bytes
+            sizes = footprint_of(self._model()).layer_bytes
             idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
             self._looked_at = layout, idle
         return self._looked_at[1]
@@ -248,8 +249,8 @@ class PagedRuntime:
         self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
     ) -> KVPool:
         config = config or self.config
-        size = footprint(model._hf_paged_original, model.config, model.dtype, config.token_format)
-        return KVPool(config, self.layout().windows, size.layer_bytes, compat.compute_device(model), max_slots)
+        layer_bytes = footprint_of(model, config.kv_format).layer_bytes
+        return KVPool(config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -259,7 +260,7 @@ class PagedRuntime:
         if found is None:
             # Whether passes are put together right has nothing to do with how exactly K and V are stored.
             exact = self.config
-            if exact.token_format is not None:
+            if exact.kv_format is not None:
                 exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
             found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
             self._capabilities[key] = found
@@ -367,7 +368,7 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
+        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
         if obstacle is None:
             try:
                 if request.tokens == 1:
@@ -388,7 +389,7 @@ class PagedRuntime:
             return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.token_format)
+            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)

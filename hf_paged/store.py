@@ -28,11 +28,11 @@ from hf_paged.arena import Arena, whole_pages_of_slots
 from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
-from hf_paged_kernels import TokenFormat, Writes, native
+from hf_paged_kernels import KVFormat, KVRecords, Writes, native
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
-# More tokens at once are copied sooner by torch's threads than by the native store's one.
+# More tokens at once are copied sooner by torch's threads than by the native store's one; encoding is always its own.
 MAX_NATIVE_WRITE_TOKENS = 256
 
 # Tests set this: memory that nobody owns then holds NaN, so that reading it shows.
@@ -44,13 +44,16 @@ class LayerStore:
 
     Args:
         key, value: K and V `[batch, kv_heads, tokens, dim]` as they will come.
-        token_format: of records; `None` stores numbers as they are.
+        kv_format: of records; `None` stores numbers as they are.
 
     Attributes:
         group: number of the group of layers whose blocks these are.
         keys, values: the memory.
         dtype, value_dtype: of K and V as they come and are read.
         key_dim, value_dim: of K and V as they come and are read.
+        records: what the memory holds; `None`: numbers as they are.
+
+    Raises `ValueError` where the format is not there for K and V of these dims.
     """
 
     def __init__(
@@ -60,19 +63,22 @@ class LayerStore:
         key: torch.Tensor,
         value: torch.Tensor,
         group: int = 0,
-        token_format: TokenFormat | None = None,
+        kv_format: KVFormat | None = None,
     ):
-        self.group, self.token_format = group, token_format
+        self.group = group
         self.dtype, self.value_dtype = key.dtype, value.dtype
         self.key_dim, self.value_dim = key.shape[3], value.shape[3]
         self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
         self._block_size = block_size
-        if token_format is not None:
-            key, value = (token_format.encode(each[:1, :, :1]) for each in (key, value))
+        self.records = None
+        if kv_format is not None:
+            kv_format.check(self.key_dim, self.value_dim)
+            self.records = KVRecords(kv_format, self.key_dim, self.value_dim)
+        key, value = self._encoded(key[:1, :, :1], value[:1, :, :1])
         num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
-        self._native = native().store_for(self.keys, self.values, token_format)
+        self._native = native().store_for(self.keys, self.values, self.records)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:
@@ -110,10 +116,11 @@ class LayerStore:
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
-        native_store = self._native if plan.num_queries <= MAX_NATIVE_WRITE_TOKENS else None
+        suits = self.records is not None or plan.num_queries <= MAX_NATIVE_WRITE_TOKENS
+        native_store = self._native if suits else None
         if native_store is not None and native_store.write(key, value, _native_writes(plan)):
             return
-        self.write_stored(plan, self._encode(key), self._encode(value))
+        self.write_stored(plan, *self._encoded(key, value))
 
     def write_stored(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """The same with K and V as they are stored, `[batch, kv_heads, tokens, dim or record bytes]`."""
@@ -136,8 +143,10 @@ class LayerStore:
             for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
 
-    def _encode(self, numbers: torch.Tensor) -> torch.Tensor:
-        return numbers if self.token_format is None else self.token_format.encode(numbers)
+    def _encoded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.records is None:
+            return key, value
+        return self.records.kv_format.keys.encode(key), self.records.kv_format.values.encode(value)
 
     def read(self, view: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What `view` takes of the memory of K, and of V, as numbers; decoded where they are stored as records."""
@@ -146,12 +155,12 @@ class LayerStore:
     def read_keys(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """K, as `read` gives it."""
         seen = view(self.keys)
-        return seen if self.token_format is None else self.token_format.decode(seen, self.dtype)
+        return seen if self.records is None else self.records.decode_keys(seen, self.dtype)
 
     def read_values(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """V, as `read` gives it."""
         seen = view(self.values)
-        return seen if self.token_format is None else self.token_format.decode(seen, self.value_dtype)
+        return seen if self.records is None else self.records.decode_values(seen, self.value_dtype)
 
     def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a row, `[rows, kv_heads, 1, dim]`, where numbers are stored as they are.

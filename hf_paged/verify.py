@@ -21,7 +21,7 @@ class Verification:
     def __init__(self, config: PagedConfig):
         self._config = config
         self._lock, self._is_done = threading.RLock(), False
-        self._is_wanted = config.token_format is not None if config.verify is None else config.verify
+        self._is_wanted = config.kv_format is not None if config.verify is None else config.verify
 
     def run(self, model: Any) -> None:
         """Raises `ValueError` where the model does not answer as it should, or cannot be asked although it is to be."""
@@ -40,10 +40,10 @@ class Verification:
                 raise
 
     def _check_quality(self, model: Any) -> None:
-        if self._config.token_format is None:
+        if self._config.kv_format is None:
             return
         try:
-            check_quality(model, self._config.token_format)
+            check_quality(model, self._config.kv_format)
         except NotMeasurableError as error:
             if self._config.verify:
                 raise ValueError(f"verify: this model cannot be checked, set verify=False: {error}") from error

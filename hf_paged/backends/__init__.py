@@ -7,7 +7,7 @@ import torch
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
 from hf_paged.backends.reference import ReferenceBackend
-from hf_paged_kernels import TokenFormat
+from hf_paged_kernels import KVFormat
 from hf_paged_kernels.launch import triton_obstacle
 
 __all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for", "plain_torch_reason"]
@@ -15,20 +15,20 @@ __all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for", "p
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 
 
-def backend_for(name: str, device: torch.device, token_format: TokenFormat | None = None) -> AttentionBackend:
-    """The backend of that name; `"auto"` is the fastest one for `device` that reads KV in `token_format`.
+def backend_for(name: str, device: torch.device, kv_format: KVFormat | None = None) -> AttentionBackend:
+    """The backend of that name; `"auto"` is the fastest one for `device` that reads KV in `kv_format`.
 
     Raises `ValueError` for `"triton"` where it does not run, saying why.
     """
-    if token_format is not None and name == "triton":
+    if kv_format is not None and name == "triton":
         raise ValueError(
-            f"kv_cache_dtype={token_format.name!r}: attention_backend='triton' reads no quantized KV in this version; "
+            f"kv_cache_dtype={kv_format.name!r}: attention_backend='triton' reads no quantized KV in this version; "
             "use 'auto', which takes plain torch operations on a GPU then"
         )
     if name == "auto":
         if device.type == "cpu":
             return _BACKENDS["cpu"]
-        reads = token_format is None and triton_obstacle(device) is None
+        reads = kv_format is None and triton_obstacle(device) is None
         name = "triton" if reads else "reference"
     if name != "triton":
         return _BACKENDS[name]
@@ -42,11 +42,11 @@ def backend_for(name: str, device: torch.device, token_format: TokenFormat | Non
     return _BACKENDS[name]
 
 
-def plain_torch_reason(name: str, device: torch.device, token_format: TokenFormat | None = None) -> str | None:
+def plain_torch_reason(name: str, device: torch.device, kv_format: KVFormat | None = None) -> str | None:
     """Why `"auto"` takes plain torch operations on a GPU, which are right and not fast; else `None`."""
     if name != "auto" or device.type == "cpu":
         return None
-    if token_format is not None:
-        return f"attention in plain torch: kv_cache_dtype={token_format.name!r} has no GPU kernel in this version"
+    if kv_format is not None:
+        return f"attention in plain torch: kv_cache_dtype={kv_format.name!r} has no GPU kernel in this version"
     obstacle = triton_obstacle(device)
     return None if obstacle is None else f"attention in plain torch: {obstacle}"

@@ -52,7 +52,7 @@ class CPUBackend(AttentionBackend):
         parts = None if kernel is None else parts_for(plan, call.window, group)
         if parts is not None:
             return kernel.attend(
-                query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks, store.token_format
+                query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks, store.records
             )
         schedule = schedule_for(plan, call.window)
         out, lse = _attend_own(query, store, schedule, call)

@@ -32,7 +32,8 @@ def kernel_of_store(store: LayerStore) -> NativeKernel | None:
     """The same for what a layer's memory holds; records are decoded by the kernel."""
     if store.dtype != store.value_dtype:
         return None
-    return kernel_for(store.dtype, store.key_dim, store.value_dim)
+    kv_format = None if store.records is None else store.records.kv_format
+    return kernel_for(store.dtype, store.key_dim, store.value_dim, kv_format)
 
 
 def parts_for(plan: StepPlan, window: int | None, group: int) -> Parts | None:

@@ -31,5 +31,5 @@ class ReferenceBackend(AttentionBackend):
             call.softcap,
             call.window,
             call.sinks,
-            store.token_format,
+            store.records,
         )

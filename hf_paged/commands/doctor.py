@@ -16,9 +16,9 @@ from hf_paged.commands.columns import aligned
 from hf_paged.commands.loading import ARGUMENT, load_model
 from hf_paged.commands.subject import DTYPES, add_dtype
 from hf_paged.config import ATTENTION_BACKENDS
+from hf_paged.footprint import formats_for
 from hf_paged.patch import patch_model
 from hf_paged.quality import MAX_MEAN_KL, Quality, measure, prompt_of
-from hf_paged_kernels import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _qualities(model: transformers.PreTrainedModel) -> dict[str, Quality]:
     """Of all formats where one is asked for, so that another one can be chosen."""
-    if model.paged.config.token_format is None:
+    if model.paged.config.kv_format is None:
         return {}
-    found = measure(model, prompt_of(model), list(FORMATS.values()))
-    return {name: each for name, each in found.items() if name in FORMATS}
+    found = measure(model, prompt_of(model), formats_for(model))
+    return {name: each for name, each in found.items() if name != "auto"}
 
 
 def _lines(
@@ -89,7 +89,7 @@ def _lines(
     yield f"transformers {transformers.__version__}, torch {torch.__version__}"
     yield ""
     yield from aligned(
-        [("attention", backend_for(args.attention_backend, model.device, model.paged.config.token_format).describe())]
+        [("attention", backend_for(args.attention_backend, model.device, model.paged.config.kv_format).describe())]
     )
     yield ""
     yield from aligned([("question", "way", "off by", "allowed", ""), *map(_row, findings)])
@@ -132,7 +132,7 @@ def _verdict(
     if wrong:
         yield f"{len(wrong)} of {len(findings)} answers differ from stock's: {', '.join(wrong)}."
     else:
-        rounded = " on KV rounded in the same way" if model.paged.config.token_format else ""
+        rounded = " on KV rounded in the same way" if model.paged.config.kv_format else ""
         yield f"All answers are those of stock{rounded}."
     windows = {window for window in model.paged.layout().windows if window is not None and window >= args.length}
     if windows:

@@ -15,7 +15,7 @@ from hf_paged import compat
 from hf_paged.commands.arguments import UsageError
 from hf_paged.core.capacity import GroupCost, group_costs
 from hf_paged.footprint import Footprint, footprint
-from hf_paged_kernels import TokenFormat
+from hf_paged_kernels import KVFormat
 
 ARGUMENT = "MODEL_OR_CONFIG"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -53,7 +53,7 @@ class Subject:
     has_states: bool
 
 
-def find_subject(source: str, dtype: torch.dtype | None, token_format: TokenFormat | None = None) -> Subject:
+def find_subject(source: str, dtype: torch.dtype | None, kv_format: KVFormat | None = None) -> Subject:
     """The model that `source` names; `UsageError` where there is none that keeps K and V of past tokens in blocks."""
     config = find_config(source, ARGUMENT)
     kind = compat.generating_class(config)
@@ -75,7 +75,10 @@ def find_subject(source: str, dtype: torch.dtype | None, token_format: TokenForm
         raise _stays_on_stock(source, str(error).removeprefix("config: ")) from None
     known = dtype or compat.config_dtype(config)
     stock = footprint(kind, config, known or torch.float32)
-    cost = footprint(kind, config, known or torch.float32, token_format)
+    try:
+        cost = footprint(kind, config, known or torch.float32, kv_format)
+    except ValueError as error:
+        raise UsageError("--kv-cache-dtype", str(error)) from None
     if not all(cost.layer_bytes):
         raise _stays_on_stock(source, "it has layers that keep no K and V of text in transformers' cache")
     groups, stock_groups = (group_costs(each.layer_bytes, layout.windows) for each in (cost, stock))

@@ -45,7 +45,9 @@ static Error check(const Attention &call) {
     if (call.variant < 0 || call.variant >= kNumVariants || call.dtype < 0 || call.dtype >= kDtypes) return kNoVariant;
     if (call.storage != call.dtype && (call.storage < kDtypes || call.storage >= kStorages)) return kNoVariant;
     const Variant &variant = kVariants[call.variant];
-    if (!variant.is_supported() || call.key_dim % variant.lanes || call.value_dim % variant.lanes) return kNoVariant;
+    // A vector of codes of four bits lies in one half of the channels, and in one group.
+    const int64_t multiple = call.storage != kInt4 ? variant.lanes : variant.lanes < 8 ? 16 : 2 * variant.lanes;
+    if (!variant.is_supported() || call.key_dim % multiple || call.value_dim % multiple) return kNoVariant;
     if (!is_dim(call.key_dim) || !is_dim(call.value_dim) || call.kv_heads < 1 || call.group < 1 ||
         call.num_queries < 1 || call.num_slots < 1 || call.threads < 1 || call.num_parts < 0 || call.num_runs < 0 ||
         call.kv_heads > kMostHeads || call.group > kMostHeads || call.num_queries > kMostQueries ||
@@ -130,6 +132,11 @@ static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, in
     return count;
 }
 
+// Of one thread, in whole cache lines.
+static int64_t scratch_floats(const Layout &layout) {
+    return (kDecodedFloats + layout.scratch_rows * (layout.call->key_dim + kMaxBlock + 1) + 15) / 16 * 16;
+}
+
 static int64_t head_floats(const Layout &layout, const Strip &strip) {
     return (strip.query_stop - strip.query) * layout.call->group * (layout.call->value_dim + 2);
 }
@@ -152,9 +159,9 @@ static void work(void *data) {
     Layout &layout = *(Layout *)data;
     const Attention &call = *layout.call;
     const int64_t thread = __atomic_fetch_add(&layout.next_thread, 1, __ATOMIC_RELAXED);
-    float *mine = layout.scratch + thread * layout.scratch_rows * (call.key_dim + kMaxBlock + 1);
-    const Scratch scratch = {mine, mine + layout.scratch_rows * call.key_dim,
-                             mine + layout.scratch_rows * (call.key_dim + kMaxBlock)};
+    float *mine = layout.scratch + thread * scratch_floats(layout);
+    float *query = mine + kDecodedFloats, *weights = query + layout.scratch_rows * call.key_dim;
+    const Scratch scratch = {query, mine, weights, weights + layout.scratch_rows * kMaxBlock};
     for (;;) {
         const int64_t task = __atomic_fetch_add(&layout.next_task, 1, __ATOMIC_RELAXED);
         if (task >= layout.num_strips * call.kv_heads) return;
@@ -212,7 +219,7 @@ static void carve(Layout &layout, int64_t entries, char *memory, int64_t *total)
     take(&memory, total, &layout.of_query, entries);
     take(&memory, total, &layout.unfinished, call.num_queries * call.kv_heads);
     take(&memory, total, &layout.partials, layout.partial_floats);
-    take(&memory, total, &layout.scratch, call.threads * layout.scratch_rows * (call.key_dim + kMaxBlock + 1));
+    take(&memory, total, &layout.scratch, call.threads * scratch_floats(layout));
     take(&memory, total, &layout.rows, call.threads * layout.num_strips);
 }
 

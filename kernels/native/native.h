@@ -12,12 +12,24 @@ static RunParallel run_parallel = nullptr;
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kDtypes = 3 };
 
-// How K and V are stored: as a dtype, or as records of codes of one byte and a scale, a float behind them.
-enum Storage : int64_t { kInt8 = kDtypes, kFloat8 = kDtypes + 1, kStorages = kDtypes + 2 };
-constexpr int64_t kScaleBytes = 4;
-constexpr float kLargestInt8 = 127, kLargestFloat8 = 448;
+// How K and V are stored: as a dtype, or as records (`formats.py` says what these are).
+enum Storage : int64_t { kInt8 = kDtypes, kFloat8 = kDtypes + 1, kInt4 = kDtypes + 2, kStorages = kDtypes + 3 };
+constexpr int64_t kScaleBytes = 4, kGroupBytes = 4;
+constexpr int64_t kKeyGroup = 32, kValueGroup = 64;  // the most channels of a group, of int4
+constexpr float kLargestInt8 = 127, kLargestFloat8 = 448, kLargestInt4 = 15;
 // Smaller scales are taken for 0: dividing by them would not be exact.
 constexpr float kLeastScale = 1.17549435e-38f;
+
+// Whether records of K are of rotated numbers; queries are rotated then that meet them.
+constexpr bool is_rotated(int64_t storage) { return storage == kInt8 || storage == kInt4; }
+
+// Channels of a group: a power of two that divides `dim`.
+constexpr int64_t group_of(int64_t dim, int64_t most) { return (dim & -dim) < most ? dim & -dim : most; }
+
+// Of a record of `dim` numbers.
+constexpr int64_t record_bytes(int64_t storage, int64_t dim, int64_t most_group) {
+    return storage == kInt4 ? dim / 2 + dim / group_of(dim, most_group) * kGroupBytes : dim + kScaleBytes;
+}
 
 enum Error : int64_t { kOk = 0, kBadSize = 1, kBadRun = 2, kBadPart = 3, kNoVariant = 4, kNoMemory = 5, kBadWrite = 6 };
 
@@ -33,7 +45,8 @@ struct Run {
 };
 
 // One layer's attention. Strides are in elements (of records: bytes); K and V are `[kv_heads, slots, dim]` or records
-// `[kv_heads, slots, dim + 4]` with adjacent slots, `out` is `[queries, kv_heads * group, value_dim]`. Without `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
+// `[kv_heads, slots, record bytes]` with adjacent slots, `out` is `[queries, kv_heads * group, value_dim]`. Without
+// `parts`, query `i` reads `row_tokens` slots from `i * row_step` on.
 struct AttentionCall {
     int64_t variant, dtype, storage;  // `dtype` of queries and results
     const Part *parts;
@@ -87,6 +100,8 @@ struct Store : StoreCall {
 // The largest head dim, and the most tokens that are scored before their values are read.
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kMaxBlock = 64;
+// Tokens that are decoded before they are read fill so many floats: half of a first-level cache.
+constexpr int64_t kDecodedFloats = 4096;
 
 // Work for one thread, once per KV head: queries over `tokens` tokens of one part, from its token `begin` on, that is
 // from token `skip` of run `run` on. `first` is what the first of these queries sees; `partial` says where the results
@@ -103,6 +118,7 @@ struct PartialRows {
 // What a thread works in.
 struct Scratch {
     float *query;    // [rows, key_dim]
+    float *decoded;  // [kDecodedFloats]
     float *weights;  // [rows, kMaxBlock]
     float *scales;   // [rows]
 };

@@ -41,11 +41,11 @@ static HFP_INLINE void store_halves(uint16_t *p, Words x) {
     memcpy(p, &narrow, sizeof narrow);
 }
 
-// What the tokens of a storage type are: elements of `dim` numbers, and whether a scale lies behind these.
+// What the tokens of a storage type are: elements of `dim` numbers, in groups of `group` channels at most; whether they
+// are records, with a scale behind the codes, or with several, such that they are decoded before they are read.
 struct Plain {
-    static constexpr bool is_scaled = false;
-    static constexpr int64_t size(int64_t dim) { return dim; }
-    static HFP_INLINE float scale(const char *) { return 1; }
+    static constexpr bool is_scaled = false, is_decoded = false;
+    static constexpr int64_t size(int64_t dim, int64_t) { return dim; }
 };
 
 struct Float32 : Plain {
@@ -104,8 +104,8 @@ struct Float16 : Plain {
 // Records: codes, whose numbers `read` gives, and what these are in units of.
 struct Record {
     typedef int8_t Storage;
-    static constexpr bool is_scaled = true;
-    static constexpr int64_t size(int64_t dim) { return dim + kScaleBytes; }
+    static constexpr bool is_scaled = true, is_decoded = false;
+    static constexpr int64_t size(int64_t dim, int64_t) { return dim + kScaleBytes; }
     static HFP_INLINE float scale(const char *p) {
         float x;
         memcpy(&x, p, sizeof x);
@@ -146,6 +146,61 @@ struct Float8 : Record {
         const Words magnitude = (code & 0x7f) << 20;
         return (Floats)((Words)((Floats)magnitude * splat(0x1p112f)) | (code & 0x80) << 24);
 #endif
+    }
+};
+
+// Codes of four bits on steps from the minimum of their group.
+struct Int4 {
+    typedef int8_t Storage;
+    static constexpr bool is_scaled = false, is_decoded = true;
+    static constexpr int64_t size(int64_t dim, int64_t group) { return record_bytes(kInt4, dim, group); }
+
+    static HFP_INLINE Ints load_bytes(const int8_t *p) {
+#if defined(HFP_F16C) && HFP_LANES == 8
+        return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#elif defined(HFP_F16C) && HFP_LANES == 16
+        return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+        typedef uint8_t Unsigned __attribute__((vector_size(HFP_LANES)));
+        Unsigned x;
+        memcpy(&x, p, sizeof x);
+        return __builtin_convertvector(x, Ints);
+#endif
+    }
+
+    // Step and minimum of a group.
+    struct Scales {
+        float step, least;
+    };
+    static HFP_INLINE Scales scales(const int8_t *p) {
+#if defined(HFP_F16C)
+        int32_t both;
+        memcpy(&both, p, sizeof both);
+        const __m128 x = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+        return {x[0], x[1]};
+#else
+        uint16_t both[HFP_LANES] = {};
+        memcpy(both, p, kGroupBytes);
+        const Floats x = Float16::read(both);
+        return {x[0], x[1]};
+#endif
+    }
+
+    // Numbers of `dim` channels. A vector of codes lies in one group and in one half of the channels.
+    static HFP_INLINE void decode(const int8_t *record, int64_t dim, int64_t group, float *into) {
+        const int64_t half = dim / 2, run = half % group ? group / 2 : group;
+        const int shift = __builtin_ctzll((unsigned long long)group);
+        for (int64_t begin = 0; begin < half; begin += run) {
+            const Scales first = scales(record + half + (begin >> shift) * kGroupBytes);
+            const Scales second = scales(record + half + ((half + begin) >> shift) * kGroupBytes);
+            const Floats low_step = splat(first.step), low = splat(first.least);
+            const Floats high_step = splat(second.step), high = splat(second.least);
+            for (int64_t d = begin; d < begin + run; d += HFP_LANES) {
+                const Ints both = load_bytes(record + d);
+                store(into + d, __builtin_convertvector(both & 15, Floats) * low_step + low);
+                store(into + half + d, __builtin_convertvector(both >> 4, Floats) * high_step + high);
+            }
+        }
     }
 };
 

@@ -2,7 +2,7 @@
 // vector registers, the target options, and how to tell that the CPU has it.
 #pragma once
 
-#include "native.h"
+#include "rotate.h"
 
 #include <cmath>
 

@@ -168,6 +168,23 @@ def test_estimates_say_that_they_are(capsys, tmp_path):
     size = 2 * 2 * config.num_key_value_heads * config.kv_channels * 2  # layers, K and V, heads, dim, bytes
     assert row(output, "a token in 2 layers of full attention") == [f"about {size / 1024:.1f} KiB"]
     assert "Estimated from fields of the config" in output
+    output = plan(capsys, str(tmp_path), "--max-memory", "cpu=1GiB", "--kv-cache-dtype", "int4")
+    of_bfloat16 = (40 + 36) / (2 * 128)  # at a head dim of 64
+    assert row(output, "a token in 2 layers of full attention") == [f"about {size * of_bfloat16 / 1024:.1f} KiB"]
+
+
+@pytest.mark.parametrize(("name", "token_bytes"), [("int8", 2 * 2 * 20), ("int4", 2 * 2 * 12)])
+def test_quantized_kv_takes_what_its_records_do(capsys, folder, name, token_bytes):
+    """Two heads of K and V with a dim of 16, in two layers."""
+    output = plan(capsys, folder(), "--max-memory", "cpu=1GiB", "--kv-cache-dtype", name)
+    assert row(output, "a token in 2 layers of full attention") == [f"{2 * token_bytes} B"]
+    assert f"{name} KV" in output
+
+
+def test_a_format_that_is_not_there_for_the_head_dims(capsys, folder):
+    source = folder("qwen3")
+    line = refusal(capsys, "plan", source, "--max-memory", "cpu=1GiB", "--kv-cache-dtype", "int4")
+    assert "argument --kv-cache-dtype: kv_cache_dtype='int4': head dims must be multiples of 16" in line
 
 
 def test_a_config_without_architectures_is_that_of_a_language_model(capsys, folder):

@@ -67,7 +67,28 @@ static double number(int64_t storage, char code) {
     const double magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
     return code & 0x80 ? -magnitude : magnitude;
 }
-static double decoded(const char *record, int64_t storage, int64_t dim, int64_t at) {
+static double half_at(const char *p) {
+    Half x;
+    memcpy(&x, p, sizeof x);
+    return (double)x;
+}
+static int64_t side_group(bool is_key, int64_t dim) {
+    int64_t group = is_key ? 32 : 64;
+    while (dim % group) group /= 2;
+    return group;
+}
+static int64_t token_bytes(int64_t storage, bool is_key, int64_t dim) {
+    return storage == kInt4 ? dim / 2 + 4 * (dim / side_group(is_key, dim)) : dim + 4;
+}
+static int nibble(const char *record, int64_t dim, int64_t at) {
+    return at < dim / 2 ? record[at] & 15 : (uint8_t)record[at - dim / 2] >> 4;
+}
+// Keys as they were rotated.
+static double decoded(const char *record, int64_t storage, bool is_key, int64_t dim, int64_t at) {
+    if (storage == kInt4) {
+        const char *scales = record + dim / 2 + at / side_group(is_key, dim) * 4;
+        return nibble(record, dim, at) * half_at(scales) + half_at(scales + 2);
+    }
     float scale;
     memcpy(&scale, record + dim, sizeof scale);
     return number(storage, record[at]) * (double)scale;
@@ -77,6 +98,16 @@ static char a_code(int64_t storage) {
     const int64_t code = upto(256);
     return is_used(storage, code) ? (char)code : 0;
 }
+// Row `at` of the rotation times `x`, in double precision, and without its factor.
+static double rotated_sum(const std::vector<double> &x, int64_t at) {
+    const int64_t size = (int64_t)x.size() & -(int64_t)x.size(), begin = at / size * size;
+    double sum = 0;
+    for (int64_t i = 0; i < size; ++i)
+        sum += __builtin_parityll((unsigned long long)(i & (at - begin))) ? -x[begin + i] : x[begin + i];
+    return sum;
+}
+static double rotation_factor(int64_t dim) { return 1 / std::sqrt((double)(dim & -dim)); }
+
 // Whether no other code's number is nearer; of two equally near ones the even one is right.
 static bool is_nearest(int64_t storage, char given, double x) {
     static std::vector<double> numbers[kStorages];
@@ -98,29 +129,33 @@ struct Case {
     std::vector<Run> runs;
 
     Case() {
-        call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({call.dtype, call.dtype, kInt8, kFloat8});
+        call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({call.dtype, call.dtype, kInt8, kFloat8, kInt4, kInt4});
         call.kv_heads = 1 + upto(3), call.group = one_of<int64_t>({1, 2, 3, 4, 5, 8, 16});
         call.key_dim = 8 * (1 + upto(32)), call.value_dim = one_of<int64_t>({call.key_dim, 8 * (1 + upto(32))});
+        if (call.storage == kInt4)
+            call.key_dim = 16 * (1 + upto(16)), call.value_dim = one_of<int64_t>({call.key_dim, 16 * (1 + upto(16))});
         call.num_queries = one_of<int64_t>({1, 2, 3, 16, 40}), call.num_slots = 1 + upto(700);
         call.threads = 1 + upto(4), call.scale = 0.1, call.softcap = one_of<double>({0, 4});
         for (int64_t left = upto(5); left; --left) add();
         fill(query, call.num_queries * call.kv_heads * call.group * call.key_dim);
-        fill_memory(keys, call.key_dim);
-        fill_memory(values, call.value_dim);
+        fill_memory(keys, true, call.key_dim);
+        fill_memory(values, false, call.value_dim);
         out.resize(call.num_queries * call.kv_heads * call.group * call.value_dim * size());
         for (int64_t i = 0; i < call.kv_heads * call.group; ++i) sinks.push_back(normal());
         call.query = query.data(), call.keys = keys.data(), call.values = values.data(), call.out = out.data();
         call.sinks = upto(2) ? sinks.data() : nullptr;
         call.query_stride = call.kv_heads * call.group * call.key_dim, call.query_head_stride = call.key_dim;
-        call.key_head_stride = call.num_slots * token(call.key_dim);
-        call.value_head_stride = call.num_slots * token(call.value_dim);
+        call.key_head_stride = call.num_slots * token(true, call.key_dim);
+        call.value_head_stride = call.num_slots * token(false, call.value_dim);
         parts.reserve(parts.size() + 1), runs.reserve(runs.size() + 1);  // no null pointers
         call.parts = parts.data(), call.runs = runs.data();
         call.num_parts = (int64_t)parts.size(), call.num_runs = (int64_t)runs.size();
     }
 
     bool has_records() const { return call.storage != call.dtype; }
-    int64_t token(int64_t dim) const { return has_records() ? dim + kScaleBytes : dim; }
+    int64_t token(bool is_key, int64_t dim) const {
+        return has_records() ? token_bytes(call.storage, is_key, dim) : dim;
+    }
     int64_t size() const { return call.dtype == kFloat32 ? 4 : 2; }
 
     void fill(std::vector<char> &bytes, int64_t count) {
@@ -128,19 +163,29 @@ struct Case {
         for (int64_t i = 0; i < count; ++i) put(bytes, call.dtype, i, (float)(upto(65) - 32) / 16);
     }
 
-    void fill_memory(std::vector<char> &bytes, int64_t dim) {
+    void fill_memory(std::vector<char> &bytes, bool is_key, int64_t dim) {
         if (!has_records()) return fill(bytes, call.kv_heads * call.num_slots * dim);
-        bytes.resize(call.kv_heads * call.num_slots * token(dim));
-        for (size_t at = 0; at < bytes.size(); at += token(dim)) {
+        const int64_t each = token(is_key, dim);
+        bytes.resize(call.kv_heads * call.num_slots * each);
+        for (size_t at = 0; at < bytes.size(); at += each) {
+            if (call.storage == kInt4) {
+                for (int64_t i = 0; i < dim / 2; ++i) bytes[at + i] = (char)upto(256);
+                for (int64_t i = at + dim / 2; i < (int64_t)at + each; i += 4)
+                    put(bytes, kFloat16, i / 2, (float)upto(8) / 32),
+                        put(bytes, kFloat16, i / 2 + 1, -(float)upto(8) / 4);
+                continue;
+            }
             for (int64_t i = 0; i < dim; ++i) bytes[at + i] = a_code(call.storage);
             const float scale = (float)(1 + upto(8)) / (call.storage == kInt8 ? 256 : 1024);
             memcpy(&bytes[at + dim], &scale, sizeof scale);
         }
     }
 
-    double stored(const std::vector<char> &bytes, int64_t head, int64_t slot, int64_t dim, int64_t at) const {
-        const int64_t begin = (head * call.num_slots + slot) * token(dim);
-        return has_records() ? decoded(&bytes[begin], call.storage, dim, at) : get(bytes, call.dtype, begin + at);
+    double stored(const std::vector<char> &bytes, bool is_key, int64_t head, int64_t slot, int64_t dim,
+                  int64_t at) const {
+        const int64_t begin = (head * call.num_slots + slot) * token(is_key, dim);
+        return has_records() ? decoded(&bytes[begin], call.storage, is_key, dim, at)
+                             : get(bytes, call.dtype, begin + at);
     }
 
     void add() {
@@ -170,15 +215,20 @@ struct Case {
         }
         double total = call.sinks ? std::exp((double)sinks[head]) : 0, sum = 0;
         const int64_t kv_head = head / call.group;
+        std::vector<double> meets(call.key_dim), turned(call.key_dim);
+        for (int64_t i = 0; i < call.key_dim; ++i)
+            meets[i] = get(query, call.dtype, query_index * call.query_stride + head * call.key_dim + i);
+        for (int64_t i = 0; has_records() && i < call.key_dim; ++i)
+            turned[i] = rotated_sum(meets, i) * rotation_factor(call.key_dim);
+        if (has_records()) meets = turned;
         for (const int64_t slot : slots) {
             double score = 0;
             for (int64_t i = 0; i < call.key_dim; ++i)
-                score += get(query, call.dtype, query_index * call.query_stride + head * call.key_dim + i) *
-                         stored(keys, kv_head, slot, call.key_dim, i);
+                score += meets[i] * stored(keys, true, kv_head, slot, call.key_dim, i);
             score *= call.scale;
             if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
             total += std::exp(score);
-            sum += std::exp(score) * stored(values, kv_head, slot, call.value_dim, d);
+            sum += std::exp(score) * stored(values, false, kv_head, slot, call.value_dim, d);
         }
         return total > 0 ? sum / total : 0;
     }
@@ -255,15 +305,44 @@ static bool store_is_right() {
                    &fresh[1][((source / tokens * heads + head) * tokens + source % tokens) * bytes], bytes);
 }
 
+// Whether a record of codes of one byte is right.
+static bool are_codes(const char *record, int64_t storage, const std::vector<float> &kept) {
+    float most = 0, scale;
+    for (const float x : kept) most = std::fmax(most, std::fabs(x));
+    memcpy(&scale, record + kept.size(), sizeof scale);
+    if (scale != most / (storage == kInt8 ? 127.0f : 448.0f)) return false;
+    for (size_t i = 0; i < kept.size(); ++i)
+        if (!is_nearest(storage, record[i], kept[i] / (scale == 0 ? 1 : scale))) return false;
+    return true;
+}
+
+// Whether one of codes of four bits is.
+static bool are_steps(const char *record, bool is_key, const std::vector<float> &kept) {
+    const int64_t dim = (int64_t)kept.size(), group = side_group(is_key, dim);
+    for (int64_t g = 0; g < dim / group; ++g) {
+        float low = INFINITY, high = -INFINITY;
+        for (int64_t i = g * group; i < (g + 1) * group; ++i)
+            low = std::fmin(low, kept[i]), high = std::fmax(high, kept[i]);
+        const double step = half_at(record + dim / 2 + 4 * g), least = half_at(record + dim / 2 + 4 * g + 2);
+        if (step != (double)(Half)((high - low) / 15) || least != (double)(Half)low) return false;
+        for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+            const double wanted = step == 0 ? 0 : std::fmin(std::fmax((kept[i] - least) / step, 0), 15);
+            if (!(std::fabs(nibble(record, dim, i) - wanted) <= 0.5 + 1e-6)) return false;
+        }
+    }
+    return true;
+}
+
 // One token a row is encoded into memory that ends with its record; damaged calls are refused.
 static bool encodes_right() {
     StoreCall call = {};
-    call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({kInt8, kFloat8});
+    call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({kInt8, kFloat8, kInt4});
     call.heads = 1 + upto(3), call.num_slots = 1 + upto(5), call.row_tokens = 1, call.num_tokens = 1;
     const int64_t size = call.dtype == kFloat32 ? 4 : 2;
     std::vector<char> memory[2], fresh[2];
     for (int side = 0; side < 2; ++side) {
-        const int64_t dim = kEncodedLanes * (1 + upto(64)), bytes = dim + kScaleBytes;
+        const int64_t dim = call.storage == kInt4 ? 16 * (1 + upto(16)) : kEncodedLanes * (1 + upto(64));
+        const int64_t bytes = token_bytes(call.storage, side == 0, dim);
         memory[side].resize(call.heads * call.num_slots * bytes), fresh[side].resize(call.heads * dim * size);
         for (int64_t i = 0; i < call.heads * dim; ++i) put(fresh[side], call.dtype, i, (float)(upto(65) - 32) / 16);
         const int64_t row = call.heads * dim * size;
@@ -274,16 +353,14 @@ static bool encodes_right() {
     for (int side = 0; side < 2; ++side)
         for (int64_t head = 0; head < call.heads; ++head) {
             const int64_t dim = call.sides[side].dim;
-            const char *record = &memory[side][(head * call.num_slots + slot) * (dim + kScaleBytes)];
-            float most = 0, scale;
+            const char *record = &memory[side][(head * call.num_slots + slot) * call.sides[side].token_bytes];
+            std::vector<double> given(dim);
+            std::vector<float> kept(dim);  // keys are rotated; their sums are exact here
+            for (int64_t i = 0; i < dim; ++i) given[i] = get(fresh[side], call.dtype, head * dim + i);
             for (int64_t i = 0; i < dim; ++i)
-                most = std::fmax(most, std::fabs((float)get(fresh[side], call.dtype, head * dim + i)));
-            memcpy(&scale, record + dim, sizeof scale);
-            if (scale != most / (call.storage == kInt8 ? 127.0f : 448.0f)) return false;
-            for (int64_t i = 0; i < dim; ++i) {
-                const float x = (float)get(fresh[side], call.dtype, head * dim + i) / (scale == 0 ? 1 : scale);
-                if (!is_nearest(call.storage, record[i], x)) return false;
-            }
+                kept[i] = side ? (float)given[i] : (float)rotated_sum(given, i) * (float)rotation_factor(dim);
+            if (!(call.storage == kInt4 ? are_steps(record, side == 0, kept) : are_codes(record, call.storage, kept)))
+                return false;
         }
     StoreCall damaged = call;
     StoreSide &side = damaged.sides[upto(2)];
@@ -348,7 +425,8 @@ int main(int count, char **arguments) {
             Case made;
             made.call.variant = variant;
             const int64_t error = run(made.call);
-            const bool fits = made.call.key_dim % lanes == 0 && made.call.value_dim % lanes == 0;
+            const int64_t multiple = made.call.storage == kInt4 && lanes > 8 ? 2 * lanes : lanes;
+            const bool fits = made.call.key_dim % multiple == 0 && made.call.value_dim % multiple == 0;
             if (fits ? error || !is_right(made) : error != kNoVariant) {
                 std::printf("variant %ld, round %d: error %ld\n", (long)variant, round, (long)error);
                 return 1;

@@ -1,13 +1,16 @@
 """Attention over paged KV: formats it is stored in, plain-torch operations, a native CPU kernel where it was built."""
 
-from .formats import FORMATS, TokenFormat
+from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
 from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
+from .rotation import rotated
 from .sample import NativeSample, takes
 
 __all__ = [
     "FORMATS",
+    "KVFormat",
+    "KVRecords",
     "NativeError",
     "NativeKernel",
     "NativeSample",
@@ -22,5 +25,6 @@ __all__ = [
     "merge_partial",
     "native",
     "paged_attention_reference",
+    "rotated",
     "takes",
 ]

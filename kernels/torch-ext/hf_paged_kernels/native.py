@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch  # first, so that its OpenMP runtime is loaded
 
-from .formats import TokenFormat
+from .formats import KVFormat, KVRecords
 
 _LIBRARY = Path(__file__).with_name("_native.so")
 _SWITCH = "HF_PAGED_NATIVE"
@@ -113,9 +113,12 @@ class NativeKernel:
         self._attend = library.hf_paged_attend
         self._row_calls: dict[tuple[Any, ...], bytes] = {}
 
-    def takes(self, dtype: torch.dtype, *dims: int) -> bool:
-        """Whether the variant does K and V of this dtype and these dims."""
-        return dtype in _DTYPES and all(8 <= dim <= 256 and dim % 8 == dim % self.lanes == 0 for dim in dims)
+    def takes(self, dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None) -> bool:
+        """Whether the variant does K and V of this dtype and these dims, stored in this format."""
+        # A vector of codes is read from each part of a record whose codes share bytes.
+        parts = 1 if kv_format is None else kv_format.keys.codes_per_byte
+        multiple = parts * max(8, self.lanes)
+        return dtype in _DTYPES and all(8 <= dim <= 256 and dim % multiple == 0 for dim in (key_dim, value_dim))
 
     def attend(
         self,
@@ -126,13 +129,13 @@ class NativeKernel:
         scale: float,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
-        token_format: TokenFormat | None = None,
+        records: KVRecords | None = None,
     ) -> torch.Tensor:
         """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`, or records.
 
         Returns `[queries, heads, value_dim]`, contiguous. `NativeError` for what the library does not do.
         """
-        signature = (*_look_of(query, keys, values), scale, softcap, self._index, token_format)
+        signature = (*_look_of(query, keys, values), scale, softcap, self._index, records)
         call = parts.calls.get(signature)
         if call is None:
             if query.shape[0] != parts.num_queries:
@@ -140,10 +143,10 @@ class NativeKernel:
             if keys.shape[:2] != values.shape[:2]:
                 raise NativeError("keys and values differ in heads or slots")
             extent = (keys.shape[1], 0, 0)
-            call = self._lay_out(query, keys, values, parts.pointers, extent, scale, softcap, token_format)
+            call = self._lay_out(query, keys, values, parts.pointers, extent, scale, softcap, records)
             parts.calls[signature] = call
         queries, heads, _ = query.shape
-        value_dim = values.shape[2] if token_format is None else token_format.dim(values.shape[2])
+        value_dim = values.shape[2] if records is None else records.value_dim
         out = torch.empty((queries, heads, value_dim), dtype=query.dtype)
         self._run(call, query, keys, values, out, sinks)
         return out
@@ -211,7 +214,7 @@ class NativeKernel:
         extent: tuple[int, int, int],
         scale: float,
         softcap: float | None,
-        token_format: TokenFormat | None,
+        records: KVRecords | None,
     ) -> bytes:
         """`AttentionCall` without its pointers; `extent` is slots, tokens of a row and the step between rows."""
         queries, heads, key_dim = query.shape
@@ -221,17 +224,19 @@ class NativeKernel:
         if last != 1 or key_stride[1:] != (keys.shape[2], 1) or value_stride[1:] != (value_size, 1):
             raise NativeError("query, keys or values are not contiguous in their last dims, or differ in dim")
         dtype = query.dtype
-        stored, dims = (dtype, (keys.shape[2], value_size))
-        if token_format is not None:
-            stored, dims = torch.uint8, tuple(map(token_format.dim, dims))
+        sizes = dims = (keys.shape[2], value_size)
+        stored, storage = dtype, _DTYPES.get(dtype)
+        if records is not None:
+            sizes, dims = (records.key_bytes, records.value_bytes), (records.key_dim, records.value_dim)
+            stored, storage = torch.uint8, records.kv_format.storage
         if keys.dtype != stored or values.dtype != stored or dtype not in _DTYPES or heads % kv_heads:
             raise NativeError(f"cannot attend {heads} heads in {dtype} to {kv_heads} KV heads in {keys.dtype}")
-        if dims[0] != key_dim:
-            raise NativeError(f"query has dim {key_dim}, keys have {dims[0]}")
+        if dims[0] != key_dim or sizes != (keys.shape[2], value_size):
+            raise NativeError(f"query has dim {key_dim}, keys have {dims[0]}, or records are of other dims")
         if not (query.device == keys.device == values.device == _CPU):
             raise NativeError("query, keys or values are not on the CPU")
         return _ATTENTION.pack(
-            self._index, _DTYPES[dtype], _DTYPES[dtype] if token_format is None else token_format.storage, *parts,
+            self._index, _DTYPES[dtype], storage, *parts,
             queries, kv_heads, heads // kv_heads, *dims,
             query_stride, head_stride, key_stride[0], value_stride[0], *extent, scale, softcap or 0.0,
         )  # fmt: skip
@@ -251,13 +256,13 @@ class NativeStore:
 
     Args:
         keys, values: `[kv_heads, slots, dim]` of any dtype, or records.
-        token_format: of records.
+        records: what they are.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, token_format: TokenFormat | None = None):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None):
         if keys.shape[:2] != values.shape[:2]:
             raise NativeError("keys and values differ in heads or slots")
-        self._keys, self._values, self._format = keys, values, token_format
+        self._keys, self._values, self._records = keys, values, records
         self._store = _load().hf_paged_store
         self._seen: tuple[Any, ...] | None = None
         self._call: bytes | None = None
@@ -286,7 +291,7 @@ class NativeStore:
         return True
 
     def _takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        if self._format is not None:
+        if self._records is not None:
             dims = (key.shape[3], value.shape[3])
             if key.dtype != value.dtype or key.dtype not in _DTYPES or any(dim % _ENCODED_LANES for dim in dims):
                 return False
@@ -300,16 +305,18 @@ class NativeStore:
         rows, _, tokens, _ = key.shape
         if value.shape[:3] != key.shape[:3]:
             raise NativeError("key and value differ in rows, heads or tokens")
-        sides = _side(self._keys, key, self._format) + _side(self._values, value, self._format)
-        kinds = (0, 0) if self._format is None else (_DTYPES[key.dtype], self._format.storage)
+        records = self._records
+        key_bytes, value_bytes = (None, None) if records is None else (records.key_bytes, records.value_bytes)
+        sides = _side(self._keys, key, key_bytes) + _side(self._values, value, value_bytes)
+        kinds = (0, 0) if records is None else (_DTYPES[key.dtype], records.kv_format.storage)
         return _STORE.pack(*sides, *kinds, heads, slots, tokens, rows * tokens)
 
 
-def _side(memory: torch.Tensor, new: torch.Tensor, token_format: TokenFormat | None) -> tuple[int, ...]:
+def _side(memory: torch.Tensor, new: torch.Tensor, record_bytes: int | None) -> tuple[int, ...]:
     """`StoreSide`: the memory and the strides in bytes."""
     heads, _, size = memory.shape
     dim = new.shape[3]
-    expected, dtype = (dim, new.dtype) if token_format is None else (token_format.record_bytes(dim), torch.uint8)
+    expected, dtype = (dim, new.dtype) if record_bytes is None else (record_bytes, torch.uint8)
     head_stride, *dense = memory.stride()
     row, head, token, last = new.stride()
     if dense != [size, 1] or last != 1 or new.shape[1] != heads or size != expected:
@@ -327,11 +334,11 @@ class Availability(NamedTuple):
     reason: str
 
     def store_for(
-        self, keys: torch.Tensor, values: torch.Tensor, token_format: TokenFormat | None = None
+        self, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None
     ) -> NativeStore | None:
         """The native store for one layer's memory, `None` where torch is to copy."""
         suits = keys.device == values.device == _CPU and keys.shape[:2] == values.shape[:2]
-        return NativeStore(keys, values, token_format) if self.kernels and suits else None
+        return NativeStore(keys, values, records) if self.kernels and suits else None
 
 
 @functools.cache
@@ -341,9 +348,11 @@ def native() -> Availability:
 
 
 @functools.cache
-def kernel_for(dtype: torch.dtype, key_dim: int, value_dim: int) -> NativeKernel | None:
+def kernel_for(
+    dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None
+) -> NativeKernel | None:
     """The variant for K and V on the CPU, `None` where torch's own attention is to be used."""
-    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim)), None)
+    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim, kv_format)), None)
 
 
 @functools.cache

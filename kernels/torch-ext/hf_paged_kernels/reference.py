@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .formats import TokenFormat
+from .formats import KVRecords
 
 
 def paged_attention_reference(
@@ -16,7 +16,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
-    token_format: TokenFormat | None = None,
+    records: KVRecords | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged queries over paged KV.
 
@@ -29,7 +29,7 @@ def paged_attention_reference(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         window: a query sees itself and the `window - 1` tokens before it.
         sinks: `[heads]` logits that take part in the softmax and carry no value.
-        token_format: where `keys` and `values` hold records.
+        records: what `keys` and `values` hold, where they hold records.
 
     Returns:
         `[tokens, heads, value_dim]` in the query's dtype.
@@ -40,8 +40,8 @@ def paged_attention_reference(
         # [kv_heads, group, q, dim] x [kv_heads, 1, dim, kv]
         q = query[start : start + length].float().unflatten(1, (keys.shape[0], group)).permute(1, 2, 0, 3)
         k, v = keys.index_select(1, slots), values.index_select(1, slots)
-        if token_format is not None:
-            k, v = token_format.decode(k, torch.float32), token_format.decode(v, torch.float32)
+        if records is not None:
+            q, k, v = records.meet(q), records.decode_met_keys(k), records.decode_values(v, torch.float32)
         k, v = k.float().unsqueeze(1), v.float().unsqueeze(1)
         scores = q @ k.transpose(-1, -2) * scale
         if softcap is not None:
