@@ -106,6 +106,8 @@ static double rotated_sum(const std::vector<double> &x, int64_t at) {
         sum += __builtin_parityll((unsigned long long)(i & (at - begin))) ? -x[begin + i] : x[begin + i];
     return sum;
 }
+// Formats whose keys are rotated.
+static bool rotates(int64_t storage) { return storage == kInt8 || storage == kInt4; }
 static double rotation_factor(int64_t dim) { return 1 / std::sqrt((double)(dim & -dim)); }
 
 // Whether no other code's number is nearer; of two equally near ones the even one is right.
@@ -218,9 +220,9 @@ struct Case {
         std::vector<double> meets(call.key_dim), turned(call.key_dim);
         for (int64_t i = 0; i < call.key_dim; ++i)
             meets[i] = get(query, call.dtype, query_index * call.query_stride + head * call.key_dim + i);
-        for (int64_t i = 0; has_records() && i < call.key_dim; ++i)
+        for (int64_t i = 0; rotates(call.storage) && i < call.key_dim; ++i)
             turned[i] = rotated_sum(meets, i) * rotation_factor(call.key_dim);
-        if (has_records()) meets = turned;
+        if (rotates(call.storage)) meets = turned;
         for (const int64_t slot : slots) {
             double score = 0;
             for (int64_t i = 0; i < call.key_dim; ++i)
@@ -355,10 +357,11 @@ static bool encodes_right() {
             const int64_t dim = call.sides[side].dim;
             const char *record = &memory[side][(head * call.num_slots + slot) * call.sides[side].token_bytes];
             std::vector<double> given(dim);
-            std::vector<float> kept(dim);  // keys are rotated; their sums are exact here
+            std::vector<float> kept(dim);  // sums of rotated keys are exact here
             for (int64_t i = 0; i < dim; ++i) given[i] = get(fresh[side], call.dtype, head * dim + i);
             for (int64_t i = 0; i < dim; ++i)
-                kept[i] = side ? (float)given[i] : (float)rotated_sum(given, i) * (float)rotation_factor(dim);
+                kept[i] = side || !rotates(call.storage) ? (float)given[i]
+                                                         : (float)rotated_sum(given, i) * (float)rotation_factor(dim);
             if (!(call.storage == kInt4 ? are_steps(record, side == 0, kept) : are_codes(record, call.storage, kept)))
                 return false;
         }
