@@ -34,6 +34,7 @@ def run(script: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # other tests run beside it
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
