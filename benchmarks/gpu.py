@@ -1,7 +1,7 @@
 """`python benchmarks/gpu.py`: on a machine with a GPU, checks every Triton kernel compiled and measures what there is.
 
-Writes benchmarks/results/gpu-NAME.json after every part, so that what fails costs nothing but itself. Without a GPU it
-says so and exits with 2. Exits with 1 where a check has failed.
+Writes benchmarks/results/gpu-NAME.json after every line, so that what fails or is cut off costs nothing but itself.
+Without a GPU it says so and exits with 2. Exits with 1 where a check has failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 if __name__ == "__main__":  # as a script, in a checkout that need not be installed: not from this folder
@@ -70,8 +70,8 @@ def describe(device: torch.device) -> dict[str, object]:
     return described
 
 
-def run(name: str, rows: Callable[[], Rows]) -> dict[str, object]:
-    """One part, line by line; what it has found until it fails is kept."""
+def run(name: str, rows: Callable[[], Rows], keep: Callable[[dict[str, object]], None]) -> dict[str, object]:
+    """One part, line by line; `keep` is given what it has found so far."""
     print(f"\n{name}", flush=True)
     found, begin = [], time.perf_counter()
     outcome: dict[str, object] = {"rows": found}
@@ -79,6 +79,7 @@ def run(name: str, rows: Callable[[], Rows]) -> dict[str, object]:
         for row in rows():
             found.append(row)
             print("  " + ", ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+            keep({**outcome, "cut_off": True})
     except Exception as error:  # the next part may do better
         traceback.print_exc()
         outcome["failed"] = f"{type(error).__name__}: {error}"
@@ -109,13 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     described = describe(device)
     results: dict[str, dict[str, object]] = {}
+
+    def keep(name: str, outcome: dict[str, object]) -> None:
+        results[name] = outcome
+        path.write_text(json.dumps({"environment": described, "results": results}, indent=1) + "\n")
+
     label = re.sub(r"\W+", "-", str(described.get("gpu", "interpreted"))).lower()
     path = options.out / f"gpu-{label}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in parts(device, options.tiny).items():
         if name in options.only:
-            results[name] = run(name, rows)
-            path.write_text(json.dumps({"environment": described, "results": results}, indent=1) + "\n")
+            keep(name, run(name, rows, partial(keep, name)))
     print(f"\nWritten: {path}")
     return int(any(map(has_failed, results.values())))
 

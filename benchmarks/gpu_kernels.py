@@ -14,7 +14,7 @@ from hf_paged_kernels.attend import attend, attend_parts_reference, merge_refere
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, pack_copies
 from hf_paged_kernels.store import store_tokens, store_tokens_reference
 from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, processors, tiles_for
-from hf_paged_kernels.work import PageTables, Work, lay_out
+from hf_paged_kernels.work import PageTables, Work, cut, send
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Largest difference to float64 that passes, relative to the largest value."""
@@ -154,7 +154,7 @@ def _attend_error(
         tables.add(queries, queries + length, runs, tokens - length)
         queries += length
     tiles = tiles_for(dtype, key_dim, shape[3], heads // kv_heads)
-    work = lay_out(tables, range(queries), tiles, heads // kv_heads, kv_heads, processors(device), device, window)
+    work = send(cut(tables, range(queries), tiles, heads // kv_heads, kv_heads, processors(device), window), device)
     query = torch.randn(queries, heads, key_dim, device=device).to(dtype)
     sinks = torch.randn(heads, device=device) if feature == "sinks" else None
     softcap = 5.0 if feature == "softcap" else None
@@ -226,7 +226,7 @@ class Layers:
             tables.add(row, row + 1, [(page * PAGE_TOKENS, PAGE_TOKENS) for page in mine])
         sizes, group = self.sizes, self.sizes.heads // self.sizes.kv_heads
         tiles = tiles or tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
-        return lay_out(tables, range(self.batch), tiles, group, sizes.kv_heads, processors(self.device), self.device)
+        return send(cut(tables, range(self.batch), tiles, group, sizes.kv_heads, processors(self.device)), self.device)
 
     def attend(self, work: Work) -> None:
         """One call a layer."""
@@ -331,7 +331,7 @@ def _prefill_seconds(
     tables = PageTables()
     tables.add(0, length, [(PAGE_TOKENS, length)], 0)
     group = sizes.heads // sizes.kv_heads
-    work = lay_out(tables, range(length), tiles, group, sizes.kv_heads, processors(device), device)
+    work = send(cut(tables, range(length), tiles, group, sizes.kv_heads, processors(device)), device)
     return clock.run(lambda: attend(query, keys, values, work, sizes.dim**-0.5))
 
 

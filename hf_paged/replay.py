@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged.backends import AttentionBackend
-from hf_paged.backends.fixed import UncapturableError
+from hf_paged.backends.fixed import FixedStep, UncapturableError
 from hf_paged.cache import PagedCache
 from hf_paged.capturable import inputs_of, model_obstacle
 from hf_paged.captured import CapturedStep
@@ -163,7 +163,7 @@ class DecodeGraphs:
         """Raises `UncapturableError`."""
         device, rows = request.inputs.device, _bucket(len(active))
         tensors, constants = inputs_of(request)
-        step = backend.fixed_step(plans, asked, active, rows, device)
+        step = FixedStep.of(plans, asked, active, rows, device)
         shapes = tuple(sorted((name, value.dtype, tuple(value.shape[:-2])) for name, value in tensors.items()))
         values = tuple(sorted(constants.items()))
         signature = (standing.digest, backend.name, device, shapes, values, step.rooms)

@@ -139,6 +139,10 @@ class LayerStore:
             for first, count, slot, step in plan.writes:
                 view = memory.as_strided((heads, count, dim), (slots * dim, step * dim, 1), slot * dim)
                 view.copy_(flat[:, first : first + count])
+        self.copy(plan)
+
+    def copy(self, plan: StepPlan) -> None:
+        """The plan's copies alone."""
         for copy in plan.copies:
             for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]

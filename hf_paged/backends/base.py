@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
-
-if TYPE_CHECKING:
-    from hf_paged.backends.fixed import FixedStep
 
 
 class AttentionCall(NamedTuple):
@@ -40,7 +36,7 @@ class AttentionBackend(ABC):
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
     reads_rows: bool = False
-    # Whether a decode step has a form for captured passes, `fixed_step`, whose copies are made before them by `copy`.
+    # Whether decode steps read all their numbers from `plan.prepared`: `FixedStep` fills it for captured passes.
     has_fixed_steps: bool = False
 
     def describe(self) -> str:
@@ -66,19 +62,8 @@ class AttentionBackend(ABC):
         store.write(plan, key, value)
 
     def copy(self, store: LayerStore, plan: StepPlan) -> None:
-        """The copies of a plan."""
-        raise NotImplementedError(f"{self.name} has no fixed steps")
-
-    def fixed_step(
-        self,
-        plans: Sequence[StepPlan],
-        asked: Sequence[Sequence[Any]],
-        active: Sequence[int],
-        rows: int,
-        device: torch.device,
-    ) -> FixedStep:
-        """The decode step of `plans` (by group) for a captured pass, as `FixedStep.of`."""
-        raise NotImplementedError(f"{self.name} has no fixed steps")
+        """The plan's copies alone."""
+        store.copy(plan)
 
     @abstractmethod
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.fixed import FixedStep
 from hf_paged.backends.reference import ReferenceBackend
 from hf_paged.backends.work import Asked, slot_numbers, slots_key, work_for
 from hf_paged.core.plan import StepPlan
@@ -35,16 +32,6 @@ class TritonBackend(AttentionBackend):
     def copy(self, store: LayerStore, plan: StepPlan) -> None:
         for copies in _copies(plan, store.keys.device):
             copy_slots(store.keys, store.values, store.keys, store.values, copies)
-
-    def fixed_step(
-        self,
-        plans: Sequence[StepPlan],
-        asked: Sequence[Sequence[Asked]],
-        active: Sequence[int],
-        rows: int,
-        device: torch.device,
-    ) -> FixedStep:
-        return FixedStep.of(plans, asked, active, rows, device)
 
     def attend(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         """As the others, but the kernels read and write rows in any order."""

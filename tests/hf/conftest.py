@@ -13,7 +13,7 @@ from hf_paged_kernels.launch import triton_obstacle
 def driver(monkeypatch):
     """Graphs on the CPU, captured often: parts of 16 tokens, and rooms without reserve."""
     if obstacle := triton_obstacle(torch.device("cpu")):
-        pytest.skip(obstacle)
+        pytest.skip(obstacle)  # triton is not there for every platform, and the steps are its backend's
     made = tape.TapeDriver()
     monkeypatch.setattr(replay, "driver_for", lambda device: made)
     monkeypatch.setattr(work, "part_tokens", lambda *_: 16)

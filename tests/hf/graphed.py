@@ -17,7 +17,7 @@ class Both:
 
     def __init__(self, changes=None, family="llama", **settings):
         if FAMILIES[family].missing():
-            pytest.skip(FAMILIES[family].missing())
+            pytest.skip(FAMILIES[family].missing())  # this transformers is older than the family
         self.stock = FAMILIES[family].build(**changes or {})
         settings = {"attention_backend": "triton", "block_size": 16} | settings
         self.model = patch_model(copy.deepcopy(self.stock), **settings)

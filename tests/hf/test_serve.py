@@ -19,10 +19,10 @@ openai = pytest.importorskip("openai")
 CollectorRegistry = pytest.importorskip("prometheus_client").CollectorRegistry
 pytest.importorskip("uvicorn")
 
-from service import Service, app_of, asked, serving  # noqa: E402
+from service import Service, app_of, asked, serving  # noqa: E402 (behind the skips)
 
-from hf_paged.metrics import COUNTERS, GAUGES, PagedCollector  # noqa: E402
-from hf_paged.stats import PagedStats  # noqa: E402
+from hf_paged.metrics import COUNTERS, GAUGES, PagedCollector  # noqa: E402 (behind the skips)
+from hf_paged.stats import PagedStats  # noqa: E402 (behind the skips)
 
 pytestmark = pytest.mark.real
 

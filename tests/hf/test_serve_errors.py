@@ -13,10 +13,10 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 
-from service import Service, app_of, asked, serving  # noqa: E402
+from service import Service, app_of, asked, serving  # noqa: E402 (behind the skips)
 
-from hf_paged import patch_model  # noqa: E402
-from hf_paged.cli import main  # noqa: E402
+from hf_paged import patch_model  # noqa: E402 (behind the skips)
+from hf_paged.cli import main  # noqa: E402 (behind the skips)
 
 pytestmark = pytest.mark.real
 FLOATS = 256  # bytes of a token in the tiny model: 2 layers, K and V, 2 heads of 8 numbers

@@ -49,7 +49,10 @@ def test_a_part_that_fails_keeps_what_it_has_found(capsys):
         yield {"passed": True}
         raise RuntimeError("out of memory")
 
-    outcome = gpu.run("a part", rows)
+    kept = []
+    outcome = gpu.run("a part", rows, kept.append)
+    assert kept == [{"rows": [{"passed": True}], "cut_off": True}], "were it cut off now"
+    assert "cut_off" not in outcome
     assert outcome["rows"] == [{"passed": True}]
     assert outcome["failed"] == "RuntimeError: out of memory"
     assert gpu.has_failed(outcome)

@@ -8,7 +8,7 @@ import torch
 from hf_paged_kernels import work as work_module
 from hf_paged_kernels.launch import triton_obstacle
 from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, part_tokens, tiles_for
-from hf_paged_kernels.work import PageTables, lay_out
+from hf_paged_kernels.work import PageTables, cut, send
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if triton_obstacle(DEVICE):
@@ -137,7 +137,7 @@ class Case:
         return runs
 
     def work(self, tiles=SMALL_TILES):
-        return lay_out(self.tables, self.rows, tiles, self.group, self.kv_heads, 1, DEVICE, self.window)
+        return send(cut(self.tables, self.rows, tiles, self.group, self.kv_heads, 1, self.window), DEVICE)
 
     def attend(self, work):
         return attend(self.query, self.keys, self.values, work, self.scale, self.softcap, self.sinks)
@@ -222,7 +222,7 @@ def test_a_query_that_sees_nothing_gets_zeros(parts):
     tables = PageTables()
     for _ in range(parts):
         tables.add(0, 1, [(16, 3)])
-    work = lay_out(tables, [0], SMALL_TILES, 1, 1, 1, DEVICE)
+    work = send(cut(tables, [0], SMALL_TILES, 1, 1, 1), DEVICE)
     work.launches[0].items[:, 4] = work.launches[0].items[:, 3]
     memory = poisoned(1, 32, 16)
     assert attend(randn(1, 1, 16), memory, memory, work, 1.0).eq(0).all()
@@ -241,7 +241,7 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(memory[:, 16:36], key[0])
     tables = PageTables()
     tables.add(0, 1, [(far, 20)])
-    work = lay_out(tables, [0], SMALL_TILES, 1, 1, 1, DEVICE)
+    work = send(cut(tables, [0], SMALL_TILES, 1, 1, 1), DEVICE)
     query = randn(1, 1, dim, dtype=torch.float16)
     weights = (query[0].double() @ key[0, 0].double().T * 0.25).softmax(-1)
     assert_near(attend(query, memory, memory[:, 32:], work, 0.25), (weights @ value[0, 0].double())[None], "far slots")
@@ -273,7 +273,7 @@ def test_items_show_each_query_what_it_sees_once(seed):
         queries += length
     kv_heads, processors = rng.choice([1, 8]), rng.choice([1, 4, 132])
     tiles = tiles_for(torch.bfloat16, 128, 128, 4)
-    work = lay_out(tables, range(queries), tiles, 4, kv_heads, processors, torch.device("cpu"), window)
+    work = send(cut(tables, range(queries), tiles, 4, kv_heads, processors, window), torch.device("cpu"))
     seen = {query: [] for query in range(queries)}
     rows = {query: [] for query in range(queries)}
     for launch in work.launches:

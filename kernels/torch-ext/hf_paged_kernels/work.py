@@ -133,20 +133,6 @@ class PageTables:
             )
 
 
-def lay_out(
-    tables: PageTables,
-    rows: Sequence[int],
-    tiles: Sequence[Tile],
-    group: int,
-    kv_heads: int,
-    num_processors: int,
-    device: torch.device,
-    window: int | None = None,
-) -> Work:
-    """Cut stretches into items and send them to `device`; the other arguments are those of `cut`."""
-    return send(cut(tables, rows, tiles, group, kv_heads, num_processors, window), device)
-
-
 def cut(
     tables: PageTables,
     rows: Sequence[int],
