@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_paged import compat
-from hf_paged.backends import AttentionCall, attend_rows
+from hf_paged.backends import PREPARED, AttentionCall, attend_rows
 from hf_paged.cross import attend_shared
 from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
@@ -117,9 +117,15 @@ def paged_attention_forward(
         function = compat.original_attention(original, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call = _attention_call(module, query, scaling, dropout, kwargs)
-    if compat.autocast_dtype(query.device) is None:
+    prepared = getattr(key, PREPARED, None)
+    if prepared is not None and prepared is getattr(value, PREPARED, None):
+        out = prepared.attend(query, call)
+        if out is not None:
+            return out, None
+    dtype = compat.autocast_dtype(query.device)
+    if dtype is None:
         return _attend(query, key, value, call), None
-    query = compat.as_attended(query)
+    query = query.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # which would round sums that are kept in float32
         return _attend(query, key, value, call), None
 

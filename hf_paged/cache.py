@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from hf_paged import compat
+from hf_paged.backends import PreparedDecode
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
@@ -73,6 +74,7 @@ class PagedCache(Cache):
         self.columns: torch.Tensor | None = None
         self.finished: set[int] = set()
         self.step: Step | None = None
+        self.prepared: PreparedDecode | None = None  # of the pass under way
         self.is_copying = False  # whether the pass under way, in any of its chunks, gives rows copies of their tails
         self.pending: list[tuple[Any, ...]] = []
         # The model whose weights made the K and V, where a patched model did.
@@ -87,7 +89,9 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        # Whether and how its decode steps come from CUDA graphs, as found out by `DecodeGraphs`.
+        # Found out once a loop of `generate`: what the fast path does for the model, and whether and how its decode
+        # steps come from CUDA graphs.
+        self.capability: Any = None
         self.standing: Any = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
@@ -209,7 +213,7 @@ class PagedCache(Cache):
         lost: forget all.
         """
         moved_on = bool(self.states) and self.step is not None
-        self.step, copying = None, self.is_copying
+        self.step, self.prepared, copying = None, None, self.is_copying
         self.sequences.unpin()
         counts = [min(num_tokens, table.num_tokens) for table, num_tokens in zip(self.tables, lengths, strict=False)]
         lost = self.tables and not all(map(self.pool.manager.reaches, self.tables, counts))
@@ -227,7 +231,7 @@ class PagedCache(Cache):
         self._forget()
 
     def _forget(self) -> None:
-        self.dense_len, self.columns, self.step, self.is_copying = 0, None, None, False
+        self.dense_len, self.columns, self.step, self.prepared, self.is_copying = 0, None, None, None, False
         self.finished.clear()
         for layer in self.paged_layers:
             layer.seen = layer.kept = 0
@@ -239,7 +243,7 @@ class PagedCache(Cache):
     def finish(self, new_columns: torch.Tensor | None, tokens_per_row: int) -> None:
         """The pass is done: its tokens count as seen by every layer that took part."""
         self.add_columns(new_columns, tokens_per_row)
-        self.step, self.is_copying = None, False
+        self.step, self.prepared, self.is_copying = None, None, False
         self.sequences.unpin()
         for layer in self.paged_layers:
             layer.move_to(self.dense_len)
@@ -311,11 +315,15 @@ class PagedCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
         layer, step = self.layers[layer_idx], self.step
+        if self.prepared is not None:
+            dense = self.prepared.update(layer.index, key_states, value_states)
+            if dense is not None:
+                return dense
         if step is not None and step.reads_rows and not key_states.requires_grad:
             span = step.plans[layer.index].span
             if span is not None:
                 # The common decode step, which the layers' bookkeeping has nothing to add to.
-                key_states, value_states = compat.as_attended(key_states), compat.as_attended(value_states)
+                key_states, value_states = compat.as_attended(key_states, value_states)
                 store = self.sequences.pool.layer(layer.index, key_states, value_states)
                 return store.append_rows(span, key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)

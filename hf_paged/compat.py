@@ -247,9 +247,13 @@ def original_attention(name: str, module: Any) -> Callable[..., Any]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in on a device, `None` where it is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
+@functools.cache
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def own_forward(model: PreTrainedModel) -> Any:
@@ -258,10 +262,10 @@ def own_forward(model: PreTrainedModel) -> Any:
     return getattr(forward, "__func__", forward)
 
 
-def as_attended(states: torch.Tensor) -> torch.Tensor:
-    """Queries, K or V in the dtype that attention computes in: under autocast, models leave them in different ones."""
-    dtype = autocast_dtype(states.device)
-    return states if dtype is None else states.to(dtype)
+def as_attended(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V in the dtype that attention computes in: under autocast, models leave them in different ones."""
+    dtype = autocast_dtype(key.device)
+    return (key, value) if dtype is None else (key.to(dtype), value.to(dtype))
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:

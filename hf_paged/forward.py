@@ -62,6 +62,7 @@ class ModelCall:
         kwargs: its keyword arguments.
         inputs: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, hidden]`.
         new_columns: `[batch, tokens]` bool on the CPU, False at padding; `None` where there is none.
+        hides_nothing: whether the attention mask is one number a column, none of which is zero.
         last_only: whether the last column's logits suffice although the call does not say so.
         names: of the inputs.
     """
@@ -72,6 +73,7 @@ class ModelCall:
     new_columns: torch.Tensor | None
     last_only: bool
     names: InputNames = DECODER_ONLY
+    hides_nothing: bool = False
 
     @property
     def rows(self) -> int:
@@ -124,9 +126,10 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != cache.dense_len + request.tokens:
             return "custom attention mask"
-        stored = mask[:, : cache.dense_len].bool().cpu()
-        if not (stored.all() if cache.columns is None else torch.equal(stored, cache.columns)):
-            return "attention mask differs from what is cached"
+        if not (request.hides_nothing and cache.columns is None):
+            stored = mask[:, : cache.dense_len].bool().cpu()
+            if not (stored.all() if cache.columns is None else torch.equal(stored, cache.columns)):
+                return "attention mask differs from what is cached"
     elif cache.columns is not None:
         return "attention mask differs from what is cached"
     new, tokens = request.new_columns, request.tokens
@@ -208,6 +211,8 @@ def run_decode(
     as_given = cache.pool.kv_format is None
     reads_rows = backend.reads_rows and as_given and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
+    if windows_seen is None:
+        cache.prepared = backend.prepare(cache.pool.stores, cache.step)
     kwargs = {**request.kwargs, request.names.mask: paged_mask(request.inputs.device)}
     if some:
         index = torch.tensor(active, device=request.inputs.device)

@@ -70,7 +70,7 @@ class PagedLayer(CacheLayerMixin):
                 "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
                 "with use_cache=False or a DynamicCache"
             )
-        key_states, value_states = compat.as_attended(key_states), compat.as_attended(value_states)
+        key_states, value_states = compat.as_attended(key_states, value_states)
         cache = self.cache
         step = cache.step
         if step is not None and step.fast:

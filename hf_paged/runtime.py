@@ -323,7 +323,10 @@ class PagedRuntime:
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
         last_only = cache.prefilling and not cache.assisted
-        request = ModelCall(call, kwargs, inputs, _padding(kwargs.get(names.mask), inputs), last_only, names)
+        mask = kwargs.get(names.mask)
+        hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
+        new_columns = None if hides_nothing else _padding(mask, inputs)
+        request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing)
         lengths = [table.num_tokens for table in cache.tables]
         try:
             outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
@@ -358,9 +361,11 @@ class PagedRuntime:
 
     def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int, int]:
         """The model's outputs, and the numbers of tokens that were computed, and that earlier calls had computed."""
-        if self._prompt_obstacle() is not None:
-            return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
-        capability = self.capability(request.call)
+        capability = cache.capability if cache.generating else None
+        if capability is None:
+            if self._prompt_obstacle() is not None:
+                return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
+            capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
         cache.copies_dense = not capability.reads_views
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)

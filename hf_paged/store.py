@@ -52,6 +52,7 @@ class LayerStore:
         dtype, value_dtype: of K and V as they come and are read.
         key_dim, value_dim: of K and V as they come and are read.
         records: what the memory holds; `None`: numbers as they are.
+        native: the native store of this memory, where there is one.
 
     Raises `ValueError` where the format is not there for K and V of these dims.
     """
@@ -68,7 +69,7 @@ class LayerStore:
         self.group = group
         self.dtype, self.value_dtype = key.dtype, value.dtype
         self.key_dim, self.value_dim = key.shape[3], value.shape[3]
-        self._key_shape, self._value_shape = key.shape[1::2], value.shape[1::2]  # (heads, dim)
+        self._accepted = self._looks(key, value)
         self._block_size = block_size
         self.records = None
         if kv_format is not None:
@@ -78,7 +79,7 @@ class LayerStore:
         num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
-        self._native = native().store_for(self.keys, self.values, self.records)
+        self.native = native().store_for(self.keys, self.values, self.records)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:
@@ -106,19 +107,19 @@ class LayerStore:
 
     def accepts(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether new K and V `[batch, kv_heads, tokens, dim]` fit this layer's shape, dtype and device."""
-        return (
-            key.shape[1::2] == self._key_shape
-            and value.shape[1::2] == self._value_shape
-            and key.dtype == self.dtype
-            and value.dtype == self.value_dtype
-            and key.device == self.keys.device
-        )
+        return self._looks(key, value) == self._accepted
+
+    @staticmethod
+    def _looks(key: torch.Tensor, value: torch.Tensor) -> tuple[object, ...]:
+        _, heads, _, dim = key.shape
+        _, value_heads, _, value_dim = value.shape
+        return heads, dim, key.dtype, key.device, value_heads, value_dim, value.dtype
 
     def write(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new K and V `[batch, kv_heads, tokens, dim]` (tokens numbered row by row) and do the plan's copies."""
         suits = self.records is not None or plan.num_queries <= MAX_NATIVE_WRITE_TOKENS
-        native_store = self._native if suits else None
-        if native_store is not None and native_store.write(key, value, _native_writes(plan)):
+        native_store = self.native if suits else None
+        if native_store is not None and native_store.write(key, value, native_writes(plan)):
             return
         self.write_stored(plan, *self._encoded(key, value))
 
@@ -173,7 +174,7 @@ class LayerStore:
         """
         _, slot, step, tokens = span
         last = slot + tokens - 1
-        if self._native is None or not self._native.write_rows(key, value, last, step or 1):
+        if self.native is None or not self.native.write_rows(key, value, last, step or 1):
             newest = span._replace(slot=last, tokens=1)
             span_view(self.keys, newest).copy_(key)
             span_view(self.values, newest).copy_(value)
@@ -202,7 +203,8 @@ def _fill_nan(memory: torch.Tensor) -> None:
         memory.fill_(255)
 
 
-def _native_writes(plan: StepPlan) -> Writes:
+def native_writes(plan: StepPlan) -> Writes:
+    """The plan's writes and copies, laid out for the native store; kept in `plan.prepared`."""
     if "native writes" not in plan.prepared:
         plan.prepared["native writes"] = Writes(plan.writes, plan.copies)
     return plan.prepared["native writes"]

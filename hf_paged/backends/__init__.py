@@ -6,11 +6,20 @@ import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
+from hf_paged.backends.prepared import PREPARED, PreparedDecode
 from hf_paged.backends.reference import ReferenceBackend
 from hf_paged_kernels import KVFormat
 from hf_paged_kernels.launch import triton_obstacle
 
-__all__ = ["AttentionBackend", "AttentionCall", "attend_rows", "backend_for", "plain_torch_reason"]
+__all__ = [
+    "PREPARED",
+    "AttentionBackend",
+    "AttentionCall",
+    "PreparedDecode",
+    "attend_rows",
+    "backend_for",
+    "plain_torch_reason",
+]
 
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
+
+if TYPE_CHECKING:
+    from hf_paged.backends.prepared import PreparedDecode
+    from hf_paged.step import Step
 
 
 class AttentionCall(NamedTuple):
@@ -56,6 +61,10 @@ class AttentionBackend(ABC):
         if plan.order is not None:
             out = out.index_select(0, _order(plan, query.device)[1])
         return out.unsqueeze(1 if decode else 0)
+
+    def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
+        """The layers of a decode step in which nothing but attention is asked for, where that saves time."""
+        return None
 
     def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """New K and V `[batch, kv_heads, tokens, dim]` into their slots, and the plan's copies."""

@@ -6,14 +6,21 @@ Where there is no native kernel, torch's attention reads zero-copy views of adja
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.native import kernel_of, kernel_of_store, parts_for
+from hf_paged.backends.prepared import PreparedDecode
 from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
 from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.store import LayerStore, span_view, strided_view
 from hf_paged_kernels import attend_all, attend_partial, merge_partial, native
+
+if TYPE_CHECKING:
+    from hf_paged.step import Step
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 
@@ -45,6 +52,10 @@ class CPUBackend(AttentionBackend):
     def describe(self) -> str:
         """The name, and which native kernel runs or why none does."""
         return f"{self.name} ({native().reason})"
+
+    def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
+        """The layers of a decode step, where the native kernel runs."""
+        return PreparedDecode(stores, step) if native().kernels else None
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         kernel = kernel_of_store(store)

@@ -138,18 +138,29 @@ class NativeKernel:
         signature = (*_look_of(query, keys, values), scale, softcap, self._index, records)
         call = parts.calls.get(signature)
         if call is None:
-            if query.shape[0] != parts.num_queries:
-                raise NativeError(f"query has {query.shape[0]} queries, the parts are for {parts.num_queries}")
-            if keys.shape[:2] != values.shape[:2]:
-                raise NativeError("keys and values differ in heads or slots")
-            extent = (keys.shape[1], 0, 0)
-            call = self._lay_out(query, keys, values, parts.pointers, extent, scale, softcap, records)
-            parts.calls[signature] = call
+            call = parts.calls[signature] = self.parts_call(query, keys, values, parts, scale, softcap, records)
         queries, heads, _ = query.shape
         value_dim = values.shape[2] if records is None else records.value_dim
         out = torch.empty((queries, heads, value_dim), dtype=query.dtype)
-        self._run(call, query, keys, values, out, sinks)
+        self.run(call, query, keys.data_ptr(), values.data_ptr(), out, sinks)
         return out
+
+    def parts_call(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parts: Parts,
+        scale: float,
+        softcap: float | None,
+        records: KVRecords | None,
+    ) -> bytes:
+        """The call of `attend` for `run`: the same for all tensors that look like these."""
+        if query.shape[0] != parts.num_queries:
+            raise NativeError(f"query has {query.shape[0]} queries, the parts are for {parts.num_queries}")
+        if keys.shape[:2] != values.shape[:2]:
+            raise NativeError("keys and values differ in heads or slots")
+        return self._lay_out(query, keys, values, parts.pointers, (keys.shape[1], 0, 0), scale, softcap, records)
 
     def attend_rows(
         self,
@@ -167,31 +178,41 @@ class NativeKernel:
         signature = (*_look_of(query, key, value), scale, softcap)
         call = self._row_calls.get(signature)
         if call is None:
-            rows, _, tokens, key_dim = key.shape
-            step, odd = divmod(key.stride(0), key_dim)
-            if key.shape[:3] != value.shape[:3] or query.shape[0] != rows or query.shape[2] != 1:
-                raise NativeError("query, key and value differ in rows, heads or tokens")
-            if odd or value.stride(0) != step * value.shape[3] or step < 0:
-                raise NativeError("the rows of key and value do not lie equally far apart")
-            extent = ((rows - 1) * step + tokens, tokens, step)
-            call = self._lay_out(query.squeeze(2), key[0], value[0], (0, 0, 0, 0), extent, scale, softcap, None)
             if len(self._row_calls) >= _MAX_CALLS:
                 self._row_calls.clear()
-            self._row_calls[signature] = call
+            call = self._row_calls[signature] = self.rows_call(query, key, value, scale, softcap)
         rows, heads, _, _ = query.shape
         out = torch.empty((rows, 1, heads, value.shape[3]), dtype=query.dtype)
-        self._run(call, query, key, value, out, sinks)
+        self.run(call, query, key.data_ptr(), value.data_ptr(), out, sinks)
         return out
 
-    def _run(
+    def rows_call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float | None
+    ) -> bytes:
+        """The call of `attend_rows` for `run`: the same for all tensors that look like these."""
+        rows, _, tokens, key_dim = key.shape
+        step, odd = divmod(key.stride(0), key_dim)
+        if key.shape[:3] != value.shape[:3] or query.shape[0] != rows or query.shape[2] != 1:
+            raise NativeError("query, key and value differ in rows, heads or tokens")
+        if odd or value.stride(0) != step * value.shape[3] or step < 0:
+            raise NativeError("the rows of key and value do not lie equally far apart")
+        extent = ((rows - 1) * step + tokens, tokens, step)
+        return self._lay_out(query.squeeze(2), key[0], value[0], (0, 0, 0, 0), extent, scale, softcap, None)
+
+    def run(
         self,
         call: bytes,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key_at: int,
+        value_at: int,
         out: torch.Tensor,
         sinks: torch.Tensor | None,
     ) -> None:
+        """Carry out a call on a query that looks as it did then, K and V at these addresses.
+
+        `out [..., heads, value_dim]` is contiguous. Only the sinks are checked: what lies at the addresses must look as
+        it did, too.
+        """
         sinks_at = 0
         if sinks is not None:
             sinks = sinks.float().contiguous()
@@ -200,7 +221,7 @@ class NativeKernel:
                 raise NativeError(f"sinks must be [{heads}] on the CPU, got {tuple(sinks.shape)} on {sinks.device}")
             sinks_at = sinks.data_ptr()
         error = self._attend(
-            call, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sinks_at, torch.get_num_threads()
+            call, query.data_ptr(), key_at, value_at, out.data_ptr(), sinks_at, torch.get_num_threads()
         )
         if error:
             raise NativeError(_ERRORS[error])
@@ -264,31 +285,41 @@ class NativeStore:
             raise NativeError("keys and values differ in heads or slots")
         self._keys, self._values, self._records = keys, values, records
         self._store = _load().hf_paged_store
-        self._seen: tuple[Any, ...] | None = None
-        self._call: bytes | None = None
+        # What K and V looked like last and the call for them: one attribute, as threads may write at the same time.
+        self._last: tuple[tuple[Any, ...], bytes | None] = ((), None)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, writes: Writes) -> bool:
         """Write new K and V `[rows, kv_heads, n, dim]`, numbered row by row, and do the copies.
 
         Returns False, having done nothing, where a token's elements do not lie side by side or cannot be encoded here.
         """
-        return self._run(key, value, *writes.pointers, 0, 1)
+        return self._write(key, value, *writes.pointers, 0, 1)
 
     def write_rows(self, key: torch.Tensor, value: torch.Tensor, slot: int, step: int) -> bool:
         """The same without copies, token `i` to slot `slot + i * step`."""
-        return self._run(key, value, 0, 0, 0, 0, slot, step)
+        return self._write(key, value, 0, 0, 0, 0, slot, step)
 
-    def _run(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> bool:
-        seen = (key.shape, key.stride(), key.dtype, key.device, value.shape, value.stride(), value.dtype, value.device)
-        if seen != self._seen:
-            self._call = self._lay_out(key, value) if self._takes(key, value) else None
-            self._seen = seen
-        if self._call is None:
+    def _write(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> bool:
+        call = self.call_for(key, value)
+        if call is None:
             return False
-        error = self._store(self._call, key.data_ptr(), value.data_ptr(), *where)
+        self.run(call, key, value, *where)
+        return True
+
+    def call_for(self, key: torch.Tensor, value: torch.Tensor) -> bytes | None:
+        """The call for `run`, the same for all K and V that look like these; `None` where `write` returns False."""
+        seen = (key.shape, key.stride(), key.dtype, key.device, value.shape, value.stride(), value.dtype, value.device)
+        last, call = self._last
+        if seen != last:
+            call = self._lay_out(key, value) if self._takes(key, value) else None
+            self._last = seen, call
+        return call
+
+    def run(self, call: bytes, key: torch.Tensor, value: torch.Tensor, *where: int) -> None:
+        """Carry out a call on K and V that look as they did then; `where` is `Writes.pointers`, slot and step."""
+        error = self._store(call, key.data_ptr(), value.data_ptr(), *where)
         if error:
             raise NativeError(_ERRORS[error])
-        return True
 
     def _takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         if self._records is not None:
