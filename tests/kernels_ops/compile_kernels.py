@@ -119,8 +119,8 @@ def main(capability, everything):
             for kv_format in FORMATS.values():
                 compile_store(capability, dtype, key_dim, value_dim, kv_format)
             for tile in tiles_for(dtype, key_dim, value_dim, group):
+                compile_attend(capability, dtype, key_dim, value_dim, group, tile, False)
                 for kv_format in (None, *FORMATS.values()):
-                    compile_attend(capability, dtype, key_dim, value_dim, group, tile, False, kv_format)
                     compile_attend(capability, dtype, key_dim, value_dim, group, tile, True, kv_format, **everywhere)
 
 
