@@ -58,9 +58,10 @@ def test_quantized_kv_is_encoded_and_read_in_graphs(driver, monkeypatch):
 
     for module, name in ((attend, "_attend_kernel"), (attend, "_merge_kernel"), (store, "_store_kernel")):
         monkeypatch.setattr(module, name, tape.Launches(getattr(module, name)))
-    both = Both({"num_hidden_layers": 1}, kv_cache_dtype="int8", verify=False)
-    patch_model(both.stock, kv_cache_dtype="int8", verify=False, attention_backend="reference", cuda_graphs=False)
-    assert both.ask([tokens(14), tokens(9, 2)], new=5) == 3
+    fewest = {"num_hidden_layers": 1, "num_key_value_heads": 1, "num_attention_heads": 2}
+    both = Both(fewest, kv_cache_dtype="int4", verify=False)
+    patch_model(both.stock, kv_cache_dtype="int4", verify=False, attention_backend="reference", cuda_graphs=False)
+    assert both.ask([tokens(14), tokens(12, 1), tokens(9, 2)], new=4) == 2
     assert both.reasons == {}
 
 

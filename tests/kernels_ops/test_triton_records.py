@@ -91,7 +91,7 @@ def logits_of(model, arguments, **kwargs):
     rows = [[*tokens(19, seed=1), 5, 6], [*tokens(19, seed=1), 7]]
     inputs = {name: each.to(DEVICE) for name, each in batch(rows).items()}
     made = model.generate(
-        **inputs, max_new_tokens=4, **arguments, **kwargs, return_dict_in_generate=True, output_logits=True
+        **inputs, max_new_tokens=3, **arguments, **kwargs, return_dict_in_generate=True, output_logits=True
     )
     return torch.stack(made.logits, dim=1), made.sequences
 
@@ -99,7 +99,8 @@ def logits_of(model, arguments, **kwargs):
 @pytest.mark.parametrize(("name", "beams"), [("int8", 1), ("fp8", 1), ("int4", 2)])
 def test_generate_is_stock_on_rounded_kv(name, beams):
     """Rows that share a prefix of odd length, so that a block is copied; all of it through the kernels."""
-    stock = FAMILIES["llama"].build(num_hidden_layers=1).to(DEVICE)
+    fewest = {"num_hidden_layers": 1, "num_key_value_heads": 1, "num_attention_heads": 2}
+    stock = FAMILIES["llama"].build(**fewest).to(DEVICE)
     arguments = {"do_sample": False, "num_beams": beams}
     model = patch_model(
         copy.deepcopy(stock), attention_backend="triton", kv_cache_dtype=name, verify=False, block_size=16
