@@ -31,7 +31,7 @@ Rows = Iterator[dict[str, object]]
 
 def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
     """What there is to do, by name, in order."""
-    from benchmarks import gpu_generate, gpu_kernels
+    from benchmarks import gpu_generate, gpu_kernels, gpu_records
 
     kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
     whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
@@ -45,6 +45,8 @@ def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
         "check": lambda: gpu_kernels.check(device, kernels),
         "tokens": lambda: gpu_generate.tokens_equal(device, whole),
         "decode": lambda: gpu_kernels.decode(device, kernels, bandwidth()),
+        "check-records": lambda: gpu_records.check(device, kernels),
+        "decode-records": lambda: gpu_records.decode(device, kernels, bandwidth()),
         "moves": lambda: gpu_kernels.moves(device, kernels, bandwidth()),
         "prefill": lambda: gpu_kernels.prefill(device, kernels),
         "tiles": lambda: gpu_kernels.tiles(device, kernels, bandwidth()),
@@ -97,7 +99,10 @@ def has_failed(outcome: dict[str, object]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for; returns the exit status."""
-    names = ("bandwidth", "check", "tokens", "decode", "moves", "prefill", "tiles", "end-to-end", "samples")
+    names = (
+        "bandwidth", "check", "tokens", "decode", "check-records", "decode-records", "moves", "prefill", "tiles",
+        "end-to-end", "samples",
+    )  # fmt: skip
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

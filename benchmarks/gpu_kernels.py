@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from hf_paged_kernels import KVFormat, KVRecords
 from hf_paged_kernels.attend import attend, attend_parts_reference, merge_reference
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, pack_copies
 from hf_paged_kernels.store import store_tokens, store_tokens_reference
@@ -39,6 +40,8 @@ class Sizes:
     working_bytes: float = 600e6
     """K and V that a round goes through, in as many layers as that takes: no cache holds them."""
     share_of_memory: float = 0.6
+    records_context: int = 32768
+    """Tokens of a row where formats of quantized KV are compared."""
     seconds: float = 0.3
     """Time for each figure."""
     decode_tiles: tuple[Tile, ...] = tuple(
@@ -51,8 +54,8 @@ class Sizes:
 
 
 TINY = Sizes(
-    heads=4, kv_heads=2, dim=32, contexts=(32,), batches=(1,), prompts=(40,), shapes=((4, 2, 32, 24),),
-    lengths=((1, 1), (3, 21), (1, 33)), working_bytes=1, seconds=0,
+    heads=4, kv_heads=2, dim=32, contexts=(32,), batches=(1,), prompts=(40,), shapes=((4, 2, 32, 16),),
+    lengths=((1, 1), (3, 21), (1, 33)), working_bytes=1, records_context=32, seconds=0,
     decode_tiles=(Tile(16, 16, 4, 2),), prefill_tiles=(Tile(32, 16, 4, 2),),
 )  # fmt: skip
 
@@ -103,14 +106,14 @@ def check(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
     for dtype in TOLERANCE:
         for shape in sizes.shapes:
             for feature in ("plain", "window", "softcap", "sinks"):
-                yield _outcome(
-                    f"attend {feature}", dtype, shape, lambda *a, f=feature: _attend_error(*a, f), sizes, device
+                yield outcome(
+                    f"attend {feature}", dtype, shape, lambda *a, f=feature: attend_error(*a, f), sizes, device
                 )
-            yield _outcome("store", dtype, shape, _store_error, sizes, device)
-            yield _outcome("copy", dtype, shape, _copy_error, sizes, device)
+            yield outcome("store", dtype, shape, store_error, sizes, device)
+            yield outcome("copy", dtype, shape, _copy_error, sizes, device)
 
 
-def _outcome(
+def outcome(
     kernel: str,
     dtype: torch.dtype,
     shape: tuple[int, int, int, int],
@@ -128,29 +131,45 @@ def _outcome(
 
 
 def _memories(
-    dtype: torch.dtype, shape: tuple[int, int, int, int], slots: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V, ``[kv_heads, slots, dim]``, all NaN."""
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    slots: int,
+    device: torch.device,
+    kv_format: KVFormat | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, KVRecords | None]:
+    """K and V, ``[kv_heads, slots, dim or record bytes]``, all NaN, and what they hold where that is records."""
     _, kv_heads, *dims = shape
-    keys, values = (torch.full((kv_heads, slots, dim), torch.nan, dtype=dtype, device=device) for dim in dims)
-    return keys, values
+    if kv_format is None:
+        keys, values = (torch.full((kv_heads, slots, dim), torch.nan, dtype=dtype, device=device) for dim in dims)
+        return keys, values, None
+    records = KVRecords(kv_format, *dims)
+    sizes = records.key_bytes, records.value_bytes
+    keys, values = (torch.full((kv_heads, slots, n), 255, dtype=torch.uint8, device=device) for n in sizes)
+    return keys, values, records
 
 
-def _attend_error(
-    dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device, feature: str
+def attend_error(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    sizes: Sizes,
+    device: torch.device,
+    feature: str = "plain",
+    kv_format: KVFormat | None = None,
 ) -> float:
     heads, kv_heads, key_dim, _ = shape
     window = 100 if feature == "window" else None
     pages = sum(-(-tokens // PAGE_TOKENS) for _, tokens in sizes.lengths) + 1
-    keys, values = _memories(dtype, shape, pages * PAGE_TOKENS, device)
+    keys, values, records = _memories(dtype, shape, pages * PAGE_TOKENS, device, kv_format)
     free = random.Random(0).sample(range(1, pages), pages - 1)
     tables, queries = PageTables(), 0
     for length, tokens in sizes.lengths:
         mine = [free.pop() * PAGE_TOKENS for _ in range(-(-tokens // PAGE_TOKENS))]
         runs = [(slot, min(PAGE_TOKENS, tokens - i * PAGE_TOKENS)) for i, slot in enumerate(mine)]
         for slot, count in runs:
-            keys[:, slot : slot + count].normal_()
-            values[:, slot : slot + count].normal_()
+            key, value = (torch.randn(kv_heads, count, dim, device=device) for dim in shape[2:])
+            if records is not None:
+                key, value = records.encode_keys(key), records.encode_values(value)
+            keys[:, slot : slot + count], values[:, slot : slot + count] = key, value
         tables.add(queries, queries + length, runs, tokens - length)
         queries += length
     tiles = tiles_for(dtype, key_dim, shape[3], heads // kv_heads)
@@ -158,25 +177,32 @@ def _attend_error(
     query = torch.randn(queries, heads, key_dim, device=device).to(dtype)
     sinks = torch.randn(heads, device=device) if feature == "sinks" else None
     softcap = 5.0 if feature == "softcap" else None
-    actual = attend(query, keys, values, work, key_dim**-0.5, softcap, sinks)
-    parts = attend_parts_reference(query, keys, values, work, key_dim**-0.5, softcap)
+    actual = attend(query, keys, values, work, key_dim**-0.5, softcap, sinks, records)
+    parts = attend_parts_reference(query, keys, values, work, key_dim**-0.5, softcap, records)
     expected = merge_reference(*parts, work, sinks)
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def _store_error(dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device) -> float:
+def store_error(
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    sizes: Sizes,
+    device: torch.device,
+    kv_format: KVFormat | None = None,
+) -> float:
     _, kv_heads, *dims = shape
     key, value = (torch.randn(3, 5, kv_heads, dim, device=device).to(dtype).transpose(1, 2) for dim in dims)
     slots = torch.randperm(200, device=device)[:15].int()
     slots[7] = -1
-    ours, theirs = _memories(dtype, shape, 200, device), _memories(dtype, shape, 200, device)
-    store_tokens(key, value, *ours, slots)
-    store_tokens_reference(key, value, *theirs, slots)
+    *ours, records = _memories(dtype, shape, 200, device, kv_format)
+    theirs = [memory.clone() for memory in ours]
+    store_tokens(key, value, *ours, slots, records)
+    store_tokens_reference(key, value, *theirs, slots, records)
     return _difference(ours, theirs)
 
 
 def _copy_error(dtype: torch.dtype, shape: tuple[int, int, int, int], sizes: Sizes, device: torch.device) -> float:
-    memories = [memory.normal_() for memory in _memories(dtype, shape, 300, device)]
+    memories = [memory.normal_() for memory in _memories(dtype, shape, 300, device)[:2]]
     copies = pack_copies([(0, 100, 37), (50, 150, 16), (66, 200, 1)], device)
     ours, theirs = [m.clone() for m in memories], [m.clone() for m in memories]
     copy_slots(*ours, *ours, copies)
@@ -203,16 +229,23 @@ def copy_bandwidth(device: torch.device, sizes: Sizes) -> float:
 class Layers:
     """K and V of several layers, so that each is out of every cache when its turn comes again."""
 
-    def __init__(self, sizes: Sizes, batch: int, context: int, device: torch.device) -> None:
+    def __init__(
+        self, sizes: Sizes, batch: int, context: int, device: torch.device, kv_format: KVFormat | None = None
+    ) -> None:
         self.sizes, self.batch, self.context, self.device = sizes, batch, context, device
-        self.bytes = layer_bytes(sizes, batch, context)
+        self.records = None if kv_format is None else KVRecords(kv_format, sizes.dim, sizes.dim)
+        self.bytes = layer_bytes(sizes, batch, context, self.records)
         count = max(1, min(32, round(sizes.working_bytes / self.bytes)))
-        shape = (sizes.kv_heads, batch * context + PAGE_TOKENS, sizes.dim)
-        self.memories = [
-            tuple(torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
-            for _ in range(count)
-        ]
+        self.memories = [(self._memory(True), self._memory(False)) for _ in range(count)]
         self.query = torch.randn(batch, sizes.heads, sizes.dim, device=device).bfloat16()
+
+    def _memory(self, is_keys: bool) -> torch.Tensor:
+        shape = (self.sizes.kv_heads, self.batch * self.context + PAGE_TOKENS, self.sizes.dim)
+        numbers = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_()
+        if self.records is None:
+            return numbers
+        encode = self.records.encode_keys if is_keys else self.records.encode_values
+        return torch.cat([encode(of_slots) for of_slots in numbers.split(2**15, dim=1)], dim=1)
 
     def work(self, is_random: bool, tiles: Sequence[Tile] | None = None) -> Work:
         """One query a row over all of its context; its pages adjacent or anywhere."""
@@ -231,12 +264,13 @@ class Layers:
     def attend(self, work: Work) -> None:
         """One call a layer."""
         for keys, values in self.memories:
-            attend(self.query, keys, values, work, self.sizes.dim**-0.5)
+            attend(self.query, keys, values, work, self.sizes.dim**-0.5, records=self.records)
 
 
-def layer_bytes(sizes: Sizes, batch: int, context: int) -> int:
-    """K and V of one layer in bfloat16."""
-    return 2 * 2 * sizes.kv_heads * sizes.dim * batch * context
+def layer_bytes(sizes: Sizes, batch: int, context: int, records: KVRecords | None = None) -> int:
+    """K and V of one layer in bfloat16, or in records."""
+    slot_bytes = 2 * 2 * sizes.dim if records is None else records.key_bytes + records.value_bytes
+    return sizes.kv_heads * slot_bytes * batch * context
 
 
 def decode(device: torch.device, sizes: Sizes, bandwidth: float) -> Iterator[dict[str, object]]:

@@ -48,7 +48,7 @@ class PagedRuntime:
         if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
             raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
         if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model), config.kv_format)  # says why, where it does not run
+            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
         if config.kv_format is not None:
             footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
@@ -154,7 +154,7 @@ class PagedRuntime:
         name = "?" if model is None else type(model).__name__
         backend = self.config.attention_backend
         if model is not None:
-            backend = backend_for(backend, compat.compute_device(model), self.config.kv_format).describe()
+            backend = backend_for(backend, compat.compute_device(model)).describe()
         stored = "" if self.config.kv_format is None else f", {self.config.kv_cache_dtype} KV"
         return format_table(
             self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
@@ -182,7 +182,7 @@ class PagedRuntime:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {obstacle}")
-        slow = plain_torch_reason(self.config.attention_backend, pool.device, self.config.kv_format)
+        slow = plain_torch_reason(self.config.attention_backend, pool.device)
         if slow is not None:
             self.counters.fall_back(slow)
         return PagedEncoderDecoderCache(cache) if model.config.is_encoder_decoder else cache
@@ -373,7 +373,7 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
+        backend = backend_for(self.config.attention_backend, request.inputs.device)
         if obstacle is None:
             try:
                 if request.tokens == 1:
@@ -394,7 +394,7 @@ class PagedRuntime:
             return run_padded(request, cache)  # there is nothing to read, and models may take another way here
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device, cache.pool.kv_format)
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
             key = (*self._circumstances(self._model()), cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)

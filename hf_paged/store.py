@@ -151,7 +151,7 @@ class LayerStore:
     def _encoded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.records is None:
             return key, value
-        return self.records.kv_format.keys.encode(key), self.records.kv_format.values.encode(value)
+        return self.records.encode_keys(key), self.records.encode_values(value)
 
     def read(self, view: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """What `view` takes of the memory of K, and of V, as numbers; decoded where they are stored as records."""

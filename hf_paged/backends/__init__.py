@@ -8,7 +8,6 @@ from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
 from hf_paged.backends.prepared import PREPARED, PreparedDecode
 from hf_paged.backends.reference import ReferenceBackend
-from hf_paged_kernels import KVFormat
 from hf_paged_kernels.launch import triton_obstacle
 
 __all__ = [
@@ -24,21 +23,15 @@ __all__ = [
 _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (CPUBackend(), ReferenceBackend())}
 
 
-def backend_for(name: str, device: torch.device, kv_format: KVFormat | None = None) -> AttentionBackend:
-    """The backend of that name; `"auto"` is the fastest one for `device` that reads KV in `kv_format`.
+def backend_for(name: str, device: torch.device) -> AttentionBackend:
+    """The backend of that name; `"auto"` is the fastest one for `device`.
 
     Raises `ValueError` for `"triton"` where it does not run, saying why.
     """
-    if kv_format is not None and name == "triton":
-        raise ValueError(
-            f"kv_cache_dtype={kv_format.name!r}: attention_backend='triton' reads no quantized KV in this version; "
-            "use 'auto', which takes plain torch operations on a GPU then"
-        )
     if name == "auto":
         if device.type == "cpu":
             return _BACKENDS["cpu"]
-        reads = kv_format is None and triton_obstacle(device) is None
-        name = "triton" if reads else "reference"
+        name = "triton" if triton_obstacle(device) is None else "reference"
     if name != "triton":
         return _BACKENDS[name]
     obstacle = triton_obstacle(device)
@@ -51,11 +44,9 @@ def backend_for(name: str, device: torch.device, kv_format: KVFormat | None = No
     return _BACKENDS[name]
 
 
-def plain_torch_reason(name: str, device: torch.device, kv_format: KVFormat | None = None) -> str | None:
+def plain_torch_reason(name: str, device: torch.device) -> str | None:
     """Why `"auto"` takes plain torch operations on a GPU, which are right and not fast; else `None`."""
     if name != "auto" or device.type == "cpu":
         return None
-    if kv_format is not None:
-        return f"attention in plain torch: kv_cache_dtype={kv_format.name!r} has no GPU kernel in this version"
     obstacle = triton_obstacle(device)
     return None if obstacle is None else f"attention in plain torch: {obstacle}"

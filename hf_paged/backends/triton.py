@@ -26,7 +26,8 @@ class TritonBackend(AttentionBackend):
 
     def write(self, store: LayerStore, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """One launch for the new tokens, and one for the copies where there are any."""
-        store_tokens(key, value, store.keys, store.values, _slots(plan, key.shape[0] * key.shape[2], key.device))
+        slots = _slots(plan, key.shape[0] * key.shape[2], key.device)
+        store_tokens(key, value, store.keys, store.values, slots, store.records)
         self.copy(store, plan)
 
     def copy(self, store: LayerStore, plan: StepPlan) -> None:
@@ -37,15 +38,15 @@ class TritonBackend(AttentionBackend):
         """As the others, but the kernels read and write rows in any order."""
         decode = query.shape[2] == 1
         rows = query.squeeze(2) if decode else query.squeeze(0).transpose(0, 1)
-        if not takes(rows, store.keys, store.values):
+        if not takes(rows, store.keys, store.values, store.records):
             return self._reference.attend(query, store, plan, call)
         return self.attend_flat(rows, store, plan, call).unsqueeze(1 if decode else 0)
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
-        heads, (kv_heads, _, key_dim) = query.shape[1], store.keys.shape
-        tiles = tiles_for(query.dtype, key_dim, store.values.shape[2], heads // kv_heads)
+        heads, kv_heads = query.shape[1], store.keys.shape[0]
+        tiles = tiles_for(query.dtype, store.key_dim, store.value_dim, heads // kv_heads)
         work = work_for(plan, Asked(call.window, heads, kv_heads, tiles), query.device)
-        return attend(query, store.keys, store.values, work, call.scale, call.softcap, call.sinks)
+        return attend(query, store.keys, store.values, work, call.scale, call.softcap, call.sinks, store.records)
 
 
 def _slots(plan: StepPlan, num_tokens: int, device: torch.device) -> torch.Tensor:

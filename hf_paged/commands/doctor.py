@@ -88,9 +88,7 @@ def _lines(
     yield f"{args.model}: {type(model).__name__}, {dtype}, {args.block_size} tokens a block"
     yield f"transformers {transformers.__version__}, torch {torch.__version__}"
     yield ""
-    yield from aligned(
-        [("attention", backend_for(args.attention_backend, model.device, model.paged.config.kv_format).describe())]
-    )
+    yield from aligned([("attention", backend_for(args.attention_backend, model.device).describe())])
     yield ""
     yield from aligned([("question", "way", "off by", "allowed", ""), *map(_row, findings)])
     if qualities:

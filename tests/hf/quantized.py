@@ -80,6 +80,17 @@ def rounded(x: torch.Tensor, name: str, is_key: bool) -> torch.Tensor:
     return (kept @ hadamard(x.shape[-1]) if is_turned else kept).to(x.dtype)
 
 
+def odd_numbers(dtype: torch.dtype, dim: int = 64) -> torch.Tensor:
+    """`[2, 3, 40, dim]` of many sizes, with zeros, outliers, NaN and infinity among them."""
+    generator = torch.Generator().manual_seed(dim)
+    x = torch.randn(2, 3, 40, dim, generator=generator) * torch.randn(2, 3, 40, 1, generator=generator).exp()
+    x[0, 0, 0], x[0, 0, 1, 5], x[0, 0, 2, 5] = 0, torch.nan, -torch.inf
+    x[0, 0, 3] *= 1e-7
+    x[0, 0, 4] *= 1e-42  # subnormal, or nothing
+    x[1, :, :, 3] *= 100
+    return x.to(dtype)
+
+
 class RoundingCache(DynamicCache):
     """Stock's cache, of what a format leaves of K and V; of K and V that are a little off with a `nudge`, a seed."""
 

@@ -131,10 +131,12 @@ class TapeDriver:
         pass
 
 
-def attend_plainly(query, keys, values, work, scale, softcap=None, sinks=None):
+def attend_plainly(query, keys, values, work, scale, softcap=None, sinks=None, records=None):
     """As `hf_paged_kernels.attend.attend`, item by item in plain torch: what the interpreter takes seconds for."""
     from hf_paged_kernels.tuning import PAGE_TOKENS
 
+    if records is not None:
+        keys, values = records.decode_keys(keys, query.dtype), records.decode_values(values, query.dtype)
     group = query.shape[1] // keys.shape[0]
     rows, pages = work.rows.tolist(), work.pages
     scores = [[] for _ in rows]

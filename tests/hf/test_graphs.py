@@ -52,6 +52,19 @@ def test_kernels_read_buffers_only(driver, monkeypatch):
     assert {room.is_final for *_, rooms in both.graphs._steps for _, room in rooms[1:]} == {True, False}
 
 
+def test_quantized_kv_is_encoded_and_read_in_graphs(driver, monkeypatch):
+    """The same tokens as those of plain torch without graphs."""
+    from hf_paged_kernels import attend, store
+
+    for module, name in ((attend, "_attend_kernel"), (attend, "_merge_kernel"), (store, "_store_kernel")):
+        monkeypatch.setattr(module, name, tape.Launches(getattr(module, name)))
+    fewest = {"num_hidden_layers": 1, "num_key_value_heads": 1, "num_attention_heads": 2}
+    both = Both(fewest, kv_cache_dtype="int4", verify=False)
+    patch_model(both.stock, kv_cache_dtype="int4", verify=False, attention_backend="reference", cuda_graphs=False)
+    assert both.ask([tokens(14), tokens(12, 1), tokens(9, 2)], new=4) == 2
+    assert both.reasons == {}
+
+
 def test_rows_that_end_go_to_smaller_passes(quick):
     """By an end-of-sequence token that comes at another step in each row; the seed is one where it does."""
     both = Both()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given, strategies
-from quantized import hadamard, rounded
+from quantized import hadamard, odd_numbers, rounded
 
 from hf_paged_kernels import (
     FORMATS,
@@ -26,17 +26,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ERROR = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 16 / 448}
 VARIANTS = variants()
 SIDES = pytest.mark.parametrize(("name", "side"), [(name, side) for name in FORMATS for side in ("keys", "values")])
-
-
-def odd_numbers(dtype: torch.dtype, dim: int = 64) -> torch.Tensor:
-    """`[2, 3, 40, dim]` of many sizes, with zeros, outliers, NaN and infinity among them."""
-    generator = torch.Generator().manual_seed(dim)
-    x = torch.randn(2, 3, 40, dim, generator=generator) * torch.randn(2, 3, 40, 1, generator=generator).exp()
-    x[0, 0, 0], x[0, 0, 1, 5], x[0, 0, 2, 5] = 0, torch.nan, -torch.inf
-    x[0, 0, 3] *= 1e-7
-    x[0, 0, 4] *= 1e-42  # subnormal, or nothing
-    x[1, :, :, 3] *= 100
-    return x.to(dtype)
 
 
 def side_of(name: str, side: str) -> TokenFormat:

@@ -6,7 +6,8 @@ from itertools import islice
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels
+from benchmarks import gpu, gpu_kernels, gpu_records
+from hf_paged_kernels import FORMATS
 from hf_paged_kernels.launch import triton_obstacle
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 
 def test_parts_write_their_results(tmp_path):
-    parts = ["bandwidth", "decode", "moves", "prefill", "tiles"]
+    parts = ["bandwidth", "decode", "decode-records", "moves", "prefill", "tiles"]
     assert gpu.main(["--tiny", "--only", *parts, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     written = json.loads(path.read_text())
@@ -29,6 +30,7 @@ def test_parts_write_their_results(tmp_path):
     assert list(results) == parts
     assert all(part["rows"] and "failed" not in part for part in results.values())
     assert all("figure" in row for row in results["tiles"]["rows"])
+    assert [row["kv"] for row in results["decode-records"]["rows"]] == ["bfloat16", *FORMATS]
     assert {row["kernel"] for row in results["moves"]["rows"]} == {"store", "copy"}
 
 
@@ -42,6 +44,16 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "store_tokens", lambda *_: None)
     monkeypatch.setattr(gpu_kernels, "copy_slots", lambda *_: 1 / 0)
     assert not any(row["passed"] for row in islice(gpu_kernels.check(CPU, gpu_kernels.TINY), 6))
+
+
+def test_a_wrong_record_fails_the_check(monkeypatch):
+    """A row for attention and one for the store, for each format and dtype."""
+    rows = list(gpu_records.check(CPU, gpu_kernels.TINY))
+    assert len({(row["kernel"], row["dtype"]) for row in rows}) == len(rows) == 2 * 3 * len(FORMATS)
+    assert all(row["passed"] for row in rows), rows
+    monkeypatch.setattr(gpu_kernels, "attend", lambda query, keys, values, *_: torch.ones_like(query)[..., :16])
+    monkeypatch.setattr(gpu_kernels, "store_tokens", lambda *_: None)
+    assert not any(row["passed"] for row in islice(gpu_records.check(CPU, gpu_kernels.TINY), 6))
 
 
 def test_a_part_that_fails_keeps_what_it_has_found(capsys):

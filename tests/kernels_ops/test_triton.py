@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from hf_paged_kernels import FORMATS, KVRecords
 from hf_paged_kernels import work as work_module
 from hf_paged_kernels.launch import triton_obstacle
 from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, part_tokens, tiles_for
@@ -15,7 +16,7 @@ if triton_obstacle(DEVICE):
     pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)
 
 # Behind the skip: these import triton, which there is not for every platform.
-from hf_paged_kernels.attend import attend, attend_parts, attend_parts_reference, merge_reference  # noqa: E402
+from hf_paged_kernels.attend import attend, attend_parts, attend_parts_reference, merge_reference, takes  # noqa: E402
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, copy_waves, pack_copies  # noqa: E402
 from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402
 
@@ -96,12 +97,26 @@ class Case:
     """Ragged queries over runs of random blocks: prompts with a past, single queries, and a past that some share."""
 
     def __init__(
-        self, dtype, heads, kv_heads, key_dim, value_dim, window=None, softcap=None, sinks=False, lengths=LENGTHS
+        self,
+        dtype,
+        heads,
+        kv_heads,
+        key_dim,
+        value_dim,
+        window=None,
+        softcap=None,
+        sinks=False,
+        kv_format=None,
+        lengths=LENGTHS,
     ):
         rng = random.Random(0)
-        self.group, self.kv_heads, self.window = heads // kv_heads, kv_heads, window
-        self.keys = poisoned(kv_heads, 40 * PAGE_TOKENS, key_dim, dtype=dtype)
-        self.values = poisoned(kv_heads, 40 * PAGE_TOKENS, value_dim, dtype=dtype)
+        self.group, self.kv_heads, self.window, self.dims = heads // kv_heads, kv_heads, window, (key_dim, value_dim)
+        self.records = None if kv_format is None else KVRecords(FORMATS[kv_format], key_dim, value_dim)
+        shape = (kv_heads, 40 * PAGE_TOKENS)
+        self.keys, self.values = (poisoned(*shape, dim, dtype=dtype) for dim in (key_dim, value_dim))
+        if self.records:
+            sizes = self.records.key_bytes, self.records.value_bytes
+            self.keys, self.values = (torch.full((*shape, size), 255).to(DEVICE, torch.uint8) for size in sizes)
         self.free = rng.sample(range(1, 40), 39)
         self.tables, queries = PageTables(), 0
         self.seen: dict[int, list[int]] = {}  # slots that each query sees
@@ -132,22 +147,29 @@ class Case:
 
     def fill(self, runs):
         for slot, tokens in runs:
-            for memory in (self.keys, self.values):
-                memory[:, slot : slot + tokens] = randn(self.kv_heads, tokens, memory.shape[2])
+            key, value = (randn(self.kv_heads, tokens, dim) for dim in self.dims)
+            if self.records:
+                key, value = self.records.encode_keys(key), self.records.encode_values(value)
+            self.keys[:, slot : slot + tokens], self.values[:, slot : slot + tokens] = key, value
         return runs
 
     def work(self, tiles=SMALL_TILES):
         return send(cut(self.tables, self.rows, tiles, self.group, self.kv_heads, 1, self.window), DEVICE)
 
     def attend(self, work):
-        return attend(self.query, self.keys, self.values, work, self.scale, self.softcap, self.sinks)
+        assert takes(self.query, self.keys, self.values, self.records)
+        return attend(self.query, self.keys, self.values, work, self.scale, self.softcap, self.sinks, self.records)
 
     def expected(self):
         """Dense attention of each query, in float64."""
-        out = torch.empty(*self.query.shape[:2], self.values.shape[2], dtype=torch.float64, device=DEVICE)
+        out = torch.empty(*self.query.shape[:2], self.dims[1], dtype=torch.float64, device=DEVICE)
+        keys, values = self.keys, self.values
+        if self.records:
+            keys = self.records.decode_keys(keys, torch.float32)
+            values = self.records.decode_values(values, torch.float32)
         for query, slots in self.seen.items():
             q = self.query[self.rows[query]].double()  # [heads, dim]
-            k, v = (m[:, slots].double().repeat_interleave(self.group, 0) for m in (self.keys, self.values))
+            k, v = (m[:, slots].double().repeat_interleave(self.group, 0) for m in (keys, values))
             scores = torch.einsum("hd,hkd->hk", q, k) * self.scale
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -170,12 +192,18 @@ CASES = {
     "half": (torch.float16, 8, 1, 96, 64, {"window": 20, "softcap": 3.0}),
     "gqa 16": (torch.bfloat16, 16, 1, 64, 128, {"sinks": True}),
     "wide": (torch.bfloat16, 2, 1, 256, 192, {"softcap": 20.0}),
+    "int8": (torch.float32, 6, 2, 64, 48, {"kv_format": "int8"}),
+    "int8, wide": (torch.bfloat16, 2, 1, 256, 192, {"kv_format": "int8", "softcap": 20.0}),
+    "fp8": (torch.float32, 2, 2, 24, 16, {"kv_format": "fp8", "softcap": 5.0, "sinks": True}),
+    "fp8, half": (torch.float16, 8, 1, 96, 64, {"kv_format": "fp8", "window": 20, "softcap": 3.0}),
+    "int4": (torch.float32, 4, 1, 80, 48, {"kv_format": "int4", "window": 7, "sinks": True}),
+    "int4, gqa 16": (torch.bfloat16, 16, 1, 64, 128, {"kv_format": "int4", "sinks": True}),
+    "int4, half": (torch.float16, 3, 1, 16, 256, {"kv_format": "int4"}),
 }
+WHOLE = ("mla", "window", "half", "fp8, half", "int4")
 
 
-@pytest.mark.parametrize(
-    ("name", "split"), [*((name, True) for name in CASES), ("mla", False), ("window", False), ("half", False)]
-)
+@pytest.mark.parametrize(("name", "split"), [*((name, True) for name in CASES), *((name, False) for name in WHOLE)])
 def test_attend(name, split, monkeypatch):
     """In parts of up to 16 tokens, or as few parts as there can be."""
     *shape, arguments = CASES[name]

@@ -7,7 +7,7 @@ K and V are read once for all of them, and once for all queries of the item:
                                                 query  0  0  0  0 | 1  1  1  1 |
                                                  head  0  1  2  3 | 0  1  2  3 |
 
-    keys, values    [kv_heads, slots, dim], any strides of heads and slots
+    keys, values    [kv_heads, slots, dim, or bytes of a record], any strides of heads and slots
     query, out      [rows, heads, dim], any strides of rows and heads
 
 The softmax runs in base 2 over tiles of tokens (FlashAttention-2, https://arxiv.org/abs/2307.08691). Parts of one query
@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .device_formats import constants_of, load_numbers, rotated, stride_of, takes_records
+from .formats import KVRecords
 from .language import dot, loop_bound
 from .launch import DTYPES, is_interpreted
 from .tuning import MAX_DIM, PAGE_TOKENS, Tile, max_group, padded_dim
@@ -36,26 +38,12 @@ _MERGED_AT_ONCE = 16
 
 
 @triton.jit
-def _load_slots(p_memory, o_slots, stride_slot, inside, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of K or V, `[tokens, BLOCK]`; zeros where not `inside` and from `DIM` on."""
-    o_dim = tl.arange(0, BLOCK)
-    pointers = p_memory + o_slots[:, None] * stride_slot + o_dim[None, :]
-    if MASKED and DIM != BLOCK:
-        return tl.load(pointers, mask=inside[:, None] & (o_dim < DIM)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif DIM != BLOCK:
-        return tl.load(pointers, mask=(o_dim < DIM)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
 def _walk(
     b_acc, b_max, b_sum, b_query, i_query, p_pages, p_keys, p_values,
     begin, end, first, window, scale, softcap, stride_key_slot, stride_value_slot,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Take indices `[begin, end)` of the pages into the running softmax; whole tiles, unless `MASKED`."""
@@ -67,7 +55,10 @@ def _walk(
         else:
             page = tl.load(p_pages + o_token // PAGE)
         o_slot = page.to(tl.int64) * PAGE + o_token % PAGE
-        b_key = _load_slots(p_keys, o_slot, stride_key_slot, inside, KEY_DIM, BLOCK_KEY, MASKED)
+        b_key = load_numbers(
+            p_keys, o_slot, stride_key_slot, inside, b_query.dtype,
+            KEY_DIM, BLOCK_KEY, FORMAT, KEY_GROUP, MASKED,
+        )  # fmt: skip
         b_score = tl.zeros([b_query.shape[0], BLOCK_TOKENS], dtype=tl.float32)
         b_score = dot(b_query, tl.trans(b_key), b_score, INTERPRETED) * scale
         if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1; scale and softcap are in units of base 2
@@ -83,7 +74,10 @@ def _walk(
         b_weight = tl.exp2(b_score - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        b_value = _load_slots(p_values, o_slot, stride_value_slot, inside, VALUE_DIM, BLOCK_VALUE, MASKED)
+        b_value = load_numbers(
+            p_values, o_slot, stride_value_slot, inside, b_query.dtype,
+            VALUE_DIM, BLOCK_VALUE, FORMAT, VALUE_GROUP, MASKED,
+        )  # fmt: skip
         b_acc = dot(b_weight.to(b_value.dtype), b_value, b_acc * b_decay[:, None], INTERPRETED)
         b_max = b_new_max
     return b_acc, b_max, b_sum
@@ -98,6 +92,7 @@ def _attend_kernel(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     PAGE: tl.constexpr, ITEM: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, ROTATION: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     IS_FINAL: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -124,8 +119,11 @@ def _attend_kernel(
         mask=is_query[:, None] & (o_key_dim < KEY_DIM)[None, :],
         other=0.0,
     )
-    p_head_keys = p_keys + i_kv_head.to(tl.int64) * stride_key_head
-    p_head_values = p_values + i_kv_head.to(tl.int64) * stride_value_head
+    if ROTATION > 0:  # as keys are
+        b_query = rotated(b_query.to(tl.float32), ROTATION).to(b_query.dtype)
+    stride_key_slot, stride_value_slot = stride_of(stride_key_slot, FORMAT), stride_of(stride_value_slot, FORMAT)
+    p_head_keys = p_keys + i_kv_head.to(tl.int64) * stride_of(stride_key_head, FORMAT)
+    p_head_values = p_values + i_kv_head.to(tl.int64) * stride_of(stride_value_head, FORMAT)
     p_table = p_pages + table
 
     # Every query of the item sees [open_lo, open_hi): whole tiles there need no mask.
@@ -142,20 +140,20 @@ def _attend_kernel(
         b_acc, b_max, b_sum = _walk(
             b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
             lo, open_lo, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW,
-            True, INTERPRETED,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
+            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
         )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_lo, open_hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES, HAS_SOFTCAP, HAS_WINDOW,
-        False, INTERPRETED,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
+        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, INTERPRETED,
     )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_hi, hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1, HAS_SOFTCAP, HAS_WINDOW,
-        True, INTERPRETED,
+        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
+        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
     )  # fmt: skip
 
     is_empty = b_sum == 0.0
@@ -221,17 +219,23 @@ def _merge_kernel(
 # -- launchers ---------------------------------------------------------------------------------------------------------
 
 
-def takes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether the kernels do `query [rows, heads, dim]` over `keys`, `values [kv_heads, slots, dim]`."""
+def takes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None) -> bool:
+    """Whether the kernels do `query [rows, heads, dim]` over `keys`, `values [kv_heads, slots, dim or bytes]`."""
+    is_read = query.dtype == keys.dtype == values.dtype if records is None else takes_records(records)
     return (
-        query.dtype in DTYPES
-        and query.dtype == keys.dtype == values.dtype
+        is_read
+        and query.dtype in DTYPES
         and query.device == keys.device == values.device
-        and max(keys.shape[2], values.shape[2]) <= MAX_DIM
+        and max(_dims(keys, values, records)) <= MAX_DIM
         and query.shape[1] % keys.shape[0] == 0
         and query.shape[1] // keys.shape[0] <= max_group(query.dtype)
         and query.stride(2) == keys.stride(2) == values.stride(2) == 1
     )
+
+
+def _dims(keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None) -> tuple[int, int]:
+    """Of K and of V."""
+    return (keys.shape[2], values.shape[2]) if records is None else (records.key_dim, records.value_dim)
 
 
 def attend(
@@ -242,30 +246,32 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    records: KVRecords | None = None,
 ) -> torch.Tensor:
-    """Attention of `query [rows, heads, key_dim]` over paged `keys`, `values [kv_heads, slots, dim]`.
+    """Attention of `query [rows, heads, key_dim]` over paged `keys`, `values [kv_heads, slots, dim or record bytes]`.
 
     Args:
         work: which row sees what.
         scale: factor on the scores.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[heads]` logits that take part in the softmax and carry no value.
+        records: what `keys` and `values` hold, where they hold records.
 
     Returns:
         `[rows, heads, value_dim]` in the query's dtype.
     """
     rows, heads, _ = query.shape
-    assert takes(query, keys, values), "see `takes`"
+    assert takes(query, keys, values, records), "see `takes`"
     assert rows == work.num_queries, "one row per query"
-    value_dim = values.shape[2]
+    _, value_dim = _dims(keys, values, records)
     sinks = None if sinks is None else sinks.contiguous()
     out = torch.empty(rows, heads, value_dim, dtype=query.dtype, device=query.device)
     with torch.cuda.device_of(query):
         if not work.num_parts:
             for launch in work.launches:
-                _attend_items(query, keys, values, out, None, launch, work, scale, softcap, sinks)
+                _attend_items(query, keys, values, out, None, launch, work, scale, softcap, sinks, records)
             return out
-        part_out, part_lse = attend_parts(query, keys, values, work, scale, softcap)
+        part_out, part_lse = attend_parts(query, keys, values, work, scale, softcap, records)
         _merge_kernel[(rows, heads)](
             part_out, part_lse, out, sinks, work.part_starts, work.parts, work.rows,
             heads, out.stride(0), out.stride(1),
@@ -282,13 +288,14 @@ def attend_parts(
     work: Work,
     scale: float,
     softcap: float | None = None,
+    records: KVRecords | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial results `[parts, heads, value_dim]` and their log-sum-exps in base 2, `[parts, heads]`, in float32."""
-    heads = query.shape[1]
-    part_out = torch.empty(work.num_parts, heads, values.shape[2], dtype=torch.float32, device=query.device)
+    heads, (_, value_dim) = query.shape[1], _dims(keys, values, records)
+    part_out = torch.empty(work.num_parts, heads, value_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(work.num_parts, heads, dtype=torch.float32, device=query.device)
     for launch in work.launches:
-        _attend_items(query, keys, values, part_out, part_lse, launch, work, scale, softcap, None)
+        _attend_items(query, keys, values, part_out, part_lse, launch, work, scale, softcap, None, records)
     return part_out, part_lse
 
 
@@ -303,17 +310,20 @@ def _attend_items(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    records: KVRecords | None,
 ) -> None:
     tile: Tile = launch.tile
     heads, kv_heads = query.shape[1], keys.shape[0]
+    key_dim, value_dim = _dims(keys, values, records)
     _attend_kernel[(launch.items.shape[0], kv_heads)](
         query, keys, values, out, lse, sinks, launch.items, work.pages, work.rows,
         scale * _LOG2_E, (softcap or 0.0) * _LOG2_E, work.window or 0, heads,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         out.stride(0), out.stride(1),
-        GROUP=heads // kv_heads, KEY_DIM=keys.shape[2], VALUE_DIM=values.shape[2],
-        BLOCK_KEY=padded_dim(keys.shape[2]), BLOCK_VALUE=padded_dim(values.shape[2]),
+        GROUP=heads // kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim),
         BLOCK_ROWS=tile.rows, BLOCK_TOKENS=tile.tokens, PAGE=PAGE_TOKENS, ITEM=ITEM_NUMBERS, STAGES=tile.stages,
+        **constants_of(records),
         IS_FINAL=lse is None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=work.window is not None, INTERPRETED=is_interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -330,18 +340,23 @@ def attend_parts_reference(
     work: Work,
     scale: float,
     softcap: float | None = None,
+    records: KVRecords | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attend_parts`, item by item, in float64; also where results are final."""
     heads, group = query.shape[1], query.shape[1] // keys.shape[0]
     items = [item for launch in work.launches for item in launch.items.tolist()]
     num_parts = max(part + count for _, count, *_, part, _ in items)
-    part_out = torch.zeros(num_parts, heads, values.shape[2], dtype=torch.float64, device=query.device)
+    _, value_dim = _dims(keys, values, records)
+    part_out = torch.zeros(num_parts, heads, value_dim, dtype=torch.float64, device=query.device)
     part_lse = torch.full((num_parts, heads), -torch.inf, dtype=torch.float64, device=query.device)
     for start, count, table, lo, hi, first, part, _ in items:
         index = torch.arange(lo, hi, device=query.device)
         slots = work.pages[table + index // PAGE_TOKENS].long() * PAGE_TOKENS + index % PAGE_TOKENS
         q = query[work.rows[start : start + count].long()].double().transpose(0, 1)  # [heads, count, dim]
-        k, v = (memory[:, slots].double().repeat_interleave(group, 0) for memory in (keys, values))
+        k, v = keys[:, slots], values[:, slots]
+        if records is not None:
+            k, v = records.decode_keys(k, torch.float32), records.decode_values(v, torch.float32)
+        k, v = (each.double().repeat_interleave(group, 0) for each in (k, v))
         scores = q @ k.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

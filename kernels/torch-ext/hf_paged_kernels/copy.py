@@ -97,6 +97,7 @@ def copy_slots(
     """Copy slots of `keys`, `values` to `to_keys`, `to_values`, all `[kv_heads, slots, dim]`."""
     assert (keys.dtype, values.dtype) == (to_keys.dtype, to_values.dtype), "a copy changes no dtype"
     assert all(each.stride(2) == 1 for each in (keys, values, to_keys, to_values)), "dims lie side by side"
+    keys, values, to_keys, to_values = map(_as_words, (keys, values, to_keys, to_values))
     block_key, block_value = padded_dim(keys.shape[2]), padded_dim(values.shape[2])
     with torch.cuda.device_of(keys):
         _copy_kernel[(copies.shape[0], keys.shape[0])](
@@ -106,6 +107,15 @@ def copy_slots(
             BLOCK_KEY=block_key, BLOCK_VALUE=block_value,
             BLOCK_TOKENS=_TILE_ELEMENTS // max(block_key, block_value), INTERPRETED=is_interpreted(), num_warps=4,
         )  # fmt: skip
+
+
+def _as_words(memory: torch.Tensor) -> torch.Tensor:
+    """Records `[..., bytes]` as words of four bytes where they are whole ones, any other memory as it is.
+
+    Slots of records begin at no multiples of 16 bytes: the kernel would move a byte at a time.
+    """
+    is_words = memory.dtype == torch.uint8 and memory.shape[-1] % 4 == 0
+    return memory.view(torch.int32) if is_words else memory
 
 
 def copy_slots_reference(

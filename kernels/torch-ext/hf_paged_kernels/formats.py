@@ -56,6 +56,10 @@ class TokenFormat(ABC):
         """Whether the format is there for numbers of this dim."""
         return True
 
+    def group_channels(self, dim: int) -> int:
+        """Adjacent channels that have scales of their own; 0: a record has one."""
+        return 0
+
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
         """Records `[..., record_bytes]` uint8 of `numbers [..., dim]`."""
         if not numbers.shape[-1]:
@@ -198,6 +202,19 @@ class KVRecords:
     def value_bytes(self) -> int:
         """Of a record of V."""
         return self.kv_format.values.record_bytes(self.value_dim)
+
+    @property
+    def sides(self) -> tuple[TokenFormat, TokenFormat]:
+        """What records of K and of V are."""
+        return self.kv_format.keys, self.kv_format.values
+
+    def encode_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """Records `[..., key_bytes]` of K `[..., key_dim]`."""
+        return self.kv_format.keys.encode(keys)
+
+    def encode_values(self, values: torch.Tensor) -> torch.Tensor:
+        """Records `[..., value_bytes]` of V `[..., value_dim]`."""
+        return self.kv_format.values.encode(values)
 
     def decode_keys(self, records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """K `[..., key_dim]` of `records [..., key_bytes]`."""

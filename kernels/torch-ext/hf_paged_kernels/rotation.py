@@ -8,14 +8,19 @@ from __future__ import annotations
 import torch
 
 
+def rotated_channels(dim: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides `dim`."""
+    return dim & -dim
+
+
 def rotated(numbers: torch.Tensor) -> torch.Tensor:
-    """`numbers [..., dim]` float32, rotated in blocks of the largest power of two that divides `dim`.
+    """`numbers [..., dim]` float32, rotated in blocks of `rotated_channels(dim)`.
 
     Sums and differences of channels 1, 2, 4, ... apart in this order, then one multiplication: the native library does
     the same, to the bit.
     """
     dim = numbers.shape[-1]
-    size, apart = dim & -dim, 1
+    size, apart = rotated_channels(dim), 1
     # Channels first, so that each operation goes through long rows.
     now = numbers.detach().reshape(-1, dim).t().clone(memory_format=torch.contiguous_format)
     after = torch.empty_like(now)
