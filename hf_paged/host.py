@@ -21,8 +21,10 @@ from hf_paged.mover import DONE, BlockMover
 from hf_paged.stats import Counters
 from hf_paged.streams import SideStream
 
-# Memory is pinned in pieces of powers of two, as torch rounds it up to, of at most this size: pinning takes time.
+# Memory is pinned in pieces of powers of two, as torch rounds it up to. Pinning takes time, so they are of about this
+# size, unless so few records fit that too much is left over at their ends.
 SLAB_BYTES = 64 * 2**20
+MIN_SLAB_RECORDS = 16
 
 
 class HostLevel(Level):
@@ -173,7 +175,7 @@ class _SlabMemory:
 
 def slab_sizes(budget_bytes: int, record_bytes: int) -> Iterator[int]:
     """Powers of two that add up to no more than the budget and hold a record or more each, largest first."""
-    largest = max(SLAB_BYTES, 1 << (record_bytes - 1).bit_length())
+    largest = max(SLAB_BYTES, 1 << (MIN_SLAB_RECORDS * record_bytes - 1).bit_length())
     while budget_bytes >= record_bytes:
         size = min(largest, 1 << (budget_bytes.bit_length() - 1))
         if size < record_bytes:

@@ -26,6 +26,11 @@ def _gpu(monkeypatch):
     as_gpu(monkeypatch)
 
 
+def small_slabs(monkeypatch, blocks):
+    monkeypatch.setattr(host, "SLAB_BYTES", blocks * BLOCK_BYTES)
+    monkeypatch.setattr(host, "MIN_SLAB_RECORDS", 1)
+
+
 BELOW = {"host": {}, "host and disk": {"host": 12 * BLOCK_BYTES, "disk": "10MiB"}}
 
 # Answers
@@ -129,7 +134,7 @@ def test_inference_mode_and_none_in_turns():
 
 @pytest.mark.parametrize("slots", [1, 5, 9])
 def test_the_budget_holds_and_the_oldest_goes_first(slots, monkeypatch):
-    monkeypatch.setattr(host, "SLAB_BYTES", 2 * BLOCK_BYTES)
+    small_slabs(monkeypatch, 2)
     pair = hosted(blocks=10, host=slots * BLOCK_BYTES)
     rotate(pair, distinct_pieces(4, 61))
     assert pair.paged.stats().blocks_host == slots
@@ -270,7 +275,7 @@ def test_memory_that_is_refused_half_way(slabs, below, monkeypatch):
         given.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    monkeypatch.setattr(host, "SLAB_BYTES", 4 * BLOCK_BYTES)
+    small_slabs(monkeypatch, 4)
     pair, rows = hosted(disk="10MiB" if below == "disk" else None), distinct_pieces(4, 61)
     with monkeypatch.context() as patched:
         patched.setattr(LateSide, "pinned", refuse)
@@ -312,7 +317,7 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
             raise error("a transfer")
         return function(self, *args)
 
-    monkeypatch.setattr(host, "SLAB_BYTES", 4 * BLOCK_BYTES)
+    small_slabs(monkeypatch, 4)
     pair, rows = hosted(blocks=20, host=24 * BLOCK_BYTES, disk="10MiB"), distinct_pieces(5, 61)
     rotate(pair, rows[:3], 1)
     evict(pair)
