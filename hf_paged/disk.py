@@ -72,8 +72,9 @@ class DiskLevel(Level):
             self._counters.fall_back(f"disk tier: {error}")
 
     def close(self) -> None:
-        if self.index is not None:
-            self.index.clear()
+        with self._lock:
+            if self.index is not None:
+                self.index.clear()
         self._remove()
 
     def flush(self) -> None:

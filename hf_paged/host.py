@@ -16,7 +16,7 @@ import torch
 
 from hf_paged.core.tier import Pending, Record, TierIndex
 from hf_paged.layout import RecordLayout, runs
-from hf_paged.levels import Content, Level, Load, Source
+from hf_paged.levels import Content, Level, Load, Source, first_line
 from hf_paged.mover import DONE, BlockMover
 from hf_paged.stats import Counters
 from hf_paged.streams import SideStream
@@ -91,7 +91,7 @@ class HostLevel(Level):
             self._memories[group].ensure(record.slot, self._allocate)
             return True
         except (RuntimeError, MemoryError) as error:
-            self._counters.fall_back(f"host tier: {_first_line(error)}")
+            self._counters.fall_back(f"host tier: {first_line(error)}")
             self.index.retire(group, record)
             return False
 
@@ -101,7 +101,7 @@ class HostLevel(Level):
                 try:
                     return self._side.pinned(num_bytes)
                 except RuntimeError as error:
-                    self._counters.fall_back(f"host tier: memory is not pinned: {_first_line(error)}")
+                    self._counters.fall_back(f"host tier: memory is not pinned: {first_line(error)}")
             return torch.empty(num_bytes, dtype=torch.uint8)
 
     def read(self, group: int, slots: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
@@ -129,10 +129,11 @@ class HostLevel(Level):
             self._side.give_back()
 
     def close(self) -> None:
-        if self.index is not None:
-            self.index.clear()
-        for memory in self._memories:
-            memory.clear()
+        with self._lock:
+            if self.index is not None:
+                self.index.clear()
+            for memory in self._memories:
+                memory.clear()
 
 
 class _SlabMemory:
@@ -186,7 +187,3 @@ def slab_sizes(budget_bytes: int, record_bytes: int) -> Iterator[int]:
 
 def _content(record: Record) -> Content:
     return Content(record.key, record.parent, record.tokens, record.slot)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

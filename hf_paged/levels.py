@@ -13,6 +13,11 @@ from hf_paged.layout import RecordLayout
 from hf_paged.mover import BlockMover
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough to be counted under."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class Content(NamedTuple):
     """A block that is to be kept: its key and tokens, and the block or slot where it is now."""
 
@@ -76,4 +81,4 @@ class Level(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything up for good."""
+        """Give everything up for good. Called without the lock."""

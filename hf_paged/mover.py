@@ -91,7 +91,10 @@ class BlockMover:
     def settle(self) -> None:
         """Whatever the current stream does from now on comes after all copies that were begun."""
         if self._side is not None:
-            self._side.mark().hold_current()
+            mark = self._side.mark()
+            mark.hold_current()
+            for stage in self._stages:  # an interrupt may have come before somebody noted that it is taken
+                stage.taken = mark
 
     def release(self) -> None:
         """Wait for all copies and give the stages up."""

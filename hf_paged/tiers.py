@@ -29,7 +29,7 @@ from hf_paged.core.tier import TierStack
 from hf_paged.disk import DiskLevel
 from hf_paged.host import HostLevel
 from hf_paged.layout import RecordLayout
-from hf_paged.levels import Content, Level, Load, Source
+from hf_paged.levels import Content, Level, Load, Source, first_line
 from hf_paged.mover import BlockMover
 from hf_paged.stats import Counters
 from hf_paged.store import LayerStore
@@ -122,7 +122,7 @@ class Tiers:
             self._fall_back(name, error)
 
     def _fall_back(self, name: str, error: Exception) -> None:
-        self._counters.fall_back(f"{name} tier: {str(error) or type(error).__name__}")
+        self._counters.fall_back(f"{name} tier: {first_line(error)}")
 
     # -- what passes take ----------------------------------------------------------------------------------------
 
