@@ -36,11 +36,10 @@ BELOW = {"host": {}, "host and disk": {"host": 12 * BLOCK_BYTES, "disk": "10MiB"
 # Answers
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("below", BELOW)
+@pytest.mark.parametrize(("name", "below"), [("llama", "host"), *((name, "host and disk") for name in NAMES)])
 def test_prompts_in_rotation_answer_as_stock(name, below):
     pair = hosted(name, 16, **BELOW[below])
-    assert min(rotate(pair, distinct_pieces(5, 61), rounds=3)) >= 56, "all full blocks of the prompt come back"
+    assert min(rotate(pair, distinct_pieces(4, 61))) >= 56, "all full blocks of the prompt come back"
     stats = pair.paged.stats()
     assert stats.blocks_host > 0
     assert (stats.blocks_disk > 0) == ("disk" in below)
@@ -59,9 +58,8 @@ def test_a_disk_right_below_the_device():
     assert pair.paged.stats().blocks_host == 0 < pair.paged.stats().blocks_disk
 
 
-@pytest.mark.parametrize("below", BELOW)
-def test_beams_samples_and_batches_answer_as_stock(below):
-    pair, rows = hosted(blocks=24, **BELOW[below]), distinct_pieces(4, 40)
+def test_beams_samples_and_batches_answer_as_stock():
+    pair, rows = hosted(blocks=24, **BELOW["host and disk"]), distinct_pieces(4, 40)
     for how in (
         {"num_beams": 3},
         {"do_sample": True, "num_return_sequences": 3},
@@ -184,9 +182,9 @@ def test_never_and_by_estimate():
     assert max(rotate(pair, distinct_pieces(3, 61))) == 0
     assert pair.paged.stats().recompute_choices == 1
     pair = hosted(policy=None, disk="10MiB", host=12 * BLOCK_BYTES)
-    rotate(pair, distinct_pieces(5, 61), 3)
+    rotate(pair, distinct_pieces(4, 61))
     evict(pair)
-    pair.ask([piece(61, 4)])
+    pair.ask([piece(61, 3)])
     stats = pair.paged.stats()
     assert min(stats.host_bytes_per_second, stats.disk_bytes_per_second, stats.compute_tokens_per_second) > 0
     assert "speed of host / disk / computing" in str(pair.paged)
@@ -318,15 +316,15 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
         return function(self, *args)
 
     small_slabs(monkeypatch, 4)
-    pair, rows = hosted(blocks=20, host=24 * BLOCK_BYTES, disk="10MiB"), distinct_pieces(5, 61)
-    rotate(pair, rows[:3], 1)
+    pair, rows = hosted(blocks=12, host=16 * BLOCK_BYTES, disk="10MiB"), distinct_pieces(4, 61)
+    rotate(pair, rows[:2], 1)
     evict(pair)
     check(pair)
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, failing)
         if place == "pinning":
             pair.paged.clear()
-        for row in (*rows, *rows[:3]):
+        for row in (*rows, *rows[:2]):
             if error is KeyboardInterrupt:
                 with contextlib.suppress(KeyboardInterrupt):
                     pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=NEW)
@@ -337,7 +335,7 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
     assert calls
     rotate(pair, rows, 1, ["a transfer"])
     evict(pair)
-    assert min(rotate(pair, rows, 2)) == 56
+    assert min(rotate(pair, rows, 1)) == 56
 
 
 # Threads, and a long time
@@ -375,6 +373,6 @@ def test_threads_share_the_host():
 def test_a_soak_of_random_calls():
     pairs = [hosted(name, 26, host="48KiB", disk="300KiB", policy=None) for name in NAMES]
     soak = Soak(seed=2, pairs=pairs)
-    soak.run(40)
+    soak.run(30)
     assert min(soak.counts[name] for name in (*WAYS, "tokens reused", "bytes fetched", "blocks evicted")) > 0
     assert soak.growth < 4 * MIB
