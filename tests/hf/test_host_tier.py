@@ -123,7 +123,8 @@ def test_inference_mode_and_none_in_turns():
     pair = hosted()
     pair.ask([piece(9, 1)])  # what the pool is made in is its own affair
     _ask_under_inference_mode(pair)
-    assert pair.paged.stats().offloaded_bytes + pair.paged.stats().fetched_bytes > 0
+    rotate(pair, distinct_pieces(6, 61)[3:], 1)
+    assert pair.paged.stats().offloaded_bytes > 0, "into memory that was allocated before"
     assert min(rotate(pair, distinct_pieces(3, 61))) == 56
 
 
@@ -165,6 +166,17 @@ def test_a_batch_of_victims_that_the_host_cannot_hold_is_parted():
     pair.ask([row])
     assert pair.reused == 56, "half from the host, half from the disk"
     assert pair.paged.stats().fetch_choices == 1
+
+
+def test_places_that_are_lost_to_what_is_evicted_meanwhile():
+    """Blocks that come back need room; what leaves for it may take the places of the last of them."""
+    pair, (first, second) = hosted(blocks=11, host=9 * BLOCK_BYTES), distinct_pieces(2, 61)
+    pair.ask([first])
+    evict(pair)
+    pair.ask([second])
+    pair.ask([first])
+    check(pair)
+    assert 0 < pair.reused < 56
 
 
 def test_what_the_host_has_is_not_copied_again():
