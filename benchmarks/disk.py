@@ -59,7 +59,7 @@ class Round:
     fetched_bytes: int
     fetch_choices: int
     recompute_choices: int
-    fetch_bytes_per_second: float
+    disk_bytes_per_second: float
     compute_tokens_per_second: float
     answers_equal: bool = True
 
@@ -130,8 +130,8 @@ def rounds(options: argparse.Namespace) -> Iterator[Round]:
         yield played
         for way in options.ways:
             if way in POLICIES:
-                tier = model.paged._pool.tier
-                tier.flush()
+                tier = model.paged._pool.tiers
+                tier.levels[-1].flush()
                 fresh = POLICIES[way]()
                 fresh.tokens_computed = tier.policy.tokens_computed  # known from filling; reading is yet to be tried
                 tier.policy = fresh
@@ -154,7 +154,7 @@ def table(played: list[Round]) -> Table:
             f"{each.fetched_bytes / report.MEGABYTE:,.0f}",
             str(each.fetch_choices),
             str(each.recompute_choices),
-            f"{each.fetch_bytes_per_second / report.MEGABYTE:,.0f}",
+            f"{each.disk_bytes_per_second / report.MEGABYTE:,.0f}",
             f"{each.compute_tokens_per_second:,.0f}",
             "yes" if each.answers_equal else "[bold red]NO[/]",
         )

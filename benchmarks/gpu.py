@@ -31,10 +31,11 @@ Rows = Iterator[dict[str, object]]
 
 def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
     """What there is to do, by name, in order."""
-    from benchmarks import gpu_generate, gpu_kernels, gpu_records
+    from benchmarks import gpu_generate, gpu_kernels, gpu_offload, gpu_records
 
     kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
     whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
+    moved = gpu_offload.TINY if is_tiny else gpu_offload.Sizes()
 
     @cache
     def bandwidth() -> float:
@@ -52,6 +53,7 @@ def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
         "tiles": lambda: gpu_kernels.tiles(device, kernels, bandwidth()),
         "end-to-end": lambda: gpu_generate.end_to_end(device, whole),
         "samples": lambda: gpu_generate.samples(device, whole),
+        "offload": lambda: gpu_offload.offload(device, moved),
     }
 
 
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for; returns the exit status."""
     names = (
         "bandwidth", "check", "tokens", "decode", "check-records", "decode-records", "moves", "prefill", "tiles",
-        "end-to-end", "samples",
+        "end-to-end", "samples", "offload",
     )  # fmt: skip
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")

@@ -22,9 +22,10 @@ class PagedConfig:
 
     Attributes:
         block_size: tokens per block, a power of two from 8 to 256.
-        max_memory: budget for KV blocks per device as accelerate writes it, `{"cpu": "16GiB", "disk": "50GiB"}`, ints
-            in bytes. `None`: most of what is free on the model's devices when blocks are needed, and no disk. `"disk"`
-            is for cached prefixes of models on the CPU that are evicted from memory.
+        max_memory: budget for KV blocks per device as accelerate writes it, `{0: "8GiB", "cpu": "16GiB", "disk":
+            "50GiB"}`, ints in bytes. `None`: most of what is free on the model's devices when blocks are needed, and no
+            tiers below. Those are for cached prefixes that are evicted: `"cpu"`, pinned memory, for a model on a GPU,
+            and `"disk"` below it, or right below a model on the CPU.
         offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype, `"int8"` and `"fp8"` (e4m3) in a byte a number and a

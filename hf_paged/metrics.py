@@ -30,7 +30,8 @@ GAUGES = {
     "blocks_disk": "Blocks kept on disk",
     "bytes_in_use": "Bytes of the blocks held by running sequences",
     "bytes_reserved": "Bytes held for K and V on the model's devices",
-    "fetch_bytes_per_second": "Measured speed of fetching from a lower tier",
+    "host_bytes_per_second": "Measured speed of fetching from host memory",
+    "disk_bytes_per_second": "Measured speed of fetching from disk",
     "compute_tokens_per_second": "Measured speed of computing prompts",
 }
 

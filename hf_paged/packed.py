@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,10 +63,11 @@ def run_packed(
         order = {index: num_logits + i for i, index in enumerate(indices)}
         places.update({place: order[index] for place, index in wanted.items()})
         source = stretch.source(columns, request.tokens).to(request.inputs.device)
-        begin = time.perf_counter()
+        tiers = cache.pool.tiers
+        lap = None if tiers is None else tiers.start_pass()
         outputs, picked = _forward(request, cache, backend, keeps_logits, stretch.plan, source, indices)
-        if cache.pool.tier is not None:
-            cache.pool.tier.policy.note_computed(stretch.plan.num_tokens, time.perf_counter() - begin)
+        if lap is not None:
+            tiers.end_pass(lap, stretch.plan.num_tokens)
         logits += picked
         num_logits += len(indices)
         computed_tokens += stretch.plan.num_tokens

@@ -20,7 +20,7 @@ from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
 from hf_paged.free_memory import free_bytes
 from hf_paged.store import POISON, LayerStore
-from hf_paged.tiers import DiskTier
+from hf_paged.tiers import Tiers
 
 # Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
@@ -54,7 +54,7 @@ class KVPool:
     ):
         self.block_size = block_size = settings.block_size
         self.kv_format = settings.kv_format
-        self.device_key: str | int = "cpu" if device.type == "cpu" else (device.index or 0)
+        self.device_key = budget_key(device)
         given_bytes = settings.budget_bytes(self.device_key)
         on_cpu = device.type == "cpu"
         self.device = device
@@ -85,7 +85,7 @@ class KVPool:
         if POISON:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
-        self.tier: DiskTier | None = None
+        self.tiers: Tiers | None = None
         self._abandoned: deque[tuple[Sequence[BlockTable], Sequence[Pin]]] = deque()
 
     @property
@@ -103,10 +103,12 @@ class KVPool:
         """Bytes of the blocks that were handed out and whose memory has not been given back since.
 
         In whole blocks; where several share a page, the system holds up to a page a head more at the ends of a run.
+        With what blocks pass through on their way to and from the host.
         """
         pools = self.manager.pools
         written = [layer for layer in self.stores if layer is not None]
-        return sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
+        staging = 0 if self.tiers is None else self.tiers.staging_bytes
+        return staging + sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
 
     def _free_limit(self, touched_bytes: int) -> int:
         """The budget where none was set: most of what is free now, beside what the pool has taken itself."""
@@ -158,8 +160,8 @@ class KVPool:
         )
 
     def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
-        """`BlockManager.match`, and what the tier below brings back for it."""
-        pins = [] if self.tier is None else self.tier.fetch(table.root, tokens, limit)
+        """`BlockManager.match`, and what the tiers below bring back for it."""
+        pins = [] if self.tiers is None else self.tiers.fetch(table.root, tokens, limit)
         try:
             return self.manager.match(table, tokens, limit)
         finally:
@@ -169,8 +171,8 @@ class KVPool:
         """Give up everything that is kept for later calls, on every tier."""
         self.free(())
         self.manager.forget_prefixes()
-        if self.tier is not None:
-            self.tier.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
 
     def free(self, tables: Sequence[BlockTable]) -> None:
         """Give up sequences; memory that lies idle then goes back to the system."""
@@ -209,6 +211,11 @@ class KVPool:
     def _poison(self, group: int, block: int) -> None:
         for layer in self._layers(group):
             layer.poison(range(block, block + 1))
+
+
+def budget_key(device: torch.device) -> str | int:
+    """What `max_memory` calls a device."""
+    return "cpu" if device.type == "cpu" else (device.index or 0)
 
 
 def most_slots(device_type: str) -> int:

@@ -31,7 +31,8 @@ from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.replay import DecodeGraphs
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
-from hf_paged.tiers import DiskTier
+from hf_paged.streams import TIERED_DEVICES, side_stream
+from hf_paged.tiers import Tiers, make_levels
 from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 from hf_paged.verify import Verification
 
@@ -45,8 +46,9 @@ class PagedRuntime:
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig):
         # What accelerate has offloaded from memory seems to be on "meta".
-        if config.budget_bytes("disk") and model.device.type not in ("cpu", "meta"):
-            raise ValueError(f"max_memory['disk']: only models on the CPU have a disk tier, this is on {model.device}")
+        for key in ("cpu", "disk"):
+            if config.budget_bytes(key) and model.device.type not in (*TIERED_DEVICES, "meta"):
+                raise ValueError(f"max_memory[{key!r}]: only models on the CPU or a CUDA device, not on {model.device}")
         if config.attention_backend == "triton":
             backend_for("triton", compat.compute_device(model))  # says why, where it does not run
         if config.kv_format is not None:
@@ -81,7 +83,7 @@ class PagedRuntime:
             blocks_cached=pool.manager.cached,
             bytes_in_use=pool.bytes_in_use,
             bytes_reserved=pool.bytes_reserved,
-            **({} if pool.tier is None else pool.tier.gauges()),
+            **({} if pool.tiers is None else pool.tiers.gauges()),
         )
 
     def reset_stats(self) -> None:
@@ -101,7 +103,7 @@ class PagedRuntime:
                 self._pool.forget_prefixes()
 
     def release(self) -> None:
-        """Give the pool's memory and its files back to the system, cached prefixes included.
+        """Give the pool's memory back to the system, on every tier and with its files, cached prefixes included.
 
         CUDA graphs go with it. The next `generate` takes what it needs again.
 
@@ -111,15 +113,15 @@ class PagedRuntime:
             self._graphs.clear()
             if self._pool is not None:
                 self.clear()
-                self._close_tier(self._pool)
+                self._close_tiers(self._pool)
                 if not self._pool.manager.in_use:
                     self._drop_pool()
 
     def save(self, folder: str | os.PathLike[str], cache_salt: str | None = None) -> int:
         """Write the cached prefixes of one salt (or of none) to safetensors files; returns the number of tokens.
 
-        Those in memory: what lies on the disk tier only is not among them. They belong to the model as it is now. The
-        folder is made where it does not exist; what an earlier `save` left there is replaced at once, when all is
+        Those in the pool: what lies only on the tiers below is not among them. They belong to the model as it is now.
+        The folder is made where it does not exist; what an earlier `save` left there is replaced at once, when all is
         written. The manifest holds the salt.
         """
         model, root = self._model(), self._kept_under("save", cache_salt)
@@ -224,26 +226,29 @@ class PagedRuntime:
                 self._drop_pool()
             if self._pool is None:
                 self._pool, self._pool_key = self._make_pool(model), key
-            self._open_tier(self._pool)
+            self._open_tiers(self._pool)
             return self._pool
 
     def _drop_pool(self) -> None:
-        self._close_tier(self._pool)
+        self._close_tiers(self._pool)
         self._copied_before -= self._pool.manager.copied_blocks  # the next pool begins at zero, the counters go on
         self._evicted_before -= self._pool.manager.evicted
         self._pool = self._pool_key = None
 
     @staticmethod
-    def _close_tier(pool: KVPool) -> None:
-        if pool.tier is not None:
-            pool.tier.close()
+    def _close_tiers(pool: KVPool) -> None:
+        if pool.tiers is not None:
+            pool.tiers.close()
 
-    def _open_tier(self, pool: KVPool) -> None:
-        """Give the pool a disk tier where it is to have one and has none, or one that `release` has closed."""
-        budget_bytes, folder = self.config.budget_bytes("disk"), self.config.offload_folder
-        if budget_bytes and (pool.tier is None or pool.tier.is_closed):
+    def _open_tiers(self, pool: KVPool) -> None:
+        """Give the pool tiers where it is to have some and has none, or such that `release` has closed."""
+        host_bytes = None if pool.device_key == "cpu" else self.config.budget_bytes("cpu")
+        disk_bytes, folder = self.config.budget_bytes("disk"), self.config.offload_folder
+        if (host_bytes or disk_bytes) and (pool.tiers is None or pool.tiers.is_closed):
+            side = side_stream(pool.device)
             base = None if folder is None else Path(folder)
-            pool.tier = DiskTier(pool.manager, pool.stores, budget_bytes, base, self.counters)
+            levels = make_levels(host_bytes, disk_bytes, base, pool.manager.lock, side, self.counters)
+            pool.tiers = Tiers(pool.manager, pool.stores, levels, side, self.counters)
 
     def _make_pool(
         self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None

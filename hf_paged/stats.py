@@ -23,15 +23,15 @@ class PagedStats:
         copied_blocks: blocks copied on write.
         evicted_blocks: cached blocks given up for their memory.
         offloaded_bytes, fetched_bytes: moved to and from lower tiers.
-        fetch_choices, recompute_choices: how often a lower tier had what a prompt begins with, and it was fetched, or
+        fetch_choices, recompute_choices: how often lower tiers had what a prompt begins with, and it was fetched, or
             held to be computed in less time.
         fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes;
-            why decode steps were no CUDA graphs; what went wrong with the disk tier.
+            why decode steps were no CUDA graphs; what went wrong with lower tiers.
         blocks_in_use, bytes_in_use: held by running sequences.
         blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
         bytes_reserved: all memory held for KV on the model's devices.
-        fetch_bytes_per_second, compute_tokens_per_second: the estimates that such choices go by; 0 before anything was
-            measured, which needs a disk tier.
+        host_bytes_per_second, disk_bytes_per_second, compute_tokens_per_second: the estimates that such choices go by;
+            0 before anything was measured, which needs a lower tier.
     """
 
     prompt_tokens: int = 0
@@ -53,7 +53,8 @@ class PagedStats:
     blocks_disk: int = 0
     bytes_in_use: int = 0
     bytes_reserved: int = 0
-    fetch_bytes_per_second: float = 0.0
+    host_bytes_per_second: float = 0.0
+    disk_bytes_per_second: float = 0.0
     compute_tokens_per_second: float = 0.0
 
 
@@ -113,13 +114,14 @@ def format_table(stats: PagedStats, title: str) -> str:
         ("bytes in use / reserved", f"{format_bytes(stats.bytes_in_use)} / {format_bytes(stats.bytes_reserved)}"),
         ("blocks copied on write / evicted", f"{stats.copied_blocks:,} / {stats.evicted_blocks:,}"),
     ]
-    if stats.blocks_disk or stats.offloaded_bytes:
+    if stats.blocks_host or stats.blocks_disk or stats.offloaded_bytes:
         moved = map(format_bytes, (stats.offloaded_bytes, stats.fetched_bytes))
-        speeds = f"{format_bytes(stats.fetch_bytes_per_second)}/s / {stats.compute_tokens_per_second:,.0f} tokens/s"
+        read = (stats.host_bytes_per_second, stats.disk_bytes_per_second)
+        speeds = [f"{format_bytes(each)}/s" for each in read] + [f"{stats.compute_tokens_per_second:,.0f} tokens/s"]
         rows += [
             ("bytes offloaded / fetched", " / ".join(moved)),
             ("prefixes fetched / computed anew", f"{stats.fetch_choices:,} / {stats.recompute_choices:,}"),
-            ("speed of fetching / computing", speeds),
+            ("speed of host / disk / computing", " / ".join(speeds)),
         ]
     if stats.replayed_steps:
         rows.append(("decode steps from CUDA graphs", f"{stats.replayed_steps:,}"))

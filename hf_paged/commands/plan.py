@@ -148,14 +148,12 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
         if capacity.longest(budget[device]) == capacity.most_tokens:
             yield f"{device}: this version keeps {capacity.most_tokens:,} tokens at most, whatever the budget."
     for tier in below:
-        if refusal := _refusal(tier, on_device[0]):
+        if refusal := _refusal(tier):
             yield refusal
 
 
-def _refusal(tier: str, device: int | str) -> str | None:
-    """Why this version keeps no blocks on a tier below `device`, or `None`."""
-    if device != "cpu":
-        return f"{tier}: this version keeps no blocks of models on a GPU there; the figure is what would fit."
+def _refusal(tier: str) -> str | None:
+    """Why this version keeps no blocks on a lower tier, or `None`."""
     try:
         PagedConfig(max_memory={"cpu": 1, tier: 1})
     except ValueError as error:

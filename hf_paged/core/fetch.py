@@ -1,14 +1,15 @@
-"""Fetch or compute: how far down a prompt blocks of a lower tier go, and whether reading them is quicker."""
+"""Fetch or compute: how far down a prompt blocks of lower tiers go, and whether reading them is quicker."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.prefix import TOKEN_BYTES, PrefixIndex, chain_key, pack_tokens, seen_from
-from hf_paged.core.tier import Record, TierIndex
+from hf_paged.core.tier import Record, TierIndex, TierStack
 
 # Passes over fewer tokens say more about what a pass costs by itself than about its tokens.
 MIN_MEASURED_TOKENS = 32
@@ -16,9 +17,11 @@ MIN_MEASURED_TOKENS = 32
 TRIAL_BYTES = 4 * 2**20
 TRIAL_EVERY = 16
 
+Lower = TierIndex | TierStack
+
 
 class Hop(NamedTuple):
-    """One block down a prompt: its tokens, and where each group's part of it is, in memory or on the tier.
+    """One block down a prompt: its tokens, and where each group's part of it is: in the pool, or on which tier.
 
     `stop`: the prompt's tokens that end with it.
     """
@@ -32,14 +35,17 @@ class Hop(NamedTuple):
 
 
 class Option(NamedTuple):
-    """Begin with the first `num_hops` hops: `gained_tokens` need not be computed, `num_bytes` have to be read."""
+    """Begin with the first `num_hops` hops.
+
+    `gained_tokens` need not be computed then, `num_bytes[level]` have to be read from the tier of that level.
+    """
 
     num_hops: int
     gained_tokens: int
-    num_bytes: int
+    num_bytes: tuple[int, ...]
 
 
-def find_hops(index: PrefixIndex, tier: TierIndex, root: bytes, tokens: Sequence[int], limit: int) -> list[Hop]:
+def find_hops(index: PrefixIndex, tier: Lower, root: bytes, tokens: Sequence[int], limit: int) -> list[Hop]:
     """The blocks that the first `limit` tokens of a prompt may begin with, as far as any is known.
 
     Those between them that nobody has any more are among them: a window may lie behind them. One block on the way may
@@ -64,7 +70,7 @@ def _known(hops: Sequence[Hop]) -> int:
     return max((i for i, hop in enumerate(hops, start=1) if any(hop.blocks) or any(hop.records)), default=0)
 
 
-def _full_hops(index: PrefixIndex, tier: TierIndex, key: bytes, packed: bytes, at: int, limit: int) -> list[Hop]:
+def _full_hops(index: PrefixIndex, tier: Lower, key: bytes, packed: bytes, at: int, limit: int) -> list[Hop]:
     """The full blocks behind `key` that would hold the prompt from token `at` on."""
     hops: list[Hop] = []
     while at < limit and (at + index.block_size) * TOKEN_BYTES <= len(packed):
@@ -74,7 +80,7 @@ def _full_hops(index: PrefixIndex, tier: TierIndex, key: bytes, packed: bytes, a
     return hops
 
 
-def _hop(index: PrefixIndex, tier: TierIndex, parent: bytes, packed: bytes, at: int) -> Hop:
+def _hop(index: PrefixIndex, tier: Lower, parent: bytes, packed: bytes, at: int) -> Hop:
     key = chain_key(parent, packed)
     blocks = index.blocks_of(key) or [NULL_BLOCK] * len(index.windows)
     records = [tier.get(group, key) for group in range(len(index.windows))]
@@ -90,24 +96,30 @@ def first_needed(hops: Sequence[Hop], num_tokens: int, window: int | None, start
 
 
 def find_options(
-    hops: Sequence[Hop], windows: Sequence[int | None], record_bytes: Sequence[int], in_memory: int, limit: int
+    hops: Sequence[Hop],
+    windows: Sequence[int | None],
+    record_bytes: Sequence[int],
+    in_memory: int,
+    limit: int,
+    num_levels: int = 1,
 ) -> list[Option]:
-    """Every beginning of `hops` that is whole between memory and tier, and longer than the `in_memory` tokens there."""
+    """Every beginning of `hops` that is whole between pool and tiers, and longer than the `in_memory` tokens there."""
     options: list[Option] = []
     firsts = [0] * len(windows)
-    lost = [[0] for _ in windows]  # by group and number of hops: neither in memory nor on the tier
-    read = [[0] for _ in windows]  # on the tier only
+    lost = [[0] for _ in windows]  # by group and number of hops: neither in the pool nor on a tier
+    read = [[[0] for _ in range(num_levels)] for _ in windows]  # on the tier of that level only
     for count, hop in enumerate(hops, start=1):
-        num_tokens, num_bytes, is_whole = min(hop.stop, limit), 0, True
+        num_tokens, num_bytes, is_whole = min(hop.stop, limit), [0] * num_levels, True
         for group, window in enumerate(windows):
             block, record = hop.blocks[group], hop.records[group]
             lost[group].append(lost[group][-1] + (not block and record is None))
-            read[group].append(read[group][-1] + (not block and record is not None))
             first = firsts[group] = first_needed(hops, num_tokens, window, firsts[group])
             is_whole &= lost[group][count] == lost[group][min(first, count)]
-            num_bytes += (read[group][count] - read[group][min(first, count)]) * record_bytes[group]
-        if is_whole and num_bytes and num_tokens > in_memory:
-            options.append(Option(count, num_tokens - in_memory, num_bytes))
+            for level, counts in enumerate(read[group]):
+                counts.append(counts[-1] + (not block and record is not None and record.level == level))
+                num_bytes[level] += (counts[count] - counts[min(first, count)]) * record_bytes[group]
+        if is_whole and any(num_bytes) and num_tokens > in_memory:
+            options.append(Option(count, num_tokens - in_memory, tuple(num_bytes)))
     return options
 
 
@@ -137,38 +149,63 @@ class Choice(NamedTuple):
     is_trial: bool
 
 
+class _Reading:
+    """How quick reading from one tier is, and how often computing was held to be quicker since that was seen last."""
+
+    def __init__(self) -> None:
+        self.rate = Rate(256 * 2**20)
+        self.declined = 0
+
+    @property
+    def is_doubtful(self) -> bool:
+        return not self.rate.per_second or self.declined >= TRIAL_EVERY
+
+
 class FetchPolicy:
-    """Fetches what is read in less time than it is computed, by running estimates of both."""
+    """Fetches what is read in less time than it is computed, by running estimates of both, one of reading a tier."""
 
     def __init__(self) -> None:
         self.tokens_computed = Rate(8192)
-        self.bytes_fetched = Rate(256 * 2**20)
-        self._declined = 0
+        self._readings: defaultdict[int, _Reading] = defaultdict(_Reading)
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """A pass over so many prompt tokens has taken so long."""
         if num_tokens >= MIN_MEASURED_TOKENS:
             self.tokens_computed.add(num_tokens, seconds)
 
-    def note_fetched(self, num_bytes: int, seconds: float) -> None:
-        """So many bytes were fetched in this time."""
-        self.bytes_fetched.add(num_bytes, seconds)
-        self._declined = 0
+    def note_fetched(self, num_bytes: int, seconds: float, level: int = 0) -> None:
+        """So many bytes were fetched from a tier in this time."""
+        self._readings[level].rate.add(num_bytes, seconds)
+        self._readings[level].declined = 0
+
+    def bytes_per_second(self, level: int = 0) -> float:
+        """The estimate of reading from a tier; 0 where nothing was measured."""
+        return self._readings[level].rate.per_second
 
     def choose(self, options: Sequence[Option]) -> Choice | None:
         """One of the options (there is at least one), or `None` to compute."""
-        speed = self.bytes_fetched.per_second
-        if not speed or self._declined >= TRIAL_EVERY:
-            small = [option for option in options if option.num_bytes <= TRIAL_BYTES]
-            return Choice(small[-1] if small else min(options, key=lambda each: each.num_bytes), True)
+        trial = self._trial(options)
+        if trial is not None:
+            return Choice(trial, True)
         if not self.tokens_computed.per_second:
             return Choice(options[-1], False)
         best = max(options, key=self._seconds_saved)
-        if self._seconds_saved(best) > 0:
-            return Choice(best, False)
-        self._declined += 1
+        is_chosen = self._seconds_saved(best) > 0
+        for level, num_bytes in enumerate(options[-1].num_bytes):
+            if num_bytes and not (is_chosen and best.num_bytes[level]):
+                self._readings[level].declined += 1
+        return Choice(best, False) if is_chosen else None
+
+    def _trial(self, options: Sequence[Option]) -> Option | None:
+        """What to read to see how quick the nearest tier is of which that is not known well enough."""
+        for level in range(len(options[-1].num_bytes)):
+            reading = [option for option in options if option.num_bytes[level]]
+            if reading and self._readings[level].is_doubtful:
+                small = [option for option in reading if option.num_bytes[level] <= TRIAL_BYTES]
+                return small[-1] if small else min(reading, key=lambda each: each.num_bytes[level])
         return None
 
     def _seconds_saved(self, option: Option) -> float:
         to_compute = option.gained_tokens / self.tokens_computed.per_second
-        return to_compute - option.num_bytes / self.bytes_fetched.per_second
+        read = [(num_bytes, self.bytes_per_second(level)) for level, num_bytes in enumerate(option.num_bytes)]
+        return to_compute - sum(num_bytes / speed for num_bytes, speed in read if num_bytes)

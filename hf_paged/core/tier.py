@@ -1,6 +1,6 @@
 """What a lower tier holds: which record has the KV of which block, where it lies, and whose place is taken next.
 
-    key of a block, one dict a group          records of one size, one file a group
+    key of a block, one dict a group          records of one size, one file or piece of memory a group
     ┌────────────────────────────┐            ┌────────┬────────┬────────┬────────┬─
     │ oldest  k7 ─▶ slot 2       │            │ slot 0 │ slot 1 │ slot 2 │ slot 3 │ …
     │         k3 ─▶ slot 0       │            │   k3   │  free  │   k7   │   k9   │
@@ -13,26 +13,42 @@ Keys are those of the prefix index: equal keys mean equal content, whenever it w
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from hf_paged.core.prefix import chain_key
 
 
+class Pending(Protocol):
+    """Something that is under way on another thread or stream; a `Future` is one."""
+
+    def done(self) -> bool:
+        """Whether it has come to its end."""
+
+    def result(self) -> object:
+        """Wait for its end."""
+
+
 @dataclass(slots=True, eq=False)
 class Record:
-    """One block of one group: the KV of `tokens` (packed) behind `parent`.
+    """One block of one group: the KV of `tokens` (packed) behind `parent`, on the tier number `level`, 0 the nearest.
 
-    `checksum` is that of the content, `None` until it has been written whole; `written` is done when that has been
-    tried, `None` until somebody is about to.
+    `checksum` is that of the content, `None` until it has been written whole; 0 in memory, where nobody checks it, from
+    when the copy is on its way. `written` is done when that has been tried, `None` until somebody is about to.
     """
 
     parent: bytes
     tokens: bytes
     slot: int
-    written: Future[None] | None = None
+    level: int = 0
+    written: Pending | None = None
     checksum: int | None = None
+
+    @property
+    def key(self) -> bytes:
+        """That of the block, in the prefix index."""
+        return chain_key(self.parent, self.tokens)
 
     @property
     def is_lost(self) -> bool:
@@ -41,16 +57,17 @@ class Record:
 
 
 class TierIndex:
-    """Key to record, least recently used first. Knows nothing of files.
+    """Key to record, least recently used first. Knows nothing of files or memory.
 
     Args:
         num_groups: groups of layers; each has slots of its own.
         num_slots: of each group. All groups get as many, because a token takes one block in each of them.
         full_bytes: packed tokens of a block that is full.
+        level: number of the tier.
     """
 
-    def __init__(self, num_groups: int, num_slots: int, full_bytes: int):
-        self._num_slots = num_slots
+    def __init__(self, num_groups: int, num_slots: int, full_bytes: int, level: int = 0):
+        self._num_slots, self._level = num_slots, level
         self._limits = [num_slots] * num_groups
         self._full_bytes = full_bytes
         self._records: list[OrderedDict[bytes, Record]] = [OrderedDict() for _ in range(num_groups)]
@@ -88,10 +105,27 @@ class TierIndex:
         else:
             slot = self._high_water[group]
             self._high_water[group] += 1
-        record = records[key] = Record(parent, tokens, slot)
+        record = records[key] = Record(parent, tokens, slot, self._level)
         if len(tokens) < self._full_bytes:
             self._short.setdefault(parent, Counter())[tokens] += 1
         return record
+
+    def make_room(self, group: int, count: int) -> list[Record]:
+        """Forget the least recently used records until `count` can be added, or none is left; returns them in order."""
+        records, gone = self._records[group], []
+        while records and len(self._free[group]) + self._limits[group] - self._high_water[group] < count:
+            key, record = next(iter(records.items()))
+            gone.append(record)
+            self.remove(group, key)
+        return gone
+
+    def holds(self, group: int, record: Record) -> bool:
+        """Whether this very record is there and its content is, or will be before anybody reads it."""
+        return self.get(group, record.key) is record
+
+    def capacity(self, group: int) -> int:
+        """Records that there is room for, were nothing there."""
+        return self._limits[group] - len(self._retired[group])
 
     def touch(self, group: int, keys: Iterable[bytes]) -> None:
         """These records, as far as they exist, count as the most recently used, the last one most of all."""
@@ -116,14 +150,13 @@ class TierIndex:
 
     def discard(self, group: int, record: Record) -> bool:
         """Forget this very record; whether it was still there."""
-        key = chain_key(record.parent, record.tokens)
-        if self._records[group].get(key) is not record:
+        if self._records[group].get(record.key) is not record:
             return False
-        self.remove(group, key)
+        self.remove(group, record.key)
         return True
 
     def retire(self, group: int, record: Record) -> None:
-        """Forget a record for which the disk had no room: its slot is not used again, and no more are begun."""
+        """Forget a record for which there was no room after all: its slot is not used again, and no more are begun."""
         if self.discard(group, record):
             self._retired[group].append(self._free[group].pop())
             self._limits[group] = self._high_water[group]
@@ -146,7 +179,22 @@ class TierIndex:
             assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
             assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
             for key, record in records.items():
-                assert key == chain_key(record.parent, record.tokens), "a record has a key that is not its own"
+                assert key == record.key, "a record has a key that is not its own"
                 if len(record.tokens) < self._full_bytes:
                     short.setdefault(record.parent, Counter())[record.tokens] += 1
         assert short == self._short, "blocks that are not full are listed wrongly"
+
+
+class TierStack:
+    """Several tiers as one: what is on any of them, from the nearest that has it."""
+
+    def __init__(self, tiers: Sequence[TierIndex]):
+        self._tiers = tiers
+
+    def get(self, group: int, key: bytes) -> Record | None:
+        """The nearest record of a block."""
+        return next((record for tier in self._tiers if (record := tier.get(group, key)) is not None), None)
+
+    def longest_short(self, parent: bytes, packed: bytes) -> bytes:
+        """As that of `TierIndex`."""
+        return max((tier.longest_short(parent, packed) for tier in self._tiers), key=len, default=b"")

@@ -23,7 +23,7 @@ from hf_paged.core.fetch import (
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key, seen_from
 from hf_paged.core.records import RecordFile, RecordFolder
-from hf_paged.core.tier import TierIndex
+from hf_paged.core.tier import TierIndex, TierStack
 
 # Behind the skip: a machine that is there for its GPU may lack hypothesis.
 hypothesis = pytest.importorskip("hypothesis")
@@ -98,11 +98,23 @@ class TierMachine(RuleBasedStateMachine):
         if record is not None:
             content = bytearray(RECORD_BYTES)
             is_whole = self.files[group].read(record.slot, memoryview(content), record.checksum)
+            assert self.index.holds(group, record)
             assert is_whole or expected is None
             assert not is_whole or expected in (None, bytes(content))
             if not is_whole:
                 assert self.index.discard(group, record)
                 del self.model[group][key]
+
+    @rule(group=some_group, count=st.integers(0, SLOTS + 1))
+    def make_room(self, group, count):
+        """What has gone is told, oldest first, and no more of it than must be."""
+        kept, expected = self.model[group], []
+        while kept and self.room[group] - len(kept) < count:
+            expected.append(kept.popitem(last=False)[0])
+        gone = self.index.make_room(group, count)
+        assert [(record.parent, record.tokens) for record in gone] == expected
+        assert not any(self.index.holds(group, record) for record in gone)
+        assert self.index.capacity(group) == self.room[group]
 
     @rule(group=some_group, keys=st.lists(some_key, max_size=3))
     def touch(self, group, keys):
@@ -174,19 +186,21 @@ TestTier.settings = settings(max_examples=100, stateful_step_count=40, deadline=
 
 # Which blocks a prompt can use
 
+# Where a block is, and on which tiers then.
+PLACES = {"memory": (), "near": (0,), "far": (1,), "both": (0, 1), "gone": ()}
 ROOT, TOKENS = root_key(b"model", None), list(range(100, 127))  # blocks of 4: six full ones and three tokens
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     windows=st.sampled_from([(None,), (6,), (None, 3), (None, 6, 9)]),
-    where=st.lists(st.lists(st.sampled_from(["memory", "tier", "tier", "gone"]), min_size=3, max_size=3), max_size=7),
+    where=st.lists(st.lists(st.sampled_from([*PLACES, "near"]), min_size=3, max_size=3), max_size=7),
     seam=st.sampled_from([None, 1, 3]),
     limit=st.integers(1, 27),
 )
 def test_options_are_the_beginnings_that_are_whole(windows, where, seam, limit):
-    """Each beginning is tried by itself: whatever the next token sees must be in memory or on the tier."""
-    index, tier = PrefixIndex(4, windows), TierIndex(len(windows), 50, 16)
+    """Each beginning is tried by itself: whatever the next token sees must be in memory or on a tier, the nearest."""
+    index, tiers = PrefixIndex(4, windows), [TierIndex(len(windows), 50, 16, level) for level in range(2)]
     starts = [0]
     for i in range(len(where)):
         starts.append(starts[-1] + (3 if i == seam else 4))
@@ -198,12 +212,12 @@ def test_options_are_the_beginnings_that_are_whole(windows, where, seam, limit):
         for group in range(len(windows)):
             blocks += 1
             held.append(blocks if where[i][group] == "memory" else 0)
-            if where[i][group] == "tier":
-                tier.add(group, key, packed).written = Future()
+            for level in PLACES[where[i][group]]:
+                tiers[level].add(group, key, packed).written = Future()
         key = index.add(key, packed, held)
     sizes = [10 ** (2 * group) for group in range(len(windows))]
-    hops = find_hops(index, tier, ROOT, TOKENS, limit)
-    options = find_options(hops, windows, sizes, 0, limit)
+    hops = find_hops(index, TierStack(tiers), ROOT, TOKENS, limit)
+    options = find_options(hops, windows, sizes, 0, limit, num_levels=2)
     expected = []
     for count in range(1, len(stops) + 1):
         if starts[count - 1] >= limit or len(hops) < count:
@@ -215,8 +229,9 @@ def test_options_are_the_beginnings_that_are_whole(windows, where, seam, limit):
             for i in range(count)
             if stops[i] > seen_from(num_tokens, window)
         ]
-        num_bytes = sum(sizes[group] for group, place in seen if place == "tier")
-        if num_bytes and all(place != "gone" for _, place in seen):
+        read = [(sizes[group], PLACES[place][0]) for group, place in seen if PLACES[place]]
+        num_bytes = tuple(sum(size for size, level in read if level == wanted) for wanted in range(2))
+        if any(num_bytes) and all(place != "gone" for _, place in seen):
             expected.append(Option(count, num_tokens, num_bytes))
     assert options == expected
     there = [i for i, each in enumerate(where[: len(stops)]) if set(each[: len(windows)]) != {"gone"}]
@@ -226,7 +241,7 @@ def test_options_are_the_beginnings_that_are_whole(windows, where, seam, limit):
 
 # When they are worth reading
 
-TEN = [Option(count, 100 * count, count * 10**6) for count in range(1, 11)]
+TEN = [Option(count, 100 * count, (count * 10**6,)) for count in range(1, 11)]
 
 
 def policy(bytes_per_second: float | None = None, tokens_per_second: float | None = None) -> FetchPolicy:
@@ -242,15 +257,15 @@ def test_the_quicker_one_is_chosen():
     """100 tokens or a megabyte: at 1 MB/s and 100 tokens/s both take a second."""
     assert policy(10**6, 99).choose(TEN) == (TEN[-1], False)
     assert policy(10**6, 101).choose(TEN) is None
-    assert policy(10**6, 50).choose([Option(1, 100, 10**6), Option(2, 110, 3 * 10**6)]).option.num_hops == 1
+    assert policy(10**6, 50).choose([Option(1, 100, (10**6,)), Option(2, 110, (3 * 10**6,))]).option.num_hops == 1
 
 
 def test_a_first_estimate_comes_from_trying_a_little():
     choice = policy(None, 100).choose(TEN)
     assert choice.is_trial
     assert choice.option == TEN[3]
-    assert choice.option.num_bytes <= TRIAL_BYTES < TEN[4].num_bytes
-    assert policy(None, 100).choose([Option(1, 9, 10**9), Option(2, 10, 10**8)]).option.num_bytes == 10**8
+    assert choice.option.num_bytes[0] <= TRIAL_BYTES < TEN[4].num_bytes[0]
+    assert policy(None, 100).choose([Option(1, 9, (10**9,)), Option(2, 10, (10**8,))]).option.num_bytes == (10**8,)
     assert policy(10**6, None).choose(TEN) == (TEN[-1], False), "nothing is known of computing"
 
 
@@ -265,6 +280,29 @@ def test_what_was_slow_is_tried_again_now_and_then():
     for _ in range(60):
         slow.note_fetched(10**8, 0.01)  # the disk has become quick
     assert slow.choose(TEN) == (TEN[-1], False)
+
+
+def test_tiers_are_weighed_by_their_own_speeds():
+    """The first five are near, the others far: these are read only where that is quicker, too."""
+    mixed = [Option(count, 100 * count, (min(count, 5) * 10**6, max(0, count - 5) * 10**6)) for count in range(1, 11)]
+    for far, expected in ((10**5, 5), (10**7, 10)):
+        made = policy(10**7, 500)
+        made.note_fetched(10**6, 10**6 / far, level=1)
+        assert made.choose(mixed).option.num_hops == expected
+    assert [made.bytes_per_second(level) for level in range(2)] == [pytest.approx(10**7)] * 2
+
+
+def test_each_tier_is_tried_by_itself():
+    mixed = [Option(count, 100 * count, (min(count, 5) * 10**6, max(0, count - 5) * 10**6)) for count in range(1, 11)]
+    made = policy(10**7, 500)
+    choice = made.choose(mixed)
+    assert choice.is_trial
+    assert choice.option.num_hops == 9, "four megabytes from the far one"
+    made.note_fetched(4 * 10**6, 400, level=1)
+    for _ in range(TRIAL_EVERY):
+        assert made.choose(mixed) == (mixed[4], False)
+        made.note_fetched(5 * 10**6, 0.5)
+    assert made.choose(mixed).is_trial, "which the near one's being read does not put off"
 
 
 def test_passes_over_few_tokens_do_not_count():

@@ -4,6 +4,7 @@ from pair import Pair
 from test_sharing import BLOCK_BYTES
 
 from hf_paged.core.fetch import Choice, FetchPolicy
+from hf_paged.disk import DiskLevel
 
 NAMES = ["llama", "gemma3", "mistral_sliding"]
 
@@ -24,22 +25,25 @@ def tiered(name="llama", blocks=12, disk="10MiB", policy=Always, make=Pair, **ov
     """A pair with memory for so many blocks, and the null blocks, and a disk below."""
     pair = make(name, max_memory={"cpu": (blocks + 1) * BLOCK_BYTES, "disk": disk}, **overrides)
     if policy is not None:
-        pair.paged._current_pool(pair.model).tier.policy = policy()
+        pair.paged._current_pool(pair.model).tiers.policy = policy()
     return pair
 
 
-def tier(pair: Pair):
-    return pair.paged._pool.tier
+def disk(pair: Pair):
+    return pair.paged._pool.tiers.levels[-1]
 
 
 def check(pair: Pair, fallbacks=()) -> None:
     """Everything is in one place, and nothing went wrong but what the test is about."""
     pair.check()
-    tier(pair).flush()
-    if tier(pair)._index is not None:
-        with pair.pool.lock:
-            tier(pair)._index.check_integrity()
-    assert pair.paged.stats().blocks_disk == tier(pair).num_blocks
+    if isinstance(disk(pair), DiskLevel):
+        disk(pair).flush()
+    stats = pair.paged.stats()
+    for level in pair.paged._pool.tiers.levels:
+        if level.index is not None:
+            with pair.pool.lock:
+                level.index.check_integrity()
+        assert getattr(stats, f"blocks_{level.name}") == len(level)
     assert all(any(known in reason for known in fallbacks) for reason in pair.paged.stats().fallbacks)
 
 
@@ -55,4 +59,4 @@ def rotate(pair: Pair, rows, rounds=2, fallbacks=(), **kwargs) -> list[int]:
 
 
 def files_of(pair: Pair) -> list:
-    return sorted(tier(pair)._folder.path.glob("*.kv"))
+    return sorted(disk(pair)._folder.path.glob("*.kv"))

@@ -5,8 +5,9 @@ from itertools import islice
 
 import pytest
 import torch
+from host import LateSide, as_gpu
 
-from benchmarks import gpu, gpu_kernels, gpu_records
+from benchmarks import gpu, gpu_kernels, gpu_offload, gpu_records
 from hf_paged_kernels import FORMATS
 from hf_paged_kernels.launch import triton_obstacle
 
@@ -54,6 +55,17 @@ def test_a_wrong_record_fails_the_check(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "attend", lambda query, keys, values, *_: torch.ones_like(query)[..., :16])
     monkeypatch.setattr(gpu_kernels, "store_tokens", lambda *_: None)
     assert not any(row["passed"] for row in islice(gpu_records.check(CPU, gpu_kernels.TINY), 6))
+
+
+@pytest.mark.parametrize("make_side", [LateSide, lambda: None])
+def test_the_host_tier_is_measured(make_side, monkeypatch):
+    assert [row["work"] for row in gpu_offload.offload(CPU, gpu_offload.TINY)] == ["host tier"], "a CPU has none"
+    as_gpu(monkeypatch, make_side)
+    rows = list(gpu_offload.offload(CPU, gpu_offload.TINY))
+    by_work = {row["work"].split(",")[0]: row for row in rows}
+    assert by_work["promoted"]["passed"], rows
+    assert by_work["demoted"]["bytes"] == by_work["promoted"]["bytes"] > 0
+    assert min(row["promoted_bytes"] for row in rows[-2:]) > 0 == rows[-2]["demoted_bytes"] < rows[-1]["demoted_bytes"]
 
 
 def test_a_part_that_fails_keeps_what_it_has_found(capsys):

@@ -1,0 +1,149 @@
+"""Moves blocks between the pool and host memory, many at a time.
+
+    pool ──gather──▶ stage ══copy══▶ host        pool ◀──scatter── stage ◀══copy══ host
+
+On a GPU a block lies in as many pieces as there are layers, twice; in a *stage*, a piece of device memory, they are
+gathered to records, so that one copy moves as many as it holds. Only copies between device and host (══) and what
+follows them are on the side stream. Blocks are gathered on the current stream: whoever writes to them next, on that
+stream, comes later, and nobody waits for the host. There are two stages; who comes third waits, on the device, for the
+first one's copy.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+
+from hf_paged.core.tier import Pending
+from hf_paged.layout import RecordLayout
+from hf_paged.streams import Mark, SideStream
+
+NUM_STAGES = 2
+
+
+class BlockMover:
+    """Copies whole blocks of a pool to and from rows of host memory.
+
+    Args:
+        layouts: of each group's records.
+        side: of the pool's device; `None`: its memory is the host's, and is copied at once.
+        stage_bytes: of each stage.
+    """
+
+    def __init__(self, layouts: Sequence[RecordLayout], side: SideStream | None, stage_bytes: int):
+        self._layouts, self._side = layouts, side
+        largest = max(layout.record_bytes for layout in layouts)
+        self._stage_bytes = sys.maxsize if side is None else max(stage_bytes, largest)
+        self._stages: list[_Stage] = []
+        self._turn = 0
+        self._lock = threading.Lock()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory that is held for stages."""
+        return len(self._stages) * self._stage_bytes
+
+    def read(self, group: int, blocks: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
+        """Copy blocks to the rows of `pieces`, `[rows, record_bytes]` each; they are there when the result is done.
+
+        The blocks may be overwritten at once.
+        """
+        layout = self._layouts[group]
+        with self._lock, torch.no_grad():
+            for part, rows in self._parts(layout, blocks, pieces):
+                if self._side is None:
+                    layout.read_blocks(part, rows)
+                    continue
+                stage = self._next_stage()
+                if stage.taken is not None:
+                    stage.taken.hold_current()
+                records = stage.records(rows)
+                layout.read_blocks(part, records)
+                self._side.after_current()
+                self._side.run(partial(rows.copy_, records, non_blocking=True))
+                stage.taken = self._side.mark()
+        return self._all_given()
+
+    def write(self, group: int, blocks: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
+        """Fill blocks from the rows of `pieces`; they are there, for any stream, when what it returns is done.
+
+        After an error or an interrupt call `settle` before anybody else gets the blocks.
+        """
+        layout = self._layouts[group]
+        with self._lock, torch.no_grad():
+            if self._side is not None:
+                self._side.after_current()  # the blocks may still be read for those who had them before
+            for part, rows in self._parts(layout, blocks, pieces):
+                if self._side is None:
+                    layout.write_blocks(part, rows)
+                    continue
+                stage = self._next_stage()
+                records = stage.records(rows)
+                self._side.run(partial(records.copy_, rows, non_blocking=True))
+                self._side.run(partial(layout.write_blocks, part, records))
+                stage.taken = self._side.mark()
+        return self._all_given()
+
+    def settle(self) -> None:
+        """Whatever the current stream does from now on comes after all copies that were begun."""
+        if self._side is not None:
+            mark = self._side.mark()
+            mark.hold_current()
+            for stage in self._stages:  # an interrupt may have come before somebody noted that it is taken
+                stage.taken = mark
+
+    def release(self) -> None:
+        """Wait for all copies and give the stages up."""
+        with self._lock:
+            if self._side is not None:
+                self._side.mark().result()
+            self._stages.clear()
+
+    def _all_given(self) -> Pending:
+        return DONE if self._side is None else self._side.mark()
+
+    def _parts(
+        self, layout: RecordLayout, blocks: Sequence[int], pieces: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Blocks and the rows that they go with, as many at a time as a stage holds."""
+        at = 0
+        for piece in pieces:
+            for rows in piece.split(self._stage_bytes // layout.record_bytes):
+                yield blocks[at : at + len(rows)], rows
+                at += len(rows)
+
+    def _next_stage(self) -> _Stage:
+        self._turn = (self._turn + 1) % NUM_STAGES
+        while len(self._stages) <= self._turn:
+            self._stages.append(_Stage(self._stage_bytes, self._layouts[0].device))
+        return self._stages[self._turn]
+
+
+class _Stage:
+    """Device memory that records pass through. `taken`: when nobody reads from it any more."""
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        with torch.inference_mode(False):
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.taken: Mark | None = None
+
+    def records(self, like: torch.Tensor) -> torch.Tensor:
+        """Its beginning, in the shape of `like [rows, record_bytes]`."""
+        return self._memory[: like.numel()].view(like.shape)
+
+
+class _Done:
+    """What is copied at once is not under way."""
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        return None
+
+
+DONE = _Done()
