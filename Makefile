@@ -10,6 +10,7 @@
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step
 #   make bench-lm-eval  lm-eval's HFLM on questions under one few-shot prompt
 #   make bench-quality  what each kv_cache_dtype does to SmolLM2's answers on 4,096 tokens of text
+#   make bench-quantized  quantized KV beside stock's own QuantizedCache with quanto and with hqq
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
 #   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
@@ -50,7 +51,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
-.PHONY: bench-gpu compile-gpu
+.PHONY: bench-gpu bench-quantized compile-gpu
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
@@ -74,6 +75,10 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/triton.txt
 
 $(VENV)/.demo: $(VENV)/.test
 	$(PIP) -qq install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.quantized: $(VENV)/.demo
+	$(PIP) -qq install --constraint constraints.txt --editable '.[bench-quantized]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -115,6 +120,10 @@ bench-lm-eval: $(VENV)/.demo
 
 bench-quality: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality $(BENCH)
+
+# quanto compiles with the ninja of the environment.
+bench-quantized: $(VENV)/.quantized
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m benchmarks.quantized_stock $(BENCH)
 
 # Kernels for a GPU that need not be there: compiled in every shape, and checked and measured on one that is.
 compile-gpu: $(VENV)/.test
