@@ -1,7 +1,7 @@
 # Everything a fresh machine needs is made here: `make demo` and `make test` set up .venv by themselves.
 #
 #   make demo       stock and patched side by side on a real model (about 3 minutes on two cores)
-#   make test       the whole suite, and the differential tests on the two older transformers
+#   make test       the whole suite, and on the two older transformers what depends on transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
@@ -10,6 +10,7 @@
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step
 #   make bench-lm-eval  lm-eval's HFLM on questions under one few-shot prompt
 #   make bench-quality  what each kv_cache_dtype does to SmolLM2's answers on 4,096 tokens of text
+#   make bench-quantized  quantized KV beside stock's own QuantizedCache with quanto and with hqq
 #   make bench-gpu  every GPU kernel checked and measured (needs one); make compile-gpu compiles them without
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
 #   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
@@ -23,12 +24,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 BENCH ?=
 SOAK ?=
-# The examples run a real model in processes of their own, trl and lm-eval ask for new releases: once is enough.
-ONCE := examples demo trl lm_eval
-OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py)
+# An older transformers runs what goes through its code in ways of its own: the hooks, its cache classes, decoding
+# loops, masks, trainers and server. Left out there is what the newest has already answered for all of them: bookkeeping of
+# blocks (prefixes, windows, memory, disk, files), formats, predictions, and what runs other packages or the real model.
+# Of the families × modes each of the two runs one half (--pairs), every family and every mode in it; the newest runs all.
+# `make test-5.8.1 OLDER_TESTS=tests/hf` runs everything.
+BOOKKEEPING := capacity free_memory memory memory_meanwhile persist plan threads disk_faults disk_tier \
+	reuse reuse_stale reuse_traps reuse_walk windows windows_memory windows_walk
+ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
+OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py) --pairs $(PAIRS)
+test-5.8.1: PAIRS := 1/2
+test-5.17.0: PAIRS := 2/2
 MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 
@@ -42,7 +51,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
-.PHONY: bench-gpu compile-gpu
+.PHONY: bench-gpu bench-quantized compile-gpu
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
@@ -66,6 +75,10 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/triton.txt
 
 $(VENV)/.demo: $(VENV)/.test
 	$(PIP) -qq install --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.quantized: $(VENV)/.demo
+	$(PIP) -qq install --constraint constraints.txt --editable '.[bench-quantized]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -107,6 +120,10 @@ bench-lm-eval: $(VENV)/.demo
 
 bench-quality: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.quality $(BENCH)
+
+# quanto compiles with the ninja of the environment.
+bench-quantized: $(VENV)/.quantized
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m benchmarks.quantized_stock $(BENCH)
 
 # Kernels for a GPU that need not be there: compiled in every shape, and checked and measured on one that is.
 compile-gpu: $(VENV)/.test

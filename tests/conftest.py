@@ -14,9 +14,33 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...
 sys.path.append(str(HERE.parent))  # benchmarks, for the loader of the real model
 
-# After the variables above, which torch and triton read once.
+# torch is imported where it is used: after the variables above, and not by xdist's controller, which runs no test.
 import pytest  # noqa: E402
-import torch  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pairs", metavar="N/M", help="of the pairs of a family and a mode, each Mth, from the Nth on")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the pairs that another run tests; along a diagonal, so that each family and each mode is met."""
+    if (part := config.getoption("pairs")) is None:
+        return
+    from families import FAMILIES
+    from modes import MODES
+
+    first, step = map(int, part.split("/"))
+    families, modes = list(FAMILIES), list(MODES)
+
+    def is_chosen(item) -> bool:
+        given = getattr(item, "callspec", None)
+        if given is None or not {"family", "mode"} <= given.params.keys():
+            return True
+        family, mode = given.params["family"].name, given.params["mode"].name
+        return (families.index(family) + modes.index(mode)) % step == first - 1
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_chosen(item)])
+    items[:] = filter(is_chosen, items)
 
 
 def pytest_configure(config):
@@ -35,11 +59,15 @@ except ImportError:  # the property tests say so themselves
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     """One thread: results do not depend on the machine, and tiny models gain nothing from more."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 

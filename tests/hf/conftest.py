@@ -1,17 +1,18 @@
 """CUDA graphs for tests without a GPU."""
 
 import pytest
-import tape
-import torch
-
-from hf_paged import replay
-from hf_paged_kernels import room, work
-from hf_paged_kernels.launch import triton_obstacle
 
 
 @pytest.fixture
 def driver(monkeypatch):
     """Graphs on the CPU, captured often: parts of 16 tokens, and rooms without reserve."""
+    import tape
+    import torch
+
+    from hf_paged import replay
+    from hf_paged_kernels import room, work
+    from hf_paged_kernels.launch import triton_obstacle
+
     if obstacle := triton_obstacle(torch.device("cpu")):
         pytest.skip(obstacle)  # triton is not there for every platform, and the steps are its backend's
     made = tape.TapeDriver()
@@ -25,6 +26,8 @@ def driver(monkeypatch):
 @pytest.fixture
 def quick(driver, monkeypatch):
     """The same with kernels in plain torch."""
+    import tape
+
     from hf_paged_kernels.copy import copy_slots_reference  # these modules import triton
     from hf_paged_kernels.store import store_tokens_reference
 

@@ -9,7 +9,7 @@ import torch
 from families import BOS, FIRST_TOKEN, Family, stock_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-NEW = 12  # new tokens of a usual call
+NEW = 10  # new tokens of a usual call: into another block, and one after the last row's end (`ends_of_rows`)
 
 
 # What modes are made of

@@ -284,8 +284,7 @@ def bad_processor(error, at):
     return processor
 
 
-@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize(("at", "error"), [(0, Boom), (1, KeyboardInterrupt), (4, Boom)])
 @pytest.mark.parametrize(
     "how", ["streamer", "criterion", "criterion in beams", "processor", "criterion in assisted", "returned dict"]
 )

@@ -315,7 +315,7 @@ def row_of(kind: str, names: list[int], told: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("blocks", [None, 36], ids=["room", "pressure"])  # three rows of 71 tokens, twice, fit
 def test_a_random_walk_answers_as_stock(name, blocks):
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(steps=steps_of_a_walk)
     def walk(steps):
         pair, told = Pair(name) if blocks is None else small(blocks, name), []
