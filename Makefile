@@ -27,13 +27,14 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 BENCH ?=
 SOAK ?=
-# An older transformers runs what goes through its code in ways of its own: the hooks, its cache classes, decoding
-# loops, masks, trainers and server. Left out there is what the newest has already answered for all of them: bookkeeping of
-# blocks (prefixes, windows, memory, disk, files), formats, predictions, and what runs other packages or the real model.
+# An older transformers runs what goes through its code in ways of its own: the hooks, its cache classes and window
+# layers, decoding loops, masks, trainers, server, and the fingerprint of its models. Left out there is what the newest has
+# already answered for all of them: bookkeeping of blocks (prefixes, memory, tiers), formats, predictions, and what runs
+# other packages or the real model.
 # Of the families × modes each of the two runs one half (--pairs), every family and every mode in it; the newest runs all.
 # `make test-5.8.1 OLDER_TESTS=tests/hf` runs everything.
-BOOKKEEPING := capacity free_memory memory memory_meanwhile persist plan threads disk_faults disk_tier \
-	reuse reuse_stale reuse_traps reuse_walk windows windows_memory windows_walk
+BOOKKEEPING := capacity free_memory memory memory_meanwhile plan prepared disk_faults disk_tier host_tier \
+	reuse_stale reuse_traps reuse_walk windows_memory windows_walk
 ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
 OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py) --pairs $(PAIRS)
 test-5.8.1: PAIRS := 1/2
