@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,8 +20,10 @@ from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
 from hf_paged.free_memory import free_bytes
+from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
-from hf_paged.tiers import Tiers
+from hf_paged.streams import side_stream
+from hf_paged.tiers import Tiers, make_levels
 
 # Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
@@ -166,6 +169,21 @@ class KVPool:
             return self.manager.match(table, tokens, limit)
         finally:
             self.manager.unpin(pins[::-1])
+
+    def open_tiers(self, settings: PagedConfig, counters: Counters) -> None:
+        """Have tiers where there is a budget for some and there are none, or such that were closed."""
+        host_bytes = None if self.device_key == "cpu" else settings.budget_bytes("cpu")
+        disk_bytes, folder = settings.budget_bytes("disk"), settings.offload_folder
+        if (host_bytes or disk_bytes) and (self.tiers is None or self.tiers.is_closed):
+            side = side_stream(self.device)
+            base = None if folder is None else Path(folder)
+            levels = make_levels(host_bytes, disk_bytes, base, self.manager.lock, side, counters)
+            self.tiers = Tiers(self.manager, self.stores, levels, side, counters)
+
+    def close_tiers(self) -> None:
+        """Give up what lies on them, with its memory and files."""
+        if self.tiers is not None:
+            self.tiers.close()
 
     def forget_prefixes(self) -> None:
         """Give up everything that is kept for later calls, on every tier."""

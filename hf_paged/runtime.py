@@ -31,8 +31,7 @@ from hf_paged.probe import PROBE_SLOTS, Capability, probe
 from hf_paged.replay import DecodeGraphs
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
-from hf_paged.streams import TIERED_DEVICES, side_stream
-from hf_paged.tiers import Tiers, make_levels
+from hf_paged.streams import TIERED_DEVICES
 from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 from hf_paged.verify import Verification
 
@@ -113,7 +112,7 @@ class PagedRuntime:
             self._graphs.clear()
             if self._pool is not None:
                 self.clear()
-                self._close_tiers(self._pool)
+                self._pool.close_tiers()
                 if not self._pool.manager.in_use:
                     self._drop_pool()
 
@@ -226,29 +225,14 @@ class PagedRuntime:
                 self._drop_pool()
             if self._pool is None:
                 self._pool, self._pool_key = self._make_pool(model), key
-            self._open_tiers(self._pool)
+            self._pool.open_tiers(self.config, self.counters)
             return self._pool
 
     def _drop_pool(self) -> None:
-        self._close_tiers(self._pool)
+        self._pool.close_tiers()
         self._copied_before -= self._pool.manager.copied_blocks  # the next pool begins at zero, the counters go on
         self._evicted_before -= self._pool.manager.evicted
         self._pool = self._pool_key = None
-
-    @staticmethod
-    def _close_tiers(pool: KVPool) -> None:
-        if pool.tiers is not None:
-            pool.tiers.close()
-
-    def _open_tiers(self, pool: KVPool) -> None:
-        """Give the pool tiers where it is to have some and has none, or such that `release` has closed."""
-        host_bytes = None if pool.device_key == "cpu" else self.config.budget_bytes("cpu")
-        disk_bytes, folder = self.config.budget_bytes("disk"), self.config.offload_folder
-        if (host_bytes or disk_bytes) and (pool.tiers is None or pool.tiers.is_closed):
-            side = side_stream(pool.device)
-            base = None if folder is None else Path(folder)
-            levels = make_levels(host_bytes, disk_bytes, base, pool.manager.lock, side, self.counters)
-            pool.tiers = Tiers(pool.manager, pool.stores, levels, side, self.counters)
 
     def _make_pool(
         self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None

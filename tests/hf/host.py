@@ -10,7 +10,7 @@ from disk import Always
 from pair import Pair
 from test_sharing import BLOCK_BYTES
 
-from hf_paged import pool, runtime
+from hf_paged import pool
 
 
 class LateSide:
@@ -95,7 +95,7 @@ class LateLap:
 def as_gpu(monkeypatch, make_side=LateSide):
     """From now on the CPU is a GPU; `make_side` returns the side stream of each pool, or `None`."""
     monkeypatch.setattr(pool, "budget_key", lambda device: 0)
-    monkeypatch.setattr(runtime, "side_stream", lambda device: make_side())
+    monkeypatch.setattr(pool, "side_stream", lambda device: make_side())
 
 
 def hosted(name="llama", blocks=12, host="10MiB", disk=None, policy=Always, make=Pair, **overrides) -> Pair:
