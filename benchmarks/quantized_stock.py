@@ -137,8 +137,11 @@ def mean_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
     return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
 
 
-def measure(dtype: torch.dtype, length: int, new: int, runs: int) -> list[dict[str, object]]:
-    """The sides of one dtype, taking turns; each side's turn begins with a short call to warm up."""
+def measure(dtype: torch.dtype, length: int, new: int, runs: int) -> Iterator[list[dict[str, object]]]:
+    """The sides of one dtype, taking turns; each side's turn begins with a short call to warm up.
+
+    Yields what there is after each call, as some sides take minutes.
+    """
     stock = smollm2.load_model(dtype)
     twin = smollm2.twin(stock)
     prompt = torch.tensor([corpus(smollm2.load_tokenizer())[:length]])
@@ -150,7 +153,8 @@ def measure(dtype: torch.dtype, length: int, new: int, runs: int) -> list[dict[s
             with nullcontext(stock) if side.settings is None else paged(twin, **side.settings) as model:
                 call(model, prompt[:, : length // 8], tokens, 2, side)
                 found[side.name].append(call(model, prompt, tokens, new, side))
-    return [row(str(dtype).removeprefix("torch."), name, each, reference) for name, each in found.items()]
+            name = str(dtype).removeprefix("torch.")
+            yield [row(name, side, each, reference) for side, each in found.items() if each]
 
 
 def row(dtype: str, name: str, runs: list[Run], reference: Run) -> dict[str, object]:
@@ -193,13 +197,16 @@ def main() -> int:
     environment.prepare(options.threads)
     described, console = environment.describe(), report.console()
     described["versions"] |= {name: metadata.version(name) for name in PACKAGES}
-    rows = []
-    for name in options.dtypes:
-        rows += measure(getattr(torch, name), options.length, options.new, options.runs)
-    console.print(table(rows, options.length, options.new))
     settings = {"prompt_tokens": options.length, "new_tokens": options.new, "runs": options.runs}
     sides = [asdict(side) for side in SIDES]
-    report.save(options.out, {"environment": described, **settings, "sides": sides, "results": rows})
+    rows: list[dict[str, object]] = []
+    for name in options.dtypes:
+        done = rows
+        for found in measure(getattr(torch, name), options.length, options.new, options.runs):
+            rows = done + found
+            report.save(options.out, {"environment": described, **settings, "sides": sides, "results": rows})
+            console.print(table(found, options.length, options.new))
+    console.print(table(rows, options.length, options.new))
     console.print(f"Written: {options.out}")
     return 0
 
