@@ -1,6 +1,13 @@
 """Pairs whose patched model has little memory and a disk below."""
 
-from pair import Pair
+import contextlib
+import random
+import threading
+import time
+
+import torch
+from pair import NEW, Pair
+from prompts import batch
 from test_sharing import BLOCK_BYTES
 
 from hf_paged.core.fetch import Choice, FetchPolicy
@@ -60,3 +67,55 @@ def rotate(pair: Pair, rows, rounds=2, fallbacks=(), **kwargs) -> list[int]:
 
 def files_of(pair: Pair) -> list:
     return sorted(disk(pair)._folder.path.glob("*.kv"))
+
+
+def failing_now_and_then(function, error, calls: list):
+    """`function`, of which the first of each three calls raises; `calls` notes all of them."""
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) % 3 == 1:
+            raise error("a transfer")
+        return function(self, *args)
+
+    return failing
+
+
+def ask_through_failures(pair: Pair, rows, error) -> None:
+    """Each row once, while transfers fail: the answer is right, or the call was interrupted and nothing is lost."""
+    for row in rows:
+        if error is KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):
+                pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=NEW)
+            check(pair)
+        else:
+            pair.ask([row])
+            check(pair, ["a transfer"])
+
+
+def ask_from_threads(pair: Pair, rows, calls: int, seconds: float = 20) -> None:
+    """Three threads ask for random rows, so many times each or for so long: every answer is stock's."""
+    expected = [pair.stock.generate(**batch([row]), do_sample=False, max_new_tokens=NEW) for row in rows]
+    wrong, stop = [], time.monotonic() + seconds
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        try:
+            for _ in range(calls):
+                at = draw.randrange(len(rows))
+                answer = pair.model.generate(**batch([rows[at]]), do_sample=False, max_new_tokens=NEW)
+                if not torch.equal(answer, expected[at]):
+                    wrong.append(at)
+                if time.monotonic() > stop:
+                    return
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    check(pair)
+    assert pair.paged.stats().fetched_bytes > 0

@@ -1,21 +1,15 @@
 """The disk tier under faults, threads and a long series of random calls: as stock, nothing leaked, memory flat."""
 
-import contextlib
 import errno
 import gc
 import itertools
 import os
-import random
 import shutil
 import subprocess
-import threading
-import time
 
 import pytest
-import torch
-from disk import check, files_of, rotate, tiered
-from pair import NEW, Pair, distinct_pieces, evict
-from prompts import batch
+from disk import ask_from_threads, ask_through_failures, check, failing_now_and_then, files_of, rotate, tiered
+from pair import Pair, distinct_pieces, evict
 from soak import MIB, WAYS, Soak
 from test_sharing import BLOCK_BYTES
 
@@ -161,24 +155,11 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
     owner, name = PLACES[place]
     function, calls = getattr(owner, name), []
 
-    def failing(self, *args):
-        calls.append(args)
-        if len(calls) % 3 == 1:
-            raise error("a transfer")
-        return function(self, *args)
-
     pair, rows = warm()
     more = distinct_pieces(5, 61)[3:]
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, failing)
-        for row in (*rows, *more, *rows):
-            if error is KeyboardInterrupt:
-                with contextlib.suppress(KeyboardInterrupt):
-                    pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=NEW)
-                check(pair)
-            else:
-                pair.ask([row])
-                check(pair, ["a transfer"])
+        patched.setattr(owner, name, failing_now_and_then(function, error, calls))
+        ask_through_failures(pair, (*rows, *more, *rows), error)
     assert calls
     rotate(pair, rows, 1, ["a transfer"])
     evict(pair)
@@ -189,32 +170,7 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
 
 
 def test_threads_share_a_tier():
-    pair = tiered(blocks=60)
-    rows = distinct_pieces(8, 61)
-    expected = [pair.stock.generate(**batch([row]), do_sample=False, max_new_tokens=NEW) for row in rows]
-    wrong, stop = [], time.monotonic() + 20
-
-    def work(seed: int) -> None:
-        draw = random.Random(seed)
-        try:
-            for _ in range(12):
-                at = draw.randrange(len(rows))
-                answer = pair.model.generate(**batch([rows[at]]), do_sample=False, max_new_tokens=NEW)
-                if not torch.equal(answer, expected[at]):
-                    wrong.append(at)
-                if time.monotonic() > stop:
-                    return
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    check(pair)
-    assert pair.paged.stats().fetched_bytes > 0
+    ask_from_threads(tiered(blocks=60), distinct_pieces(8, 61), calls=12)
 
 
 # A long time

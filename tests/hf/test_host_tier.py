@@ -1,16 +1,12 @@
 """Cached prefixes in host memory, below a CPU that is taken for a GPU: found again, and always stock's answer."""
 
-import contextlib
 import gc
-import random
-import threading
-import time
 
 import pytest
 import torch
-from disk import NAMES, Never, check, rotate
+from disk import NAMES, Never, ask_from_threads, ask_through_failures, check, failing_now_and_then, rotate
 from host import LateMark, LateSide, as_gpu, hosted, side, tiers
-from pair import NEW, Pair, distinct_pieces, evict, piece
+from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
 from soak import MIB, WAYS, Soak
 from test_quantized import RoundingCache
@@ -321,29 +317,16 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
     if owner is RecordLayout:
         as_gpu(monkeypatch, lambda: None)  # on a stream, too, it is the calling thread that meets these errors
 
-    def failing(self, *args):
-        calls.append(args)
-        if len(calls) % 3 == 1:
-            raise error("a transfer")
-        return function(self, *args)
-
     small_slabs(monkeypatch, 4)
     pair, rows = hosted(blocks=12, host=16 * BLOCK_BYTES, disk="10MiB"), distinct_pieces(4, 61)
     rotate(pair, rows[:2], 1)
     evict(pair)
     check(pair)
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, failing)
+        patched.setattr(owner, name, failing_now_and_then(function, error, calls))
         if place == "pinning":
             pair.paged.clear()
-        for row in (*rows, *rows[:2]):
-            if error is KeyboardInterrupt:
-                with contextlib.suppress(KeyboardInterrupt):
-                    pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=NEW)
-                check(pair)
-            else:
-                pair.ask([row])
-                check(pair, ["a transfer"])
+        ask_through_failures(pair, (*rows, *rows[:2]), error)
     assert calls
     rotate(pair, rows, 1, ["a transfer"])
     evict(pair)
@@ -354,32 +337,7 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, monkeypatch):
 
 
 def test_threads_share_the_host():
-    pair = hosted(blocks=60)
-    rows = distinct_pieces(8, 61)
-    expected = [pair.stock.generate(**batch([row]), do_sample=False, max_new_tokens=NEW) for row in rows]
-    wrong, stop = [], time.monotonic() + 20
-
-    def work(seed: int) -> None:
-        draw = random.Random(seed)
-        try:
-            for _ in range(10):
-                at = draw.randrange(len(rows))
-                answer = pair.model.generate(**batch([rows[at]]), do_sample=False, max_new_tokens=NEW)
-                if not torch.equal(answer, expected[at]):
-                    wrong.append(at)
-                if time.monotonic() > stop:
-                    return
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    check(pair)
-    assert pair.paged.stats().fetched_bytes > 0
+    ask_from_threads(hosted(blocks=60), distinct_pieces(8, 61), calls=10)
 
 
 def test_a_soak_of_random_calls():

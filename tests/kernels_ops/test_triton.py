@@ -13,12 +13,22 @@ from hf_paged_kernels.work import PageTables, cut, send
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if triton_obstacle(DEVICE):
-    pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)
+    pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)  # says why these kernels cannot run here
 
-# Behind the skip: these import triton, which there is not for every platform.
-from hf_paged_kernels.attend import attend, attend_parts, attend_parts_reference, merge_reference, takes  # noqa: E402
-from hf_paged_kernels.copy import copy_slots, copy_slots_reference, copy_waves, pack_copies  # noqa: E402
-from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402
+from hf_paged_kernels.attend import (  # noqa: E402 (behind the skip: imports triton)
+    attend,
+    attend_parts,
+    attend_parts_reference,
+    merge_reference,
+    takes,
+)
+from hf_paged_kernels.copy import (  # noqa: E402 (behind the skip)
+    copy_slots,
+    copy_slots_reference,
+    copy_waves,
+    pack_copies,
+)
+from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402 (behind the skip)
 
 # Largest difference to float64, relative to the largest value: rounding of the result and of the weights before it.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

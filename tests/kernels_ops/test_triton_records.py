@@ -14,11 +14,13 @@ from hf_paged_kernels.launch import triton_obstacle
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 if triton_obstacle(DEVICE):
-    pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)
+    pytest.skip(triton_obstacle(DEVICE), allow_module_level=True)  # says why these kernels cannot run here
 
-# Behind the skip: these import triton, which there is not for every platform.
-from hf_paged_kernels.attend import takes  # noqa: E402
-from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402
+from hf_paged_kernels.attend import takes  # noqa: E402 (behind the skip: imports triton)
+from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402 (behind the skip)
+
+SHAPES = [(torch.float32, (64, 48)), (torch.bfloat16, (16, 256)), (torch.float16, (128, 80)), (torch.float32, (30, 64))]
+CASES = [(name, *shape) for name in FORMATS for shape in SHAPES if name != "int4" or shape[1] != (30, 64)]  # 16 n only
 
 
 def stored(key, value, records, left_out=()):
@@ -35,16 +37,10 @@ def stored(key, value, records, left_out=()):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter
-@pytest.mark.parametrize(
-    ("dtype", "dims"),
-    [(torch.float32, (64, 48)), (torch.bfloat16, (16, 256)), (torch.float16, (128, 80)), (torch.float32, (30, 64))],
-)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "dtype", "dims"), CASES)
 def test_records_are_those_of_plain_torch_bit_for_bit(name, dtype, dims):
     """Numbers of all sizes, what is not finite, and what float16 does not hold; nothing else is touched."""
     records = KVRecords(FORMATS[name], *dims)
-    if not all(side.takes(dim) for side, dim in zip(records.sides, dims, strict=True)):
-        pytest.skip("no such records")
     key, value = (odd_numbers(dtype, dim)[:1, :, :12] for dim in dims)
     value[0, 1, 5] *= 1e30
     for side, dim, actual, expected in zip(records.sides, dims, *stored(key, value, records, [3]), strict=True):
