@@ -314,18 +314,11 @@ class PagedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
-        layer, step = self.layers[layer_idx], self.step
+        layer = self.layers[layer_idx]
         if self.prepared is not None:
             dense = self.prepared.update(layer.index, key_states, value_states)
             if dense is not None:
                 return dense
-        if step is not None and step.reads_rows and not key_states.requires_grad:
-            span = step.plans[layer.index].span
-            if span is not None:
-                # The common decode step, which the layers' bookkeeping has nothing to add to.
-                key_states, value_states = compat.as_attended(key_states, value_states)
-                store = self.sequences.pool.layer(layer.index, key_states, value_states)
-                return store.append_rows(span, key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -74,9 +74,12 @@ class PagedLayer(CacheLayerMixin):
         cache = self.cache
         step = cache.step
         if step is not None and step.fast:
-            self._check_tokens(key_states, step.plans[self.index].num_queries)
+            plan = step.plans[self.index]
+            self._check_tokens(key_states, plan.num_queries)
             store = cache.sequences.pool.layer(self.index, key_states, value_states)
-            step.backend.write(store, step.plans[self.index], key_states, value_states)
+            if step.reads_rows and plan.span is not None:
+                return store.append_rows(plan.span, key_states, value_states)
+            step.backend.write(store, plan, key_states, value_states)
             return (
                 PagedKV(key_states, step, store, self.index, False),
                 PagedKV(value_states, step, store, self.index, True),
