@@ -8,16 +8,8 @@ import threading
 import pytest
 import torch
 
-from hf_paged_kernels.native import (
-    NativeError,
-    NativeKernel,
-    NativeStore,
-    Part,
-    Parts,
-    Writes,
-    _look,
-    variants,
-)
+from hf_paged_kernels import NativeError, NativeKernel, NativeStore, Part, Parts, Writes
+from hf_paged_kernels.native import _look, variants
 
 VARIANTS = variants()
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="the native kernel was not built")
@@ -348,11 +340,11 @@ def test_the_switch():
 OPENMP = """
 import re
 from hf_paged_kernels import native
-from hf_paged_kernels.native import _openmp_entry
+from hf_paged_kernels.native_library import openmp_entry
 native()
 with open("/proc/self/maps") as maps:
     paths = {line.split()[-1] for line in maps if re.search(r"/lib(g|i)?omp[^/]*[.]so", line)}
-print(len(paths), _openmp_entry() is not None)
+print(len(paths), openmp_entry() is not None)
 """
 
 

@@ -1,7 +1,9 @@
 """Attention over paged KV: formats it is stored in, plain-torch operations, a native CPU kernel where it was built."""
 
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
-from .native import NativeError, NativeKernel, NativeStore, Part, Parts, Writes, kernel_for, native
+from .native import NativeKernel, Part, Parts, kernel_for, native
+from .native_library import NativeError
+from .native_store import NativeStore, Writes
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
 from .rotation import rotated

@@ -9,7 +9,7 @@ from struct import Struct
 
 import torch
 
-from .native import NativeError, library
+from .native_library import NativeError, library
 
 # Elements per piece of work for a thread. A matrix gives about one per row, so that most tensors are one piece.
 _MAX_COUNT = 4096
