@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hf_paged import compat
 from hf_paged.backends.base import AttentionCall
 from hf_paged.backends.native import kernel_of_store, parts_for
 from hf_paged.core.plan import RowSpan, StepPlan
@@ -62,7 +61,7 @@ class PreparedDecode:
 
     def _prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self._layers = [None] * len(self._stores)
-        if key.requires_grad or value.requires_grad or compat.autocast_dtype(key.device) is not None:
+        if key.requires_grad or value.requires_grad:
             return
         attention = _Attention(sum(store is not None for store in self._stores))
         for index, (store, plan) in enumerate(zip(self._stores, self._step.plans, strict=True)):
@@ -137,10 +136,11 @@ class PreparedLayer:
     def attend(self, query: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
         """Attention of `query [rows, heads, 1, dim]`; `[rows, 1, heads, value_dim]`, contiguous.
 
-        `None` where others are to see to it: the query looks otherwise than in the first layer, or is too wide.
+        `None` where others are to see to it: the query looks otherwise than in the first layer, is too wide, or comes
+        in another dtype, as autocast leaves it in some models.
         """
         attention = self._attention
-        if not attention.takes(query, call, self._store.value_dim):
+        if query.dtype != self._store.dtype or not attention.takes(query, call, self._store.value_dim):
             return None
         key = (self._store.group, self._store.keys.shape[1], call.window)
         if key not in attention.calls:

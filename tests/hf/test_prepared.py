@@ -7,9 +7,10 @@ import torch
 from compare import copy_of
 from families import FAMILIES
 from pair import Pair
-from prompts import tokens
+from prompts import batch, tokens
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from hf_paged import PagedCache
 from hf_paged.backends.prepared import PreparedDecode, PreparedLayer
 from hf_paged_kernels import NativeKernel, kernel_for
 
@@ -170,6 +171,59 @@ def test_queries_that_look_otherwise_are_left_alone(monkeypatch):
     assert taken == [True, False] * (NEW - 1)
 
 
+@pytest.mark.parametrize(
+    ("changed", "is_taken"),
+    [
+        (lambda query, call, tokens: (query.double(), call), False),
+        (lambda query, call, tokens: (query, call._replace(window=tokens - 1)), False),
+        (lambda query, call, tokens: (query, call._replace(window=tokens)), True),
+    ],
+    ids=["dtype", "window that hides", "window that hides nothing"],
+)
+def test_only_what_the_kernel_does_is_taken(changed, is_taken, monkeypatch):
+    taken = []
+    attend = PreparedLayer.attend
+
+    def changing(self, query, call):
+        taken.append(attend(self, *changed(query, call, self._plan.kv_len)) is not None)
+        return attend(self, query, call)
+
+    pair = Pair()
+    pair.ask([tokens(20, seed=2)], max_new_tokens=NEW)
+    monkeypatch.setattr(PreparedLayer, "attend", changing)
+    pair.ask([tokens(20, seed=1)], max_new_tokens=NEW)
+    assert taken == [is_taken] * LAYERS * (NEW - 1)
+
+
+def test_keys_of_fewer_rows_are_refused_in_the_middle_of_a_decode_loop(monkeypatch):
+    pair, rows = Pair(), [tokens(20, seed=1), tokens(20, seed=2)]
+    pair.ask(rows, max_new_tokens=NEW)
+    update = PagedCache.update
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            PagedCache,
+            "update",
+            lambda self, key, value, *args, **kwargs: update(
+                self, *((key[:1], value[:1]) if self.prepared else (key, value)), *args, **kwargs
+            ),
+        )
+        with pytest.raises(ValueError, match="K and V of 1 tokens in a pass over 2"):
+            pair.model.generate(**batch(rows), do_sample=False, max_new_tokens=NEW)
+    pair.ask(rows, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_under_autocast(name):
+    """Some models leave queries, K and V in one dtype there, others do not."""
+    pair, rows = Pair(name), batch([tokens(20, seed=1), tokens(20, seed=2)])
+    arguments = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = (model.generate(**rows, **arguments) for model in (pair.stock, pair.model))
+    error = [(a - b).abs().max() / b.abs().max() for a, b in zip(actual.logits, expected.logits, strict=True)]
+    assert max(error[:2]) < 0.05  # bfloat16; later tokens may differ
+    assert not pair.paged.stats().fallbacks
+
+
 def test_others_find_keys_as_keys_and_values_as_values(monkeypatch):
     checked = []
     update = PreparedDecode.update
@@ -193,15 +247,9 @@ def test_keys_that_need_gradients_are_refused_in_the_middle_of_a_decode_loop():
     model = Pair().model
     given = torch.tensor([tokens(20, seed=1)])
     with torch.no_grad():
-        cache = model(given, use_cache=True, past_key_values=_paged(model)).past_key_values
+        cache = model(given, use_cache=True, past_key_values=PagedCache(model.config)).past_key_values
     with pytest.raises(ValueError, match="carries no gradients"):
         model(given[:, :1], past_key_values=cache)
-
-
-def _paged(model):
-    from hf_paged import PagedCache
-
-    return PagedCache(model.config)
 
 
 def test_family_llama_has_the_layers_that_are_counted_here():
