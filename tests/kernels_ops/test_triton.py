@@ -238,6 +238,14 @@ def test_real_tiles():
     assert_near(case.attend(case.work(tiles_for(torch.bfloat16, 64, 64, 2))), case.expected(), "real tiles")
 
 
+@pytest.mark.parametrize("scale", [-40.0, 0.0, 40.0])
+def test_any_scale(scale):
+    """Also such as make the largest of the products the least of the scores."""
+    case = Case(torch.float32, 4, 2, 32, 16)
+    case.scale = scale
+    assert_near(case.attend(case.work()), case.expected(), f"scale {scale}")
+
+
 def test_parts_and_empty_parts(monkeypatch):
     """Each part by itself, also those in which a query sees nothing; the merge leaves them out."""
     monkeypatch.setattr(work_module, "part_tokens", lambda *_: 16)

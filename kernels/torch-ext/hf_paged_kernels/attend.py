@@ -60,18 +60,21 @@ def _walk(
             KEY_DIM, BLOCK_KEY, FORMAT, KEY_GROUP, MASKED,
         )  # fmt: skip
         b_score = tl.zeros([b_query.shape[0], BLOCK_TOKENS], dtype=tl.float32)
-        b_score = dot(b_query, tl.trans(b_key), b_score, INTERPRETED) * scale
+        b_score = dot(b_query, tl.trans(b_key), b_score, INTERPRETED)
+        unit = scale
         if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1; scale and softcap are in units of base 2
-            b_score = softcap * (2.0 * tl.sigmoid(2.0 * b_score / softcap) - 1.0)
+            b_score = softcap * (2.0 * tl.sigmoid(2.0 * b_score * scale / softcap) - 1.0)
+            unit = 1.0
         if MASKED:
             visible = inside[None, :] & (o_token[None, :] <= (first + i_query)[:, None])
             if HAS_WINDOW:
                 visible = visible & (o_token[None, :] > (first + i_query - window)[:, None])
             b_score = tl.where(visible, b_score, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        # The scale, which is positive, is left to the exponent: one instruction less for every score.
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
         # Rows that have seen nothing yet have no maximum to subtract.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_score - b_shift[:, None])
+        b_weight = tl.exp2(b_score * unit - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_value = load_numbers(
@@ -313,6 +316,8 @@ def _attend_items(
     records: KVRecords | None,
 ) -> None:
     tile: Tile = launch.tile
+    if scale <= 0.0:  # the kernel takes the largest score for the largest product
+        query, scale = query * scale, 1.0
     heads, kv_heads = query.shape[1], keys.shape[0]
     key_dim, value_dim = _dims(keys, values, records)
     _attend_kernel[(launch.items.shape[0], kv_heads)](
