@@ -118,6 +118,7 @@ class Case:
         sinks=False,
         kv_format=None,
         lengths=LENGTHS,
+        blocks=None,
     ):
         rng = random.Random(0)
         self.group, self.kv_heads, self.window, self.dims = heads // kv_heads, kv_heads, window, (key_dim, value_dim)
@@ -127,7 +128,7 @@ class Case:
         if self.records:
             sizes = self.records.key_bytes, self.records.value_bytes
             self.keys, self.values = (torch.full((*shape, size), 255).to(DEVICE, torch.uint8) for size in sizes)
-        self.free = rng.sample(range(1, 40), 39)
+        self.free = rng.sample(range(1, 40), 39) if blocks is None else blocks[::-1]
         self.tables, queries = PageTables(), 0
         self.seen: dict[int, list[int]] = {}  # slots that each query sees
         for length, kv_len in lengths:
@@ -232,6 +233,17 @@ def test_tiles_of_many_queries(window):
     assert_near(case.attend(case.work()), case.expected(), "a chunk of a prompt")
 
 
+@pytest.mark.parametrize("kv_format", [None, "int4"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_adjacent_pages(window, kv_format):
+    """Tiles of many queries look up one page for those that follow each other, and each one behind these."""
+    blocks = [4, 5, 6, 7, 8, 30, 31, 20, 10, 11]
+    case = Case(torch.float32, 2, 1, 16, 16, window=window, kv_format=kv_format, lengths=((60, 155),), blocks=blocks)
+    work = case.work((Tile(64, 32, 4, 2),))
+    assert {item[7] for launch in work.launches for item in launch.items.tolist()} == {5 * PAGE_TOKENS}
+    assert_near(case.attend(work), case.expected(), "pages 4 to 8, then others")
+
+
 def test_real_tiles():
     """The shapes that are used on a GPU, where they leave most of a tile empty."""
     case = Case(torch.bfloat16, 4, 2, 64, 64)
@@ -323,9 +335,11 @@ def test_items_show_each_query_what_it_sees_once(seed):
     seen = {query: [] for query in range(queries)}
     rows = {query: [] for query in range(queries)}
     for launch in work.launches:
-        for start, count, table, lo, hi, first, part, _ in launch.items.tolist():
+        for start, count, table, lo, hi, first, part, adjacent in launch.items.tolist():
             assert 1 <= count <= launch.tile.rows // 4
             assert lo < hi
+            pages = work.pages[table : table + -(-min(hi, adjacent) // PAGE_TOKENS)].tolist()
+            assert pages == list(range(pages[0], pages[0] + len(pages)))
             for i in range(count):
                 rows[start + i].append(part + i)
                 stop = min(hi, first + i + 1)

@@ -44,19 +44,28 @@ def _walk(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
     FORMAT: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, ADJACENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Take indices `[begin, end)` of the pages into the running softmax; whole tiles, unless `MASKED`."""
+    """Take indices `[begin, end)` of the pages into the running softmax; whole tiles, unless `MASKED`.
+
+    `ADJACENT` pages follow each other in memory: only the first one is looked up.
+    """
+    first_slot = tl.load(p_pages).to(tl.int64) * PAGE if ADJACENT else 0
     for at in tl.range(loop_bound(begin, INTERPRETED), loop_bound(end, INTERPRETED), BLOCK_TOKENS, num_stages=STAGES):
         o_token = at + tl.arange(0, BLOCK_TOKENS)
         inside = o_token < end
-        if MASKED:
-            page = tl.load(p_pages + o_token // PAGE, mask=inside, other=0)
+        p_tile_keys, p_tile_values = p_keys, p_values
+        if ADJACENT:
+            o_slot = tl.arange(0, BLOCK_TOKENS)
+            p_tile_keys += (first_slot + at) * stride_key_slot
+            p_tile_values += (first_slot + at) * stride_value_slot
+        elif MASKED:
+            o_slot = tl.load(p_pages + o_token // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + o_token % PAGE
         else:
-            page = tl.load(p_pages + o_token // PAGE)
-        o_slot = page.to(tl.int64) * PAGE + o_token % PAGE
+            o_slot = tl.load(p_pages + o_token // PAGE).to(tl.int64) * PAGE + o_token % PAGE
         b_key = load_numbers(
-            p_keys, o_slot, stride_key_slot, inside, b_query.dtype,
+            p_tile_keys, o_slot, stride_key_slot, inside, b_query.dtype,
             KEY_DIM, BLOCK_KEY, FORMAT, KEY_GROUP, MASKED,
         )  # fmt: skip
         b_score = tl.zeros([b_query.shape[0], BLOCK_TOKENS], dtype=tl.float32)
@@ -78,7 +87,7 @@ def _walk(
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
         b_value = load_numbers(
-            p_values, o_slot, stride_value_slot, inside, b_query.dtype,
+            p_tile_values, o_slot, stride_value_slot, inside, b_query.dtype,
             VALUE_DIM, BLOCK_VALUE, FORMAT, VALUE_GROUP, MASKED,
         )  # fmt: skip
         b_acc = dot(b_weight.to(b_value.dtype), b_value, b_acc * b_decay[:, None], INTERPRETED)
@@ -144,19 +153,29 @@ def _attend_kernel(
             b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
             lo, open_lo, first, window, scale, softcap, stride_key_slot, stride_value_slot,
             KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
-            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
+            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, False, INTERPRETED,
         )  # fmt: skip
+    if BLOCK_ROWS >= 64:  # tiles that compute more than they wait for memory
+        adjacent = tl.load(p_item + 7)
+        middle = open_lo + tl.maximum(tl.minimum(open_hi, adjacent) - open_lo, 0) // BLOCK_TOKENS * BLOCK_TOKENS
+        b_acc, b_max, b_sum = _walk(
+            b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
+            open_lo, middle, first, window, scale, softcap, stride_key_slot, stride_value_slot,
+            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
+            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, True, INTERPRETED,
+        )  # fmt: skip
+        open_lo = middle
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_lo, open_hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
         KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
-        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, INTERPRETED,
+        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, False, INTERPRETED,
     )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
         b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
         open_hi, hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
         KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
-        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
+        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, False, INTERPRETED,
     )  # fmt: skip
 
     is_empty = b_sum == 0.0

@@ -1,8 +1,8 @@
 """How large the tiles of the GPU kernels are, and into how many parts long sequences are split.
 
-None of these figures has been tuned on a GPU yet. What is known comes from compiling the kernels for one (sm_90, triton
-3.6, `tests/kernels_ops/compile_kernels.py`): these shapes take up to 128 KiB of shared memory (on sm_80,
-88 KiB), and in bfloat16 at most 4 bytes of registers spill. `benchmarks/gpu.py` is there to check the rest.
+Measured on an H200 in bfloat16 with 32 query and 8 KV heads of dim 128 (`benchmarks/gpu.py --only tiles`); other dims
+and dtypes go by what their tiles have in bytes. All fit the shared memory of an A100 (sm_80), by compiling them for one
+(`tests/kernels_ops/compile_kernels.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ PAGE_TOKENS = 16
 _MIN_PART_TOKENS = 128
 # The float32 partial result of a row is written and read once per part; K and V of as many tokens outweigh it.
 _PART_TOKENS_PER_ROW = 8
-# Programs per processor that even out parts of unequal length.
-_PROGRAMS_PER_PROCESSOR = 8
+# Parts end at multiples of this; it is a multiple of the tokens of tiles.
+_PART_STEP_TOKENS = 64
+# Programs per processor. With 3 to 4 of them, one row of 16,384 tokens is read at 0.55 of the copy bandwidth, one of
+# 131,072 at 0.87, eight of 4,096 at 0.75; with 8, at 0.43, 0.82 and 0.69: parts are short, and there are more to merge.
+_PROGRAMS_PER_PROCESSOR = 4
 # Processors that the interpreter pretends to have.
 _INTERPRETED_PROCESSORS = 1
 MAX_DIM = 256
@@ -64,12 +67,13 @@ def tiles_for(dtype: torch.dtype, key_dim: int, value_dim: int, group: int) -> t
 
 
 def _tile(rows: int, token_bytes: int) -> Tile:
-    stages = 2
-    if token_bytes <= 512:
-        # Tiles of few rows wait for memory: five stages keep two tiles of K and V on their way, three keep one.
-        stages = 5 if rows <= 32 else 3
-    tokens = 32 if rows > 32 and token_bytes > 768 else 64  # more do not fit into registers
-    return Tile(rows, tokens, 8 if rows >= 128 else 4, stages)
+    if token_bytes > 512:
+        return Tile(rows, 32 if rows > 32 and token_bytes > 768 else 64, 4, 2)  # more does not fit into registers
+    if rows < 128:
+        # A fifth stage costs a processor its second program: 64 rows of 2,048 tokens are read at 0.94 of the copy
+        # bandwidth with three stages, at 0.75 with five.
+        return Tile(rows, 64, 4, 3)
+    return Tile(rows, 128, 8, 2)
 
 
 @functools.cache
@@ -91,4 +95,4 @@ def part_tokens(tokens: list[int], rows: int, kv_heads: int, num_processors: int
         return longest
     share = sum(tokens) * kv_heads // (num_processors * _PROGRAMS_PER_PROCESSOR)
     least = max(_MIN_PART_TOKENS, _PART_TOKENS_PER_ROW * rows)
-    return max(least, -(-share // _MIN_PART_TOKENS) * _MIN_PART_TOKENS)
+    return max(least, -(-share // _PART_STEP_TOKENS) * _PART_STEP_TOKENS)

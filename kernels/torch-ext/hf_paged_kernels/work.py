@@ -25,12 +25,15 @@ from .tuning import PAGE_TOKENS, Tile, part_tokens
 
 # `first` of items whose queries see all of their tokens; with a query's number added it still fits 32 bits.
 SEES_ALL = 2**30
-# Numbers per item in the layout: those of `Item` and one to fill up.
+# Numbers per item in the layout: those of `Item`.
 ITEM_NUMBERS = 8
 
 
 class Stretch(NamedTuple):
-    """Queries `[start, stop)` over indices `[lo, hi)` of the pages that begin at entry `table`."""
+    """Queries `[start, stop)` over indices `[lo, hi)` of the pages that begin at entry `table`.
+
+    Up to index `adjacent`, pages follow each other in memory.
+    """
 
     start: int
     stop: int
@@ -38,6 +41,7 @@ class Stretch(NamedTuple):
     lo: int
     hi: int
     first: int
+    adjacent: int
 
 
 class Item(NamedTuple):
@@ -50,6 +54,7 @@ class Item(NamedTuple):
     hi: int
     first: int
     part: int
+    adjacent: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,22 +120,27 @@ class PageTables:
         stretch as long as pages are full; behind a page that is not, another begins.
         """
         passed = 0
-        table = lo = hi = 0
+        table = lo = hi = adjacent = 0
         for slot, tokens in runs:
+            page = slot // PAGE_TOKENS
             if hi == lo or hi % PAGE_TOKENS or slot % PAGE_TOKENS:
-                self._end(start, stop, table, lo, hi, first, passed)
+                self._end(start, stop, table, lo, hi, first, passed, adjacent)
                 passed += hi - lo
                 table, lo = len(self.pages), slot % PAGE_TOKENS
-                hi = lo
-            self.pages.extend(range(slot // PAGE_TOKENS, (slot + tokens - 1) // PAGE_TOKENS + 1))
+                hi = adjacent = lo
+            goes_on = adjacent == hi and (hi == lo or page == self.pages[-1] + 1)
+            self.pages.extend(range(page, (slot + tokens - 1) // PAGE_TOKENS + 1))
             hi += tokens
-        self._end(start, stop, table, lo, hi, first, passed)
+            if goes_on:
+                adjacent = hi
+        self._end(start, stop, table, lo, hi, first, passed, adjacent)
 
-    def _end(self, start: int, stop: int, table: int, lo: int, hi: int, first: int | None, passed: int) -> None:
+    def _end(
+        self, start: int, stop: int, table: int, lo: int, hi: int, first: int | None, passed: int, adjacent: int
+    ) -> None:
         if hi > lo:
-            self.stretches.append(
-                Stretch(start, stop, table, lo, hi, SEES_ALL if first is None else lo + first - passed)
-            )
+            first = SEES_ALL if first is None else lo + first - passed
+            self.stretches.append(Stretch(start, stop, table, lo, hi, first, adjacent))
 
 
 def cut(
@@ -163,9 +173,9 @@ def cut(
     for tile, whole in by_tile.items():
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
         items: list[Item] = []
-        for start, count, table, lo, hi, first, _ in whole:
+        for start, count, table, lo, hi, first, _, adjacent in whole:
             for at in range(lo, hi, most):  # in parts that begin with a page where the item does
-                items.append(Item(start, count, table, at, min(at + most, hi), first, num_parts))
+                items.append(Item(start, count, table, at, min(at + most, hi), first, num_parts, adjacent))
                 for i in range(count):
                     parts[start + i].append(num_parts + i)
                 num_parts += count
@@ -181,7 +191,7 @@ def item_numbers(items: Sequence[Item]) -> array:
     """Items as the kernels read them."""
     numbers = array("i")
     for item in items:
-        numbers.extend((*item, 0))
+        numbers.extend(item)
     return numbers
 
 
@@ -197,7 +207,7 @@ def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
             if window is not None:
                 lo = max(lo, first - window + 1)
         if hi > lo:
-            items.append(Item(start, count, stretch.table, lo, hi, first, 0))
+            items.append(Item(start, count, stretch.table, lo, hi, first, 0, stretch.adjacent))
     return items
 
 
