@@ -24,6 +24,8 @@ def model_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:
     A graph repeats what a forward pass does on the device; what it does besides, such as fetching weights, is left out.
     """
     tree = Tree.of(model)
+    if model._compiled_call_impl is not None:  # parts of it may be: their kernels are captured like any others
+        return f"{type(model).__name__} is compiled"
     if compat.autocast_dtype(device) is not None:
         return "autocast"
     if any(each.device != device for each in tree.tensors):
@@ -33,8 +35,6 @@ def model_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:
     for module, attributes in zip(tree.modules, tree.attributes, strict=True):
         if "forward" in attributes:  # accelerate's hooks, too
             return f"{type(module).__name__} with a forward of its own"
-        if attributes.get("_compiled_call_impl") is not None:
-            return f"{type(module).__name__} is compiled"
     return None
 
 

@@ -58,8 +58,7 @@ def own_forward(model):
 
 
 def compiled(model):
-    norm = model.model.norm
-    norm._compiled_call_impl = norm._call_impl
+    model._compiled_call_impl = model._call_impl
 
 
 class Special(torch.Tensor):
@@ -76,7 +75,7 @@ OBSTACLES = {
     wait_for_the_device: "a capture has failed: RuntimeError: operation not permitted when stream is capturing",
     return_more: "outputs hidden_states",
     hook: "LlamaRMSNorm with a forward hook",
-    compiled: "LlamaRMSNorm is compiled",
+    compiled: "LlamaForCausalLM is compiled",
     special_weight: "weights in a tensor subclass",
     own_forward: "LlamaDecoderLayer with a forward of its own",
 }
@@ -92,6 +91,21 @@ def test_models_that_cannot_be_captured_say_so_once_a_call(change, quick):
     assert both.ask(new=6) == both.ask(new=6) == 0
     assert both.reasons[f"no CUDA graphs: {OBSTACLES[change]}"] == 2
     assert len(both.graphs) == 0
+
+
+def test_compiled_parts_are_captured(quick):
+    """What is computed between attention may be compiled, which saves launches."""
+    both = Both()
+    torch._dynamo.reset()
+    try:
+        for layer in both.model.model.layers:
+            for part in (layer.input_layernorm, layer.mlp):
+                part.compile(backend="eager")
+        assert both.ask() > 0
+        assert both.ask() > 0
+        assert both.reasons == {}
+    finally:
+        torch._dynamo.reset()
 
 
 def test_weights_elsewhere():
