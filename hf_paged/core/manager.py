@@ -131,31 +131,27 @@ class BlockManager:
             for group, block in pins:
                 self._drop(group, [block])
 
-    def blocks_needed(self, table: BlockTable, num_tokens: int, may_part: bool = False) -> int:
+    def blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that appending `num_tokens` tokens to `table` takes from each pool."""
+        return self._blocks_needed(table, num_tokens, self.must_leave_tail(table), False)
+
+    def _blocks_needed(self, table: BlockTable, num_tokens: int, leaves: bool, parts: bool) -> int:
         if num_tokens == 0:
             return 0
-        if may_part and self._opens_seam(table):
+        if parts:
             return -(-num_tokens // self.block_size)
-        grown = table.blocks_for(table.num_tokens + num_tokens) - table.num_blocks
-        return grown + self.must_leave_tail(table)
+        return table.blocks_for(table.num_tokens + num_tokens) - table.num_blocks + leaves
 
     def must_leave_tail(self, table: BlockTable) -> bool:
         """Whether the next token of `table` would fall into a block that others hold too, or may yet find."""
         filled = table.tail_tokens
         if filled == 0:
             return False
-        return any(
-            pool.references(chain.blocks[-1]) > 1 or self.index.is_fixed(group, chain.blocks[-1], filled)
-            for group, (pool, chain) in enumerate(zip(self.pools, table.chains, strict=True))
-        )
-
-    def _opens_seam(self, table: BlockTable) -> bool:
-        """Whether `table` leaves its tail where it is and goes on behind it, instead of copying it: once a table.
-
-        Beams part again and again; were each time to leave a block behind, there would be many of a few tokens.
-        """
-        return table.is_forked and table.seam_blocks == 0 and self.must_leave_tail(table)
+        for group, (pool, chain) in enumerate(zip(self.pools, table.chains, strict=True)):
+            tail = chain.blocks[-1]
+            if pool.references(tail) > 1 or self.index.is_fixed(group, tail, filled):
+                return True
+        return False
 
     def append(
         self,
@@ -169,16 +165,24 @@ class BlockManager:
 
         `tokens` are their ids; without them, or with numbers that are no plain ids, a table is not indexed any more.
         Every table whose tail block is shared gets a tail of its own, all of them, so that none writes into what
-        another is yet to copy; with `may_part` forked tables go on behind the tail, once. Raises `OutOfBlocks`.
+        another is yet to copy. With `may_part` forked tables leave it where it is and go on behind it, once a table:
+        beams part again and again; were each time to leave a block behind, there would be many of a few tokens.
+        Raises `OutOfBlocks`.
         """
         counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
         with self.lock:
-            self.check_room(sum(self.blocks_needed(*each, may_part) for each in zip(tables, counts, strict=True)))
+            leaves = [self.must_leave_tail(table) for table in tables]
+            parts = [
+                may_part and leave and table.is_forked and table.seam_blocks == 0
+                for table, leave in zip(tables, leaves, strict=True)
+            ]
+            each = list(zip(tables, counts, leaves, parts, strict=True))
+            self.check_room(sum(self._blocks_needed(*one) for one in each))
             growth = Growth([[] for _ in self.pools], [])
-            for table, count in zip(tables, counts, strict=True):
-                if may_part and count and self._opens_seam(table):
+            for table, count, leave, part in each:
+                if part and count:
                     table.open_seam()
-                self._append(table, count, room_tokens, growth)
+                self._append(table, count, room_tokens, leave and not part, growth)
             self._pinned.update(growth.pins)
             for i, table in enumerate(tables):
                 table.track(None if tokens is None else tokens[i])
@@ -204,10 +208,10 @@ class BlockManager:
             pool.make_room(count)
         self.budget.fit(counts)
 
-    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, growth: Growth) -> None:
+    def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, leaves: bool, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
         total_blocks = table.blocks_for(total)
-        filled = table.tail_tokens if num_tokens and self.must_leave_tail(table) else 0
+        filled = table.tail_tokens if num_tokens and leaves else 0
         for group, chain in enumerate(table.chains):
             window = self.windows[group]  # which then goes on over room that it has left behind
             room = room_tokens if window is None else min(room_tokens, window)

@@ -130,7 +130,9 @@ class PrefixIndex:
     def is_fixed(self, group: int, block: int, num_tokens: int) -> bool:
         """Whether a block may not get more than its first `num_tokens` tokens, because others may find it."""
         # One that others follow is a seam of theirs, which it stays only as it is.
-        entries = self.by_block[group].get(block, ())
+        entries = self.by_block[group].get(block)
+        if entries is None:
+            return False
         return any(entry.num_tokens > num_tokens or entry.key in self._parents for entry in entries)
 
     def below(self, root: bytes) -> list[Entry]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,18 @@ class Work:
         return self.rows.shape[0]
 
 
+_counted = array("i")
+
+
+def _numbers(start: int, stop: int) -> array:
+    """`start, start + 1, ...`; cut out of numbers that were counted before, which is quicker than counting."""
+    global _counted
+    counted = _counted
+    if len(counted) < stop:
+        _counted = counted = array("i", range(2 * stop))
+    return counted[start:stop]
+
+
 class PageTables:
     """Turns runs of adjacent slots into page tables and stretches."""
 
@@ -129,7 +141,7 @@ class PageTables:
                 table, lo = len(self.pages), slot % PAGE_TOKENS
                 hi = adjacent = lo
             goes_on = adjacent == hi and (hi == lo or page == self.pages[-1] + 1)
-            self.pages.extend(range(page, (slot + tokens - 1) // PAGE_TOKENS + 1))
+            self.pages.extend(_numbers(page, (slot + tokens - 1) // PAGE_TOKENS + 1))
             hi += tokens
             if goes_on:
                 adjacent = hi
@@ -174,8 +186,9 @@ def cut(
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
         items: list[Item] = []
         for start, count, table, lo, hi, first, _, adjacent in whole:
-            for at in range(lo, hi, most):  # in parts that begin with a page where the item does
-                items.append(Item(start, count, table, at, min(at + most, hi), first, num_parts, adjacent))
+            last = lo + (max(1, round((hi - lo) / most)) - 1) * most  # where the last part begins, up to half as long again
+            for at in range(lo, last + 1, most):  # in parts that begin with a page where the item does
+                items.append(Item(start, count, table, at, hi if at == last else at + most, first, num_parts, adjacent))
                 for i in range(count):
                     parts[start + i].append(num_parts + i)
                 num_parts += count
@@ -183,16 +196,13 @@ def cut(
         items.sort(key=lambda item: item.lo - item.hi)  # the longest first, so that none is left over at the end
     is_final = all(len(of_query) == 1 for of_query in parts)
     starts = array("i", accumulate(map(len, parts), initial=0))
-    flat_parts = array("i", [x for of_query in parts for x in of_query])
+    flat_parts = array("i", chain.from_iterable(parts))
     return Layout(by_tile, tables.pages, rows, 0 if is_final else num_parts, starts, flat_parts, window)
 
 
 def item_numbers(items: Sequence[Item]) -> array:
     """Items as the kernels read them."""
-    numbers = array("i")
-    for item in items:
-        numbers.extend(item)
-    return numbers
+    return array("i", chain.from_iterable(items))
 
 
 def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
