@@ -29,12 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 Rows = Iterator[dict[str, object]]
 
 
-def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
-    """What there is to do, by name, in order."""
+def parts(device: torch.device, is_tiny: bool, sides: Sequence[str]) -> dict[str, Callable[[], Rows]]:
+    """What there is to do, by name, in order; `sides` are those of `generate` that take part, all where empty."""
     from benchmarks import gpu_generate, gpu_kernels, gpu_offload, gpu_records
 
     kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
     whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
+    sides = sides or list(gpu_generate.SIDES)
     moved = gpu_offload.TINY if is_tiny else gpu_offload.Sizes()
 
     @cache
@@ -51,8 +52,8 @@ def parts(device: torch.device, is_tiny: bool) -> dict[str, Callable[[], Rows]]:
         "moves": lambda: gpu_kernels.moves(device, kernels, bandwidth()),
         "prefill": lambda: gpu_kernels.prefill(device, kernels),
         "tiles": lambda: gpu_kernels.tiles(device, kernels, bandwidth()),
-        "end-to-end": lambda: gpu_generate.end_to_end(device, whole),
-        "samples": lambda: gpu_generate.samples(device, whole),
+        "end-to-end": lambda: gpu_generate.end_to_end(device, whole, sides),
+        "samples": lambda: gpu_generate.samples(device, whole, sides),
         "offload": lambda: gpu_offload.offload(device, moved),
     }
 
@@ -107,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
+    made.add_argument("--sides", nargs="+", default=(), help="of end-to-end and samples, as they are named in results")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the script itself, interpreted
     options = made.parse_args(arguments)
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     label = re.sub(r"\W+", "-", str(described.get("gpu", "interpreted"))).lower()
     path = options.out / f"gpu-{label}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in parts(device, options.tiny).items():
+    for name, rows in parts(device, options.tiny, options.sides).items():
         if name in options.only:
             keep(name, run(name, rows, partial(keep, name)))
     print(f"\nWritten: {path}")

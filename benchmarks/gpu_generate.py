@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,6 +17,8 @@ BATCH_PAGE_TOKENS, BATCH_TOKENS = 256, 8192
 """``generate_batch``: its page, which is its default, and the tokens of a pass."""
 RUNS = 2
 """Timed calls of each side, after one that is not timed."""
+COMPILED_PARTS = ("RMSNorm", "MLP")
+"""Modules that a user may compile: what they compute are many small launches."""
 
 
 @dataclass(frozen=True)
@@ -108,73 +110,113 @@ def build(device: torch.device, sizes: Sizes) -> PreTrainedModel:
     return model.eval()
 
 
-def end_to_end(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+def end_to_end(device: torch.device, sizes: Sizes, sides: Sequence[str]) -> Iterator[dict[str, object]]:
     """Greedy decoding of prompts that share nothing."""
     model = build(device, sizes)
     for batch in sizes.batches:
         prompts = torch.randint(3, sizes.vocabulary, (batch, sizes.prompt), device=device)
-        room = batch * (sizes.prompt + sizes.new)
-        yield from _sides(model, sizes, prompts, 1, room, f"{batch} × {sizes.prompt} + {sizes.new}")
+        yield from Work(model, sizes, prompts, 1).run(sides, f"{batch} × {sizes.prompt} + {sizes.new}")
 
 
-def samples(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
+def samples(device: torch.device, sizes: Sizes, sides: Sequence[str]) -> Iterator[dict[str, object]]:
     """Many samples of one long prompt."""
     model = build(device, sizes)
     prompt = torch.randint(3, sizes.vocabulary, (1, sizes.sampled_prompt), device=device)
-    room = sizes.sampled_prompt + sizes.samples * sizes.new
     what = f"{sizes.samples} samples of {sizes.sampled_prompt} + {sizes.new}"
-    yield from _sides(model, sizes, prompt, sizes.samples, room, what)
+    yield from Work(model, sizes, prompt, sizes.samples).run(sides, what)
 
 
-def _sides(
-    model: PreTrainedModel, sizes: Sizes, prompts: torch.Tensor, copies: int, room_tokens: int, what: str
-) -> Iterator[dict[str, object]]:
-    """The same work on each side; what fails (mostly for memory) says so and the next one goes on."""
-    arguments: dict[str, object] = {"max_new_tokens": sizes.new, "do_sample": copies > 1}
-    if copies > 1:
-        arguments["num_return_sequences"] = copies
-    rows = prompts.shape[0] * copies
-    num_blocks = rows * (-(-(prompts.shape[1] + sizes.new) // BATCH_PAGE_TOKENS) + 1) + 4
-    if prompts.device.type == "cuda":
-        free = torch.cuda.mem_get_info(prompts.device)[0]
-        num_blocks = min(num_blocks, int(0.8 * free / sizes.kv_bytes(BATCH_PAGE_TOKENS)))
+class Work:
+    """The same work on each side.
 
-    def stock() -> int:
-        return model.generate(prompts, **arguments).shape[0]
+    Args:
+        prompts: `[rows, tokens]`.
+        copies: samples of each; 1: greedy.
+    """
 
-    def static() -> int:
-        return model.generate(prompts, cache_implementation="static", **arguments).shape[0]
+    def __init__(self, model: PreTrainedModel, sizes: Sizes, prompts: torch.Tensor, copies: int):
+        self.model, self.sizes, self.prompts, self.copies = model, sizes, prompts, copies
+        self.rows, self.device = prompts.shape[0] * copies, prompts.device
+        self.arguments: dict[str, object] = {"max_new_tokens": sizes.new, "do_sample": copies > 1}
+        if copies > 1:
+            self.arguments["num_return_sequences"] = copies
 
-    def batched() -> int:
-        config = GenerationConfig(max_new_tokens=sizes.new, do_sample=copies > 1, eos_token_id=-1, pad_token_id=0)
-        made = model.generate_batch(
-            # A request per sample, which may share blocks: asked for several of one, 5.17 does not return them all.
-            prompts.repeat_interleave(copies, 0).tolist(),
-            generation_config=config,
-            # Room for the work; left alone, it takes most of the device, and a try on the CPU takes minutes.
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=BATCH_TOKENS),
-            persistent_manager=True,
-        )
-        if len(made) != rows:
-            raise RuntimeError(f"{len(made)} of {rows} rows came back")
-        return len(made)
+    def run(self, sides: Sequence[str], what: str) -> Iterator[dict[str, object]]:
+        """What fails (mostly for memory) says so and the next one goes on."""
+        for name in sides:
+            yield {"work": what, "side": name} | SIDES[name](self)
 
-    def ours() -> int:
-        model.paged.clear()
-        return model.generate(prompts, **arguments).shape[0]
+    def measure(self, call: Callable[[], object]) -> dict[str, object]:
+        return _measure(call, self.rows * self.sizes.new, self.device)
 
-    for name, call in (("stock, dynamic", stock), ("stock, static", static), ("generate_batch", batched)):
-        yield {"work": what, "side": name} | _measure(call, rows * sizes.new, prompts.device)
-    model.destroy_cached_continuous_batching_manager()
-    # Room for the work, and for a tenth more: what a pool may take is taken at once on a GPU.
-    key = "cpu" if prompts.device.type == "cpu" else prompts.device.index or 0
-    budget = int(1.1 * sizes.kv_bytes(room_tokens + 64 * (rows + 2)))
-    for graphs in (False, True):
-        with paged(model, attention_backend="triton", max_memory={key: budget}, cuda_graphs=graphs):
-            outcome = _measure(ours, rows * sizes.new, prompts.device)
-            stats = model.paged.stats()
-            side = {"work": what, "side": "hf_paged" if graphs else "hf_paged, no CUDA graphs"}
-            yield side | {"fallbacks": stats.fallbacks, "replayed_steps": stats.replayed_steps} | outcome
+    def stock(self) -> dict[str, object]:
+        return self.measure(lambda: self.model.generate(self.prompts, **self.arguments))
+
+    def static(self) -> dict[str, object]:
+        return self.measure(lambda: self.model.generate(self.prompts, cache_implementation="static", **self.arguments))
+
+    def batched(self) -> dict[str, object]:
+        model, new, copies = self.model, self.sizes.new, self.copies
+        num_blocks = self.rows * (-(-(self.prompts.shape[1] + new) // BATCH_PAGE_TOKENS) + 1) + 4
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            num_blocks = min(num_blocks, int(0.8 * free / self.sizes.kv_bytes(BATCH_PAGE_TOKENS)))
+        config = GenerationConfig(max_new_tokens=new, do_sample=copies > 1, eos_token_id=-1, pad_token_id=0)
+
+        def call() -> None:
+            made = model.generate_batch(
+                # A request per sample, which may share blocks: asked for several of one, 5.17 does not return them all.
+                self.prompts.repeat_interleave(copies, 0).tolist(),
+                generation_config=config,
+                # Room for the work; left alone, it takes most of the device, and a try on the CPU takes minutes.
+                continuous_batching_config=ContinuousBatchingConfig(
+                    num_blocks=num_blocks, max_batch_tokens=BATCH_TOKENS
+                ),
+                persistent_manager=True,
+            )
+            if len(made) != self.rows:
+                raise RuntimeError(f"{len(made)} of {self.rows} rows came back")
+
+        try:
+            return self.measure(call)
+        finally:
+            model.destroy_cached_continuous_batching_manager()
+
+    def ours(self, graphs: bool = True) -> dict[str, object]:
+        # Room for the work, and for a tenth more: what a pool may take is taken at once on a GPU.
+        key = "cpu" if self.device.type == "cpu" else self.device.index or 0
+        tokens = self.prompts.numel() + self.rows * self.sizes.new
+        budget = int(1.1 * self.sizes.kv_bytes(tokens + 64 * (self.rows + 2)))
+        with paged(self.model, attention_backend="triton", max_memory={key: budget}, cuda_graphs=graphs):
+
+            def call() -> None:
+                self.model.paged.clear()
+                self.model.generate(self.prompts, **self.arguments)
+
+            outcome = self.measure(call)
+            stats = self.model.paged.stats()
+        return {"fallbacks": stats.fallbacks, "replayed_steps": stats.replayed_steps} | outcome
+
+    def ours_compiled(self) -> dict[str, object]:
+        parts = [each for each in self.model.modules() if type(each).__name__.endswith(COMPILED_PARTS)]
+        for part in parts:
+            part.compile()
+        try:
+            return self.ours()
+        finally:
+            for part in parts:
+                part._compiled_call_impl = None
+
+
+SIDES: dict[str, Callable[[Work], dict[str, object]]] = {
+    "hf_paged": Work.ours,
+    "hf_paged, parts compiled": Work.ours_compiled,
+    "stock, static": Work.static,
+    "stock, dynamic": Work.stock,
+    "hf_paged, no CUDA graphs": lambda work: work.ours(graphs=False),
+    "generate_batch": Work.batched,
+}
+"""By name, the quick ones first."""
 
 
 def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> dict[str, object]:

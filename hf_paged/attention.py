@@ -108,6 +108,10 @@ def paged_attention_forward(
     Returns:
         `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
     """
+    if torch.compiler.is_compiling():  # a compiled layer: it calls us, and goes on behind us
+        return _uncompiled(
+            original, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     if isinstance(key, SharedRows):
         function = compat.original_attention(original, module)
         kwargs = {"scaling": scaling, "dropout": dropout, **kwargs}
@@ -128,6 +132,9 @@ def paged_attention_forward(
     query = query.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # which would round sums that are kept in float32
         return _attend(query, key, value, call), None
+
+
+_uncompiled = torch.compiler.disable(paged_attention_forward)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:

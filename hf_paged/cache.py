@@ -314,11 +314,12 @@ class PagedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new K and V `[batch, kv_heads, tokens, dim]` of one layer; returns those of all tokens."""
+        if torch.compiler.is_compiling():  # a compiled layer: it calls us, and goes on behind us
+            return _update_uncompiled(self, key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
-        if self.prepared is not None:
-            dense = self.prepared.update(layer.index, key_states, value_states)
-            if dense is not None:
-                return dense
+        dense = None if self.prepared is None else self.prepared.update(layer.index, key_states, value_states)
+        if dense is not None:
+            return dense
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -443,3 +444,6 @@ class PagedCache(Cache):
 
     def __repr__(self) -> str:
         return f"PagedCache(rows={len(self.tables)}, tokens={self.dense_len}, layers={len(self.layers)})"
+
+
+_update_uncompiled = torch.compiler.disable(PagedCache.update)

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Graphs on the CPU, captured often: parts of 16 tokens, and rooms without reserve."""
+    """Graphs on the CPU, captured often: parts of about 11 tokens, and rooms without reserve."""
     import tape
     import torch
 
@@ -17,7 +17,7 @@ def driver(monkeypatch):
         pytest.skip(obstacle)  # triton is not there for every platform, and the steps are its backend's
     made = tape.TapeDriver()
     monkeypatch.setattr(replay, "driver_for", lambda device: made)
-    monkeypatch.setattr(work, "part_tokens", lambda *_: 16)
+    monkeypatch.setattr(work, "part_tokens", lambda *_: 11)
     monkeypatch.setattr(room, "_MIN_ITEMS", 1)
     monkeypatch.setattr(room, "_MIN_PAGES", 4)
     return made

@@ -90,6 +90,23 @@ def test_compiled_models(first):
         torch._dynamo.reset()
 
 
+def test_compiled_layers():
+    """What is compiled ends where ours begins: nothing of ours is traced, whose numbers change with every step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        pair = Pair.of(FAMILIES["llama"].build(num_hidden_layers=1), block_size=8)
+        for layer in pair.model.model.layers:
+            layer.compile(backend="eager")
+        pair.ask(prompts.shared_prefix())
+        assert pair.paged.stats().fallbacks == {}
+        breaks = list(torch._dynamo.utils.counters["graph_break"])
+        assert breaks
+        assert all("torch.compiler.disable" in each for each in breaks), breaks
+    finally:
+        torch._dynamo.reset()
+
+
 def test_data_parallel_models():
     pair = Pair()
     wrapped = nn.DataParallel(pair.model)
