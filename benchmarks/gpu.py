@@ -112,6 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the script itself, interpreted
     options = made.parse_args(arguments)
+    from benchmarks.gpu_generate import SIDES
+
+    if unknown := set(options.sides) - SIDES.keys():
+        made.error(f"--sides: {', '.join(sorted(unknown))}: choose from {', '.join(SIDES)}")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     obstacle = triton_obstacle(device)
     if obstacle or (device.type == "cpu" and not options.tiny):
