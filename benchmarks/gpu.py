@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.gpu_generate import SIDES
 
     if unknown := set(options.sides) - SIDES.keys():
-        made.error(f"--sides: {', '.join(sorted(unknown))}: choose from {', '.join(SIDES)}")
+        made.error(f"--sides: {'; '.join(sorted(unknown))}: choose from {'; '.join(SIDES)}")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     obstacle = triton_obstacle(device)
     if obstacle or (device.type == "cpu" and not options.tiny):

@@ -186,11 +186,11 @@ def cut(
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
         items: list[Item] = []
         for start, count, table, lo, hi, first, _, adjacent in whole:
-            last = (
-                lo + (max(1, round((hi - lo) / most)) - 1) * most
-            )  # where the last part begins, up to half as long again
-            for at in range(lo, last + 1, most):  # in parts that begin with a page where the item does
-                items.append(Item(start, count, table, at, hi if at == last else at + most, first, num_parts, adjacent))
+            # In parts that begin with a page where the item does; the last one is up to half as long again.
+            last = lo + (max(1, round((hi - lo) / most)) - 1) * most
+            for at in range(lo, last + 1, most):
+                stop = hi if at == last else at + most
+                items.append(Item(start, count, table, at, stop, first, num_parts, adjacent))
                 for i in range(count):
                     parts[start + i].append(num_parts + i)
                 num_parts += count
