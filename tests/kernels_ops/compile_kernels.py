@@ -69,7 +69,7 @@ def compile_attend(capability, dtype, key_dim, value_dim, group, tile, is_final,
         "IS_FINAL": is_final,
         "INTERPRETED": False,
         **constants_of(records),
-        "IS_PACKED": is_packed(records, dtype),
+        "IS_PACKED": is_packed(records, dtype, tile.rows),
         **PLAIN,
         **features,
     }
@@ -115,7 +115,8 @@ def main(capability, everything):
         decode, *_, prefill = tiles_for(torch.bfloat16, 128, 128, 4)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, **everywhere)
-        compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False, FORMATS["fp8"])
+        for kv_format in FORMATS.values():
+            compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False, kv_format)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, FORMATS["int4"], **everywhere)
         return
     for dtype in TYPES:

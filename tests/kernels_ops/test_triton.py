@@ -209,6 +209,9 @@ CASES = {
     "int4": (torch.float32, 4, 1, 80, 48, {"kv_format": "int4", "window": 7, "sinks": True}),
     "int4, gqa 16": (torch.bfloat16, 16, 1, 64, 128, {"kv_format": "int4", "sinks": True}),
     "int4, half": (torch.float16, 3, 1, 16, 256, {"kv_format": "int4"}),
+    "int8, packed": (torch.bfloat16, 4, 2, 96, 64, {"kv_format": "int8", "window": 20, "sinks": True}),
+    "fp8, packed": (torch.bfloat16, 8, 1, 80, 128, {"kv_format": "fp8", "window": 7}),
+    "int4, packed": (torch.bfloat16, 4, 2, 128, 128, {"kv_format": "int4", "softcap": 5.0}),
 }
 WHOLE = ("mla", "window", "half", "fp8, half", "int4")
 
@@ -230,6 +233,23 @@ def test_tiles_of_many_queries(window):
     """Queries of one tile that see up to two tiles of tokens more, or less, than others."""
     case = Case(torch.float32, 1, 1, 16, 16, window=window, lengths=((30, 73),))
     assert_near(case.attend(case.work()), case.expected(), "a chunk of a prompt")
+
+
+@pytest.mark.parametrize("name", ["int8, packed", "fp8, packed", "int4, packed"])
+def test_what_is_not_finite_shows(name):
+    """A query that sees a record of K, or of V, that is NaN as a whole is NaN; another is what it was."""
+    *shape, arguments = CASES[name]
+    case = Case(*shape, **arguments, lengths=((1, 20), (1, 3)))
+    expected = case.attend(case.work())
+    slot, (row, other) = case.seen[0][-1], case.rows
+    sides = (case.keys, case.records.encode_keys), (case.values, case.records.encode_values)
+    for (memory, encode), dim in zip(sides, case.dims, strict=True):
+        kept = memory[:, slot].clone()
+        memory[:, slot] = encode(poisoned(case.kv_heads, dim))
+        actual = case.attend(case.work())
+        memory[:, slot] = kept
+        assert actual[row].isnan().all()
+        assert torch.equal(actual[other], expected[other])
 
 
 def test_real_tiles():

@@ -26,7 +26,7 @@ from .device_formats import constants_of, load_numbers, rotated, rows_of, stride
 from .formats import KVRecords
 from .language import dot, loop_bound
 from .launch import DTYPES, is_interpreted
-from .packed import in_order, is_packed, packed_query, packed_scores, packed_sums
+from .packed import in_order, is_packed, no_sums, packed_query, packed_scores, packed_sums
 from .tuning import MAX_DIM, PAGE_TOKENS, Tile, max_group, padded_dim
 from .work import ITEM_NUMBERS, Launch, Work
 
@@ -156,8 +156,7 @@ def _attend_kernel(
     if IS_PACKED:
         queries, b_factor = packed_query(b_query, FORMAT)
         b_unit = b_unit * b_factor
-        b_quarter = tl.zeros([BLOCK_ROWS, BLOCK_VALUE // 4], dtype=tl.float32)
-        sums = (b_quarter, b_quarter, b_quarter, b_quarter)
+        sums = no_sums(BLOCK_ROWS, BLOCK_TOKENS, BLOCK_VALUE, FORMAT)
     else:
         queries = (b_query,)
         sums = (tl.zeros([BLOCK_ROWS, BLOCK_VALUE], dtype=tl.float32),)
@@ -188,7 +187,7 @@ def _attend_kernel(
         FORMAT, KEY_GROUP, VALUE_GROUP, IS_PACKED, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
     )  # fmt: skip
 
-    b_acc = in_order(sums) if IS_PACKED else sums[0]
+    b_acc = in_order(sums, FORMAT) if IS_PACKED else sums[0]
     is_empty = b_sum == 0.0
     b_out = b_acc / tl.where(is_empty, 1.0, b_sum)[:, None]
     b_lse = tl.where(is_empty, float("-inf"), b_max + tl.log2(tl.where(is_empty, 1.0, b_sum)))
@@ -359,7 +358,7 @@ def _attend_items(
         GROUP=heads // kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim),
         BLOCK_ROWS=tile.rows, BLOCK_TOKENS=tile.tokens, PAGE=PAGE_TOKENS, ITEM=ITEM_NUMBERS, STAGES=tile.stages,
-        **constants_of(records), IS_PACKED=is_packed(records, query.dtype),
+        **constants_of(records), IS_PACKED=is_packed(records, query.dtype, tile.rows),
         IS_FINAL=lse is None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=work.window is not None, INTERPRETED=is_interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,
