@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from hf_paged_kernels import FORMATS, KVRecords, attend, copy, store
 from hf_paged_kernels.device_formats import constants_of
+from hf_paged_kernels.packed import is_packed
 from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, padded_dim, tiles_for
 from hf_paged_kernels.work import ITEM_NUMBERS
 
@@ -53,6 +54,8 @@ def compile_attend(capability, dtype, key_dim, value_dim, group, tile, is_final,
     types |= {"p_query": kind, "p_out": kind if is_final else "fp32"}
     types |= dict.fromkeys(("p_keys", "p_values"), kind if records is None else "u8")
     constants = {
+        "KEY_STRIDE": key_dim if records is None else records.key_bytes,
+        "VALUE_STRIDE": value_dim if records is None else records.value_bytes,
         "GROUP": group,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
@@ -66,6 +69,7 @@ def compile_attend(capability, dtype, key_dim, value_dim, group, tile, is_final,
         "IS_FINAL": is_final,
         "INTERPRETED": False,
         **constants_of(records),
+        "IS_PACKED": is_packed(records, dtype, tile.rows),
         **PLAIN,
         **features,
     }
@@ -111,7 +115,8 @@ def main(capability, everything):
         decode, *_, prefill = tiles_for(torch.bfloat16, 128, 128, 4)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, **everywhere)
-        compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False, FORMATS["fp8"])
+        for kv_format in FORMATS.values():
+            compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False, kv_format)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, FORMATS["int4"], **everywhere)
         return
     for dtype in TYPES:

@@ -118,7 +118,6 @@ class Case:
         sinks=False,
         kv_format=None,
         lengths=LENGTHS,
-        blocks=None,
     ):
         rng = random.Random(0)
         self.group, self.kv_heads, self.window, self.dims = heads // kv_heads, kv_heads, window, (key_dim, value_dim)
@@ -128,7 +127,7 @@ class Case:
         if self.records:
             sizes = self.records.key_bytes, self.records.value_bytes
             self.keys, self.values = (torch.full((*shape, size), 255).to(DEVICE, torch.uint8) for size in sizes)
-        self.free = rng.sample(range(1, 40), 39) if blocks is None else blocks[::-1]
+        self.free = rng.sample(range(1, 40), 39)
         self.tables, queries = PageTables(), 0
         self.seen: dict[int, list[int]] = {}  # slots that each query sees
         for length, kv_len in lengths:
@@ -210,6 +209,9 @@ CASES = {
     "int4": (torch.float32, 4, 1, 80, 48, {"kv_format": "int4", "window": 7, "sinks": True}),
     "int4, gqa 16": (torch.bfloat16, 16, 1, 64, 128, {"kv_format": "int4", "sinks": True}),
     "int4, half": (torch.float16, 3, 1, 16, 256, {"kv_format": "int4"}),
+    "int8, packed": (torch.bfloat16, 4, 2, 96, 64, {"kv_format": "int8", "window": 20, "sinks": True}),
+    "fp8, packed": (torch.bfloat16, 8, 1, 80, 128, {"kv_format": "fp8", "window": 7}),
+    "int4, packed": (torch.bfloat16, 4, 2, 128, 128, {"kv_format": "int4", "softcap": 5.0}),
 }
 WHOLE = ("mla", "window", "half", "fp8, half", "int4")
 
@@ -233,15 +235,21 @@ def test_tiles_of_many_queries(window):
     assert_near(case.attend(case.work()), case.expected(), "a chunk of a prompt")
 
 
-@pytest.mark.parametrize("kv_format", [None, "int4"])
-@pytest.mark.parametrize("window", [None, 50])
-def test_adjacent_pages(window, kv_format):
-    """Tiles of many queries look up one page for those that follow each other, and each one behind these."""
-    blocks = [4, 5, 6, 7, 8, 30, 31, 20, 10, 11]
-    case = Case(torch.float32, 2, 1, 16, 16, window=window, kv_format=kv_format, lengths=((60, 155),), blocks=blocks)
-    work = case.work((Tile(64, 32, 4, 2),))
-    assert {item[7] for launch in work.launches for item in launch.items.tolist()} == {5 * PAGE_TOKENS}
-    assert_near(case.attend(work), case.expected(), "pages 4 to 8, then others")
+@pytest.mark.parametrize("name", ["int8, packed", "fp8, packed", "int4, packed"])
+def test_what_is_not_finite_shows(name):
+    """A query that sees a record of K, or of V, that is NaN as a whole is NaN; another is what it was."""
+    *shape, arguments = CASES[name]
+    case = Case(*shape, **arguments, lengths=((1, 20), (1, 3)))
+    expected = case.attend(case.work())
+    slot, (row, other) = case.seen[0][-1], case.rows
+    sides = (case.keys, case.records.encode_keys), (case.values, case.records.encode_values)
+    for (memory, encode), dim in zip(sides, case.dims, strict=True):
+        kept = memory[:, slot].clone()
+        memory[:, slot] = encode(poisoned(case.kv_heads, dim))
+        actual = case.attend(case.work())
+        memory[:, slot] = kept
+        assert actual[row].isnan().all()
+        assert torch.equal(actual[other], expected[other])
 
 
 def test_real_tiles():
@@ -335,11 +343,9 @@ def test_items_show_each_query_what_it_sees_once(seed):
     seen = {query: [] for query in range(queries)}
     rows = {query: [] for query in range(queries)}
     for launch in work.launches:
-        for start, count, table, lo, hi, first, part, adjacent in launch.items.tolist():
+        for start, count, table, lo, hi, first, part, _ in launch.items.tolist():
             assert 1 <= count <= launch.tile.rows // 4
             assert lo < hi
-            pages = work.pages[table : table + -(-min(hi, adjacent) // PAGE_TOKENS)].tolist()
-            assert pages == list(range(pages[0], pages[0] + len(pages)))
             for i in range(count):
                 rows[start + i].append(part + i)
                 stop = min(hi, first + i + 1)

@@ -22,10 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .device_formats import constants_of, load_numbers, rotated, stride_of, takes_records
+from .device_formats import constants_of, load_numbers, rotated, rows_of, stride_of, takes_records
 from .formats import KVRecords
 from .language import dot, loop_bound
 from .launch import DTYPES, is_interpreted
+from .packed import in_order, is_packed, no_sums, packed_query, packed_scores, packed_sums
 from .tuning import MAX_DIM, PAGE_TOKENS, Tile, max_group, padded_dim
 from .work import ITEM_NUMBERS, Launch, Work
 
@@ -39,72 +40,90 @@ _MERGED_AT_ONCE = 16
 
 @triton.jit
 def _walk(
-    b_acc, b_max, b_sum, b_query, i_query, p_pages, p_keys, p_values,
-    begin, end, first, window, scale, softcap, stride_key_slot, stride_value_slot,
+    sums, b_max, b_sum, queries, b_unit, i_query, p_pages, p_keys, p_values,
+    lo, gap_lo, gap_hi, hi, first, window, softcap,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
-    FORMAT: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, ADJACENT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    FORMAT: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, IS_PACKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Take indices `[begin, end)` of the pages into the running softmax; whole tiles, unless `MASKED`.
+    """Take indices `[lo, gap_lo)` and `[gap_hi, hi)` of the pages into the running softmax.
 
-    `ADJACENT` pages follow each other in memory: only the first one is looked up.
+    `gap_lo` and `gap_hi` are multiples of pages, or `hi`. Unless `MASKED`, `[lo, hi)` are whole tiles from a page on.
+
+    Args:
+        sums: products of weights and values so far, one `[rows, BLOCK_VALUE]` or those of `packed_sums`.
+        queries, b_unit: operands of the scores, and factors `[rows]` that make scores in units of base 2 of these.
     """
-    first_slot = tl.load(p_pages).to(tl.int64) * PAGE if ADJACENT else 0
-    for at in tl.range(loop_bound(begin, INTERPRETED), loop_bound(end, INTERPRETED), BLOCK_TOKENS, num_stages=STAGES):
+    begin, skipped = lo, 0
+    if MASKED:  # one loop: pieces before the gap come as if they were right before its end
+        start = lo // PAGE * PAGE
+        before = tl.where(gap_lo > lo, gap_lo - start, 0)
+        begin = gap_hi - (before + BLOCK_TOKENS - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        skipped = begin - start
+    for i in tl.range(loop_bound(begin, INTERPRETED), loop_bound(hi, INTERPRETED), BLOCK_TOKENS, num_stages=STAGES):
+        at, end = i, hi
+        if MASKED:
+            at, end = tl.where(i < gap_hi, i - skipped, i), tl.where(i < gap_hi, gap_lo, hi)
         o_token = at + tl.arange(0, BLOCK_TOKENS)
-        inside = o_token < end
-        p_tile_keys, p_tile_values = p_keys, p_values
-        if ADJACENT:
-            o_slot = tl.arange(0, BLOCK_TOKENS)
-            p_tile_keys += (first_slot + at) * stride_key_slot
-            p_tile_values += (first_slot + at) * stride_value_slot
-        elif MASKED:
-            o_slot = tl.load(p_pages + o_token // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + o_token % PAGE
+        inside = (o_token >= lo) & (o_token < end)
+        o_page = at // PAGE + tl.arange(0, BLOCK_TOKENS // PAGE)
+        if MASKED:
+            i_page = tl.load(p_pages + o_page, mask=o_page * PAGE < end, other=0)
         else:
-            o_slot = tl.load(p_pages + o_token // PAGE).to(tl.int64) * PAGE + o_token % PAGE
-        b_key = load_numbers(
-            p_tile_keys, o_slot, stride_key_slot, inside, b_query.dtype,
-            KEY_DIM, BLOCK_KEY, FORMAT, KEY_GROUP, MASKED,
-        )  # fmt: skip
-        b_score = tl.zeros([b_query.shape[0], BLOCK_TOKENS], dtype=tl.float32)
-        b_score = dot(b_query, tl.trans(b_key), b_score, INTERPRETED)
-        unit = scale
-        if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1; scale and softcap are in units of base 2
-            b_score = softcap * (2.0 * tl.sigmoid(2.0 * b_score * scale / softcap) - 1.0)
-            unit = 1.0
+            i_page = tl.load(p_pages + o_page)
+        p_key_rows = rows_of(p_keys, i_page, KEY_STRIDE, PAGE)
+        p_value_rows = rows_of(p_values, i_page, VALUE_STRIDE, PAGE)
+        if IS_PACKED:
+            b_score = packed_scores(queries, p_key_rows, inside, KEY_DIM, BLOCK_KEY, FORMAT, MASKED, INTERPRETED)
+        else:
+            b_key = load_numbers(
+                p_key_rows, inside, queries[0].dtype, KEY_DIM, BLOCK_KEY, FORMAT, KEY_GROUP, MASKED
+            )  # fmt: skip
+            b_score = tl.zeros([b_max.shape[0], BLOCK_TOKENS], dtype=tl.float32)
+            b_score = dot(queries[0], tl.trans(b_key), b_score, INTERPRETED)
+        b_factor = b_unit
+        if HAS_SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1; units and softcap are in base 2
+            b_score = softcap * (2.0 * tl.sigmoid(2.0 * b_score * b_unit[:, None] / softcap) - 1.0)
+            b_factor = tl.full(b_unit.shape, 1.0, dtype=tl.float32)
         if MASKED:
             visible = inside[None, :] & (o_token[None, :] <= (first + i_query)[:, None])
             if HAS_WINDOW:
                 visible = visible & (o_token[None, :] > (first + i_query - window)[:, None])
             b_score = tl.where(visible, b_score, float("-inf"))
-        # The scale, which is positive, is left to the exponent: one instruction less for every score.
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
+        # The factor, which is positive, is left to the exponent: one instruction less for every score.
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * b_factor)
         # Rows that have seen nothing yet have no maximum to subtract.
         b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_score * unit - b_shift[:, None])
+        b_weight = tl.exp2(b_score * b_factor[:, None] - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-        b_value = load_numbers(
-            p_tile_values, o_slot, stride_value_slot, inside, b_query.dtype,
-            VALUE_DIM, BLOCK_VALUE, FORMAT, VALUE_GROUP, MASKED,
-        )  # fmt: skip
-        b_acc = dot(b_weight.to(b_value.dtype), b_value, b_acc * b_decay[:, None], INTERPRETED)
+        if IS_PACKED:
+            sums = packed_sums(
+                b_weight, p_value_rows, inside, sums, b_decay, VALUE_DIM, BLOCK_VALUE, FORMAT, MASKED, INTERPRETED
+            )
+        else:
+            b_value = load_numbers(
+                p_value_rows, inside, queries[0].dtype, VALUE_DIM, BLOCK_VALUE, FORMAT, VALUE_GROUP, MASKED
+            )
+            sums = (dot(b_weight.to(b_value.dtype), b_value, sums[0] * b_decay[:, None], INTERPRETED),)
         b_max = b_new_max
-    return b_acc, b_max, b_sum
+    return sums, b_max, b_sum
 
 
 @triton.jit
 def _attend_kernel(
     p_query, p_keys, p_values, p_out, p_lse, p_sinks, p_items, p_pages, p_rows,
     scale, softcap, window, heads,
-    stride_query_row, stride_query_head, stride_key_head, stride_key_slot, stride_value_head, stride_value_slot,
+    stride_query_row, stride_query_head, stride_key_head, stride_value_head,
     stride_out_row, stride_out_head,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     PAGE: tl.constexpr, ITEM: tl.constexpr, STAGES: tl.constexpr,
     FORMAT: tl.constexpr, ROTATION: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
+    IS_PACKED: tl.constexpr,
     IS_FINAL: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +152,14 @@ def _attend_kernel(
     )
     if ROTATION > 0:  # as keys are
         b_query = rotated(b_query.to(tl.float32), ROTATION).to(b_query.dtype)
-    stride_key_slot, stride_value_slot = stride_of(stride_key_slot, FORMAT), stride_of(stride_value_slot, FORMAT)
+    b_unit = tl.full([BLOCK_ROWS], 1.0, dtype=tl.float32) * scale
+    if IS_PACKED:
+        queries, b_factor = packed_query(b_query, FORMAT)
+        b_unit = b_unit * b_factor
+        sums = no_sums(BLOCK_ROWS, BLOCK_TOKENS, BLOCK_VALUE, FORMAT)
+    else:
+        queries = (b_query,)
+        sums = (tl.zeros([BLOCK_ROWS, BLOCK_VALUE], dtype=tl.float32),)
     p_head_keys = p_keys + i_kv_head.to(tl.int64) * stride_of(stride_key_head, FORMAT)
     p_head_values = p_values + i_kv_head.to(tl.int64) * stride_of(stride_value_head, FORMAT)
     p_table = p_pages + table
@@ -142,42 +168,26 @@ def _attend_kernel(
     open_lo = lo
     if HAS_WINDOW:
         open_lo = tl.minimum(tl.maximum(lo, first + count - window), hi)
+    open_lo = tl.minimum((open_lo + PAGE - 1) // PAGE * PAGE, hi)
     open_hi = tl.maximum(tl.minimum(hi, first + 1), open_lo)
     open_hi = open_lo + (open_hi - open_lo) // BLOCK_TOKENS * BLOCK_TOKENS
 
-    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], dtype=tl.float32)
     b_max = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-    if HAS_WINDOW:
-        b_acc, b_max, b_sum = _walk(
-            b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
-            lo, open_lo, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
-            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, False, INTERPRETED,
-        )  # fmt: skip
-    if BLOCK_ROWS >= 64:  # tiles that compute more than they wait for memory
-        adjacent = tl.load(p_item + 7)
-        middle = open_lo + tl.maximum(tl.minimum(open_hi, adjacent) - open_lo, 0) // BLOCK_TOKENS * BLOCK_TOKENS
-        b_acc, b_max, b_sum = _walk(
-            b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
-            open_lo, middle, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-            KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
-            FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, True, INTERPRETED,
-        )  # fmt: skip
-        open_lo = middle
-    b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
-        open_lo, open_hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
-        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, False, False, INTERPRETED,
+    sums, b_max, b_sum = _walk(
+        sums, b_max, b_sum, queries, b_unit, i_query, p_table, p_head_keys, p_head_values,
+        open_lo, open_hi, open_hi, open_hi, first, window, softcap,
+        KEY_STRIDE, VALUE_STRIDE, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, STAGES,
+        FORMAT, KEY_GROUP, VALUE_GROUP, IS_PACKED, HAS_SOFTCAP, HAS_WINDOW, False, INTERPRETED,
     )  # fmt: skip
-    b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_query, i_query, p_table, p_head_keys, p_head_values,
-        open_hi, hi, first, window, scale, softcap, stride_key_slot, stride_value_slot,
-        KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
-        FORMAT, KEY_GROUP, VALUE_GROUP, HAS_SOFTCAP, HAS_WINDOW, True, False, INTERPRETED,
+    sums, b_max, b_sum = _walk(
+        sums, b_max, b_sum, queries, b_unit, i_query, p_table, p_head_keys, p_head_values,
+        lo, open_lo, open_hi, hi, first, window, softcap,
+        KEY_STRIDE, VALUE_STRIDE, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE, BLOCK_TOKENS, PAGE, 1,
+        FORMAT, KEY_GROUP, VALUE_GROUP, IS_PACKED, HAS_SOFTCAP, HAS_WINDOW, True, INTERPRETED,
     )  # fmt: skip
 
+    b_acc = in_order(sums, FORMAT) if IS_PACKED else sums[0]
     is_empty = b_sum == 0.0
     b_out = b_acc / tl.where(is_empty, 1.0, b_sum)[:, None]
     b_lse = tl.where(is_empty, float("-inf"), b_max + tl.log2(tl.where(is_empty, 1.0, b_sum)))
@@ -342,12 +352,13 @@ def _attend_items(
     _attend_kernel[(launch.items.shape[0], kv_heads)](
         query, keys, values, out, lse, sinks, launch.items, work.pages, work.rows,
         scale * _LOG2_E, (softcap or 0.0) * _LOG2_E, work.window or 0, heads,
-        query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        query.stride(0), query.stride(1), keys.stride(0), values.stride(0),
         out.stride(0), out.stride(1),
+        KEY_STRIDE=keys.stride(1), VALUE_STRIDE=values.stride(1),
         GROUP=heads // kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim),
         BLOCK_ROWS=tile.rows, BLOCK_TOKENS=tile.tokens, PAGE=PAGE_TOKENS, ITEM=ITEM_NUMBERS, STAGES=tile.stages,
-        **constants_of(records),
+        **constants_of(records), IS_PACKED=is_packed(records, query.dtype, tile.rows),
         IS_FINAL=lse is None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=work.window is not None, INTERPRETED=is_interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -68,29 +68,50 @@ def _sums_and_differences(b_rows, APART: tl.constexpr):
 
 
 @triton.jit
-def load_numbers(
-    p_memory, o_slots, stride_slot, inside, dtype: tl.constexpr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """K or V of slots, `[tokens, BLOCK]` of `dtype`, still rotated; zeros where not `inside`, and from `DIM` on."""
-    p_rows = p_memory + (o_slots * stride_slot)[:, None]
-    if FORMAT == "int4":
-        return _load_nibbles(p_rows, inside, DIM, BLOCK, GROUP, MASKED).to(dtype)
-    b_row = _load_columns(p_rows, tl.arange(0, BLOCK), inside, DIM, BLOCK, MASKED)
-    if FORMAT is None:
-        return b_row
-    else:
-        b_scale = _load_words(p_rows + DIM, inside, 1, 1, MASKED).to(tl.float32, bitcast=True)
-        b_code = b_row.to(tl.int8, bitcast=True)
-        if FORMAT == "int8":
-            return (b_code.to(tl.float32) * b_scale).to(dtype)
-        else:  # bits of e4m3, moved to where float16 has its own, are numbers 256 times too small
-            b_half = ((b_code.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
-            return (b_half.to(tl.float32) * (b_scale * 256.0)).to(dtype)
+def rows_of(p_memory, i_page, STRIDE: tl.constexpr, PAGE: tl.constexpr):
+    """Where slots of pages `i_page [pages]` begin, `[pages * PAGE]`, for slots that are `STRIDE` elements apart."""
+    o_slot = i_page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    return p_memory + tl.reshape(o_slot, (i_page.shape[0] * PAGE,)).to(tl.int64) * STRIDE
 
 
 @triton.jit
-def _load_columns(
+def load_numbers(
+    p_rows, inside, dtype: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """K or V of slots that begin at `p_rows [tokens]`, `[tokens, BLOCK]` of `dtype`, still rotated.
+
+    Zeros where not `inside`, and from `DIM` on.
+    """
+    p_rows = p_rows[:, None]
+    if FORMAT == "int4":
+        return _load_nibbles(p_rows, inside, DIM, BLOCK, GROUP, MASKED).to(dtype)
+    b_row = load_columns(p_rows, tl.arange(0, BLOCK), inside, DIM, BLOCK, MASKED)
+    if FORMAT is None:
+        return b_row
+    else:
+        b_scale = load_words(p_rows + DIM, inside, 1, 1, MASKED).to(tl.float32, bitcast=True)
+        return (code_values(b_row.to(tl.int8, bitcast=True), FORMAT) * b_scale).to(dtype)
+
+
+@triton.jit
+def code_values(b_code, FORMAT: tl.constexpr):
+    """Bytes of int8 or fp8, as signed integers, in float32."""
+    if FORMAT == "int8":
+        return _whole(b_code.to(tl.int32) & 255 ^ 128) - 128.0
+    else:  # bits of e4m3, moved to where float16 has its own, are numbers 256 times too small
+        b_half = ((b_code.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+        return b_half.to(tl.float32) * 256.0
+
+
+@triton.jit
+def _whole(b_number):
+    """Whole numbers from 0 to 255 in float32, quicker than a GPU converts them."""
+    return (b_number.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # 2^23
+
+
+@triton.jit
+def load_columns(
     p_rows, o_column, inside, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Elements `o_column [BLOCK]` of rows; zeros from the `COLUMNS`th on."""
@@ -107,10 +128,10 @@ def _load_columns(
 
 
 @triton.jit
-def _load_words(p_rows, inside, WORDS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def load_words(p_rows, inside, WORDS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """So many times four bytes from `p_rows` on, int32 `[rows, BLOCK]`."""
     p_words = p_rows.to(tl.pointer_type(tl.int32), bitcast=True)
-    return _load_columns(p_words, tl.arange(0, BLOCK), inside, WORDS, BLOCK, MASKED)
+    return load_columns(p_words, tl.arange(0, BLOCK), inside, WORDS, BLOCK, MASKED)
 
 
 @triton.jit
@@ -121,9 +142,9 @@ def _load_nibbles(
     HALF: tl.constexpr = DIM // 2
     GROUPS: tl.constexpr = BLOCK // GROUP
     o_dim = tl.arange(0, BLOCK)
-    b_byte = _load_columns(p_rows, o_dim % HALF, inside, DIM, BLOCK, MASKED)
-    b_code = tl.where((o_dim < HALF)[None, :], b_byte & 15, b_byte >> 4).to(tl.float32)
-    b_both = _load_words(p_rows + HALF, inside, DIM // GROUP, GROUPS, MASKED)
+    b_byte = load_columns(p_rows, o_dim % HALF, inside, DIM, BLOCK, MASKED)
+    b_code = _whole(tl.where((o_dim < HALF)[None, :], b_byte & 15, b_byte >> 4))
+    b_both = load_words(p_rows + HALF, inside, DIM // GROUP, GROUPS, MASKED)
     b_step = b_both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     b_least = (b_both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     b_number = tl.reshape(b_code, (b_code.shape[0], GROUPS, GROUP)) * b_step[:, :, None] + b_least[:, :, None]

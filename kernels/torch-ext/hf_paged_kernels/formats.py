@@ -100,7 +100,9 @@ class ScaledCodes(TokenFormat):
 
     def _encode(self, numbers: torch.Tensor) -> torch.Tensor:
         most = numbers.abs().amax(dim=-1, keepdim=True)
-        scales = most / self.largest + (most - most)  # NaN where the largest is infinite
+        # By a tensor: on a GPU a number would be divided by as a product with its reciprocal, one bit off.
+        largest = torch.full((), self.largest, device=most.device)
+        scales = most / largest + (most - most)  # NaN where the largest is infinite
         scales = torch.where(scales < _LEAST_SCALE, 0.0, scales)
         scaled = (numbers / torch.where(scales == 0, 1.0, scales)).nan_to_num_(0.0)
         if not self.codes.is_floating_point:
@@ -138,7 +140,8 @@ class GroupedNibbles(TokenFormat):
     def _encode(self, numbers: torch.Tensor) -> torch.Tensor:
         grouped = numbers.unflatten(-1, (-1, self.group_channels(numbers.shape[-1])))
         least, most = torch.aminmax(grouped, dim=-1, keepdim=True)
-        scales = torch.cat([(most - least) / _LARGEST_INT4, least], dim=-1).half()
+        largest = torch.full((), _LARGEST_INT4, dtype=torch.float32, device=most.device)  # as in `ScaledCodes`
+        scales = torch.cat([(most - least) / largest, least], dim=-1).half()
         is_finite = scales.isfinite().flatten(-2).all(dim=-1)[..., None, None]
         scales = torch.where(is_finite, scales, torch.nan) + 0.0  # no negative zeros
         steps, minima = scales.float().split(1, dim=-1)

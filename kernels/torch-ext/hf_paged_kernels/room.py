@@ -75,7 +75,7 @@ class Room(NamedTuple):
         items = {tile: layout.by_tile[tile] for tile, _ in self.tiles}
         if self.is_final:
             first, _ = self.tiles[0]
-            items[first] = items[first] + [Item(row, 1, 0, 0, 0, 0, 0, 0) for row in range(count, self.queries)]
+            items[first] = items[first] + [Item(row, 1, 0, 0, 0, 0, 0) for row in range(count, self.queries)]
         starts = layout.part_starts
         sections = [item_numbers(items[tile]) for tile, _ in self.tiles]
         sections += [

@@ -25,15 +25,12 @@ from .tuning import PAGE_TOKENS, Tile, part_tokens
 
 # `first` of items whose queries see all of their tokens; with a query's number added it still fits 32 bits.
 SEES_ALL = 2**30
-# Numbers per item in the layout: those of `Item`.
+# Numbers per item in the layout: those of `Item` and one to fill up.
 ITEM_NUMBERS = 8
 
 
 class Stretch(NamedTuple):
-    """Queries `[start, stop)` over indices `[lo, hi)` of the pages that begin at entry `table`.
-
-    Up to index `adjacent`, pages follow each other in memory.
-    """
+    """Queries `[start, stop)` over indices `[lo, hi)` of the pages that begin at entry `table`."""
 
     start: int
     stop: int
@@ -41,7 +38,6 @@ class Stretch(NamedTuple):
     lo: int
     hi: int
     first: int
-    adjacent: int
 
 
 class Item(NamedTuple):
@@ -54,7 +50,6 @@ class Item(NamedTuple):
     hi: int
     first: int
     part: int
-    adjacent: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,27 +127,22 @@ class PageTables:
         stretch as long as pages are full; behind a page that is not, another begins.
         """
         passed = 0
-        table = lo = hi = adjacent = 0
+        table = lo = hi = 0
         for slot, tokens in runs:
-            page = slot // PAGE_TOKENS
             if hi == lo or hi % PAGE_TOKENS or slot % PAGE_TOKENS:
-                self._end(start, stop, table, lo, hi, first, passed, adjacent)
+                self._end(start, stop, table, lo, hi, first, passed)
                 passed += hi - lo
                 table, lo = len(self.pages), slot % PAGE_TOKENS
-                hi = adjacent = lo
-            goes_on = adjacent == hi and (hi == lo or page == self.pages[-1] + 1)
-            self.pages.extend(_numbers(page, (slot + tokens - 1) // PAGE_TOKENS + 1))
+                hi = lo
+            self.pages.extend(_numbers(slot // PAGE_TOKENS, (slot + tokens - 1) // PAGE_TOKENS + 1))
             hi += tokens
-            if goes_on:
-                adjacent = hi
-        self._end(start, stop, table, lo, hi, first, passed, adjacent)
+        self._end(start, stop, table, lo, hi, first, passed)
 
-    def _end(
-        self, start: int, stop: int, table: int, lo: int, hi: int, first: int | None, passed: int, adjacent: int
-    ) -> None:
+    def _end(self, start: int, stop: int, table: int, lo: int, hi: int, first: int | None, passed: int) -> None:
         if hi > lo:
-            first = SEES_ALL if first is None else lo + first - passed
-            self.stretches.append(Stretch(start, stop, table, lo, hi, first, adjacent))
+            self.stretches.append(
+                Stretch(start, stop, table, lo, hi, SEES_ALL if first is None else lo + first - passed)
+            )
 
 
 def cut(
@@ -185,12 +175,12 @@ def cut(
     for tile, whole in by_tile.items():
         most = part_tokens([item.hi - item.lo for item in whole], tile.rows, kv_heads, num_processors)
         items: list[Item] = []
-        for start, count, table, lo, hi, first, _, adjacent in whole:
+        for start, count, table, lo, hi, first, _ in whole:
             # In parts that begin with a page where the item does; the last one is up to half as long again.
             last = lo + (max(1, round((hi - lo) / most)) - 1) * most
             for at in range(lo, last + 1, most):
                 stop = hi if at == last else at + most
-                items.append(Item(start, count, table, at, stop, first, num_parts, adjacent))
+                items.append(Item(start, count, table, at, stop, first, num_parts))
                 for i in range(count):
                     parts[start + i].append(num_parts + i)
                 num_parts += count
@@ -204,7 +194,7 @@ def cut(
 
 def item_numbers(items: Sequence[Item]) -> array:
     """Items as the kernels read them."""
-    return array("i", chain.from_iterable(items))
+    return array("i", chain.from_iterable((*item, 0) for item in items))
 
 
 def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
@@ -219,7 +209,7 @@ def _tiled(stretch: Stretch, queries: int, window: int | None) -> list[Item]:
             if window is not None:
                 lo = max(lo, first - window + 1)
         if hi > lo:
-            items.append(Item(start, count, stretch.table, lo, hi, first, 0, stretch.adjacent))
+            items.append(Item(start, count, stretch.table, lo, hi, first, 0))
     return items
 
 
