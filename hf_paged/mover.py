@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from hf_paged.core.tier import Pending
-from hf_paged.layout import RecordLayout
+from hf_paged.layout import BlockIds, RecordLayout
 from hf_paged.streams import Mark, SideStream
 
 NUM_STAGES = 2
@@ -40,7 +40,10 @@ class BlockMover:
         self._stage_bytes = sys.maxsize if side is None else max(stage_bytes, largest)
         self._stages: list[_Stage] = []
         self._turn = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of one part at a time: others may have theirs copied between
+        if side is not None:
+            for layout in layouts:
+                layout.open_kernels()
 
     @property
     def staging_bytes(self) -> int:
@@ -52,41 +55,57 @@ class BlockMover:
 
         The blocks may be overwritten at once.
         """
-        layout = self._layouts[group]
-        with self._lock, torch.no_grad():
-            for part, rows in self._parts(layout, blocks, pieces):
-                if self._side is None:
-                    layout.read_blocks(part, rows)
-                    continue
-                stage = self._next_stage()
-                if stage.taken is not None:
-                    stage.taken.hold_current()
-                records = stage.records(rows)
-                layout.read_blocks(part, records)
-                self._side.after_current()
-                self._side.run(partial(rows.copy_, records, non_blocking=True))
-                stage.taken = self._side.mark()
+        layout, ids = self._layouts[group], self._layouts[group].ids(blocks)
+        with torch.no_grad():
+            ids.send()
+            for part, rows in self._parts(layout, pieces):
+                with self._lock:
+                    self._read_part(layout, ids, part, rows)
         return self._all_given()
+
+    def _read_part(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> None:
+        if self._side is None:
+            layout.read_blocks(ids, part, rows)
+            return
+        stage = self._next_stage()
+        if stage.taken is not None:
+            stage.taken.hold_current()
+        records = stage.records(rows)
+        layout.read_blocks(ids, part, records)
+        self._side.after_current()
+        self._side.run(partial(rows.copy_, records, non_blocking=True))
+        stage.taken = self._side.mark()
 
     def write(self, group: int, blocks: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
         """Fill blocks from the rows of `pieces`; they are there, for any stream, when what it returns is done.
 
         After an error or an interrupt call `settle` before anybody else gets the blocks.
         """
-        layout = self._layouts[group]
-        with self._lock, torch.no_grad():
-            if self._side is not None:
+        layout, ids = self._layouts[group], self._layouts[group].ids(blocks)
+        with torch.no_grad():
+            if self._side is None:
+                ids.send()
+            else:
                 self._side.after_current()  # the blocks may still be read for those who had them before
-            for part, rows in self._parts(layout, blocks, pieces):
-                if self._side is None:
-                    layout.write_blocks(part, rows)
-                    continue
-                stage = self._next_stage()
-                records = stage.records(rows)
-                self._side.run(partial(records.copy_, rows, non_blocking=True))
-                self._side.run(partial(layout.write_blocks, part, records))
-                stage.taken = self._side.mark()
+                self._side.run(ids.send)
+            for part, rows in self._parts(layout, pieces):
+                with self._lock:
+                    self._write_part(layout, ids, part, rows)
         return self._all_given()
+
+    def _write_part(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> None:
+        if self._side is None:
+            layout.write_blocks(ids, part, rows)
+            return
+        stage = self._next_stage()
+        records = stage.records(rows)
+
+        def come() -> None:
+            records.copy_(rows, non_blocking=True)
+            layout.write_blocks(ids, part, records)
+
+        self._side.run(come)
+        stage.taken = self._side.mark()
 
     def settle(self) -> None:
         """Whatever the current stream does from now on comes after all copies that were begun."""
@@ -106,14 +125,12 @@ class BlockMover:
     def _all_given(self) -> Pending:
         return DONE if self._side is None else self._side.mark()
 
-    def _parts(
-        self, layout: RecordLayout, blocks: Sequence[int], pieces: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Blocks and the rows that they go with, as many at a time as a stage holds."""
+    def _parts(self, layout: RecordLayout, pieces: Sequence[torch.Tensor]) -> Iterator[tuple[range, torch.Tensor]]:
+        """Places of blocks and the rows that they go with, as many at a time as a stage holds."""
         at = 0
         for piece in pieces:
             for rows in piece.split(self._stage_bytes // layout.record_bytes):
-                yield blocks[at : at + len(rows)], rows
+                yield range(at, at + len(rows)), rows
                 at += len(rows)
 
     def _next_stage(self) -> _Stage:
