@@ -34,21 +34,18 @@ class Pending(Protocol):
 class Record:
     """One block of one group: the KV of `tokens` (packed) behind `parent`, on the tier number `level`, 0 the nearest.
 
+    `key` is that of the block, in the prefix index.
     `checksum` is that of the content, `None` until it has been written whole; 0 in memory, where nobody checks it, from
     when the copy is on its way. `written` is done when that has been tried, `None` until somebody is about to.
     """
 
+    key: bytes
     parent: bytes
     tokens: bytes
     slot: int
     level: int = 0
     written: Pending | None = None
     checksum: int | None = None
-
-    @property
-    def key(self) -> bytes:
-        """That of the block, in the prefix index."""
-        return chain_key(self.parent, self.tokens)
 
     @property
     def is_lost(self) -> bool:
@@ -83,19 +80,25 @@ class TierIndex:
     def get(self, group: int, key: bytes) -> Record | None:
         """The record of a block, if there is one and it has not been lost."""
         record = self._records[group].get(key)
-        return None if record is None or record.is_lost else record
+        return record if record is None or record.checksum is not None or not record.is_lost else None
+
+    def find(self, key: bytes) -> list[Record | None]:
+        """The record of a block in each group, as `get` gives it."""
+        return [self.get(group, key) for group in range(len(self._records))]
 
     def longest_short(self, parent: bytes, packed: bytes) -> bytes:
         """The most tokens that `packed` begins with and that a block which is not full holds behind `parent`."""
         return max(filter(packed.startswith, self._short.get(parent, ())), key=len, default=b"")
 
-    def add(self, group: int, parent: bytes, tokens: bytes) -> Record | None:
+    def add(self, group: int, parent: bytes, tokens: bytes, key: bytes | None = None) -> Record | None:
         """A new record for a block, in place of the least recently used one where no slot is free.
 
-        `None` where there is no room for any.
+        `key` is that of the block, where the caller knows it. `None` where there is no room for any.
         """
-        records, free, key = self._records[group], self._free[group], chain_key(parent, tokens)
-        self.remove(group, key)
+        records, free = self._records[group], self._free[group]
+        key = chain_key(parent, tokens) if key is None else key
+        if key in records:
+            self.remove(group, key)
         if not free and self._high_water[group] == self._limits[group]:
             if not records:
                 return None
@@ -105,7 +108,7 @@ class TierIndex:
         else:
             slot = self._high_water[group]
             self._high_water[group] += 1
-        record = records[key] = Record(parent, tokens, slot, self._level)
+        record = records[key] = Record(key, parent, tokens, slot, self._level)
         if len(tokens) < self._full_bytes:
             self._short.setdefault(parent, Counter())[tokens] += 1
         return record
@@ -179,7 +182,7 @@ class TierIndex:
             assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
             assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
             for key, record in records.items():
-                assert key == record.key, "a record has a key that is not its own"
+                assert key == record.key == chain_key(record.parent, record.tokens), "a record has a key that is not its own"
                 if len(record.tokens) < self._full_bytes:
                     short.setdefault(record.parent, Counter())[record.tokens] += 1
         assert short == self._short, "blocks that are not full are listed wrongly"
@@ -191,9 +194,13 @@ class TierStack:
     def __init__(self, tiers: Sequence[TierIndex]):
         self._tiers = tiers
 
-    def get(self, group: int, key: bytes) -> Record | None:
-        """The nearest record of a block."""
-        return next((record for tier in self._tiers if (record := tier.get(group, key)) is not None), None)
+    def find(self, key: bytes) -> list[Record | None]:
+        """The nearest record of a block in each group."""
+        nearest, *others = self._tiers
+        found = nearest.find(key)
+        for tier in others if None in found else ():
+            found = [mine or other for mine, other in zip(found, tier.find(key), strict=True)]
+        return found
 
     def longest_short(self, parent: bytes, packed: bytes) -> bytes:
         """As that of `TierIndex`."""
