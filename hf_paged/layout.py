@@ -31,7 +31,7 @@ class MoveKernels:
         self.scatter = partial(move.scatter_blocks, pieces)
 
     def compile(self, record_bytes: int) -> None:
-        """Copy the null block, all zeros, to itself: compiling takes a second, which no transfer is to be blamed for."""
+        """Copy the null block to itself: compiling takes a second, which no transfer is to be blamed for."""
         blocks = torch.full((1,), NULL_BLOCK, device=self._device)
         record = torch.empty(1, record_bytes, dtype=torch.uint8, device=self._device)
         self.gather(blocks, record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -75,10 +76,8 @@ def send_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     here = torch.tensor(numbers, dtype=torch.int64)
     if device.type == "cpu":
         return here
-    try:
+    with suppress(RuntimeError):  # where the system pins no more; so few are read at once
         here = here.pin_memory()
-    except RuntimeError:  # the system pins no more: so few are read at once
-        pass
     return here.to(device, non_blocking=True)
 
 

@@ -179,18 +179,19 @@ class Tiers:
     def _keep(self, levels: Sequence[Level], group: int, contents: Sequence[Content], source: Source) -> None:
         """Put what is new on the first of these tiers; what has no place there, or loses it, goes to the next one."""
         level, *below = levels
+        keys = [each.key for each in contents]
         new = [each for each in contents if level.index.get(group, each.key) is None]
         num_surplus = max(0, len(new) - level.index.capacity(group))
         surplus, kept = new[:num_surplus], new[num_surplus:]
         # A block that was there all along may be what has to make room; it is used now.
-        level.index.touch(group, [each.key for each in contents])
+        level.index.touch(group, keys)
         gone = level.make_room(group, len(kept))
         if below and gone:
             self._try(below[0].name, partial(self._keep, below, group, gone, level.read))
         if below and surplus:
             self._try(below[0].name, partial(self._keep, below, group, surplus, source))
         self._try(level.name, partial(level.put, group, kept, source))
-        level.index.touch(group, [each.key for each in contents])
+        level.index.touch(group, keys)
 
     # -- up ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ class Tiers:
         num_bytes = self._load(loads, hops)
         with manager.lock:
             for hop in hops:
-                manager.index_blocks(hop.parent, hop.packed, hop.blocks)
+                manager.index_blocks(hop.parent, hop.packed, hop.blocks, hop.key)
             manager.index.prune(hops[-1].key)
         return choice.is_trial and num_bytes > 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, count
+from itertools import accumulate
+from itertools import count as counted
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK
@@ -113,14 +114,14 @@ def find_options(
         away = [None if hop.blocks[group] else hop.records[group] for hop in hops]
         # What lies from the first one that is needed on: sums over all, less those before it.
         lost = _sums(not hop.blocks[group] and hop.records[group] is None for hop in hops)
-        usable = [ok and lost[i] == lost[first] for ok, i, first in zip(usable, count(1), firsts, strict=False)]
+        usable = [ok and lost[i] == lost[first] for ok, i, first in zip(usable, counted(1), firsts, strict=False)]
         for level, so_far in enumerate(num_bytes):
             read = _sums(record is not None and record.level == level for record in away)
-            there = zip(so_far, count(1), firsts, strict=False)
+            there = zip(so_far, counted(1), firsts, strict=False)
             num_bytes[level] = [known + (read[i] - read[first]) * record_bytes[group] for known, i, first in there]
     return [
         Option(i, stop - in_memory, each)
-        for i, stop, ok, each in zip(count(1), stops, usable, zip(*num_bytes, strict=True), strict=False)
+        for i, stop, ok, each in zip(counted(1), stops, usable, zip(*num_bytes, strict=True), strict=False)
         if ok and stop > in_memory and any(each)
     ]
 

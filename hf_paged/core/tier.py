@@ -61,6 +61,9 @@ class TierIndex:
         num_slots: of each group. All groups get as many, because a token takes one block in each of them.
         full_bytes: packed tokens of a block that is full.
         level: number of the tier.
+
+    Attributes:
+        num_gone: records that were forgotten, ever.
     """
 
     def __init__(self, num_groups: int, num_slots: int, full_bytes: int, level: int = 0):
@@ -71,6 +74,7 @@ class TierIndex:
         self._free: list[list[int]] = [[] for _ in range(num_groups)]
         self._retired: list[list[int]] = [[] for _ in range(num_groups)]
         self._high_water = [0] * num_groups
+        self.num_gone = 0
         # Blocks that are not full, by parent: they cannot be found by the key of what a prompt has in their place.
         self._short: dict[bytes, Counter[bytes]] = {}
 
@@ -90,13 +94,12 @@ class TierIndex:
         """The most tokens that `packed` begins with and that a block which is not full holds behind `parent`."""
         return max(filter(packed.startswith, self._short.get(parent, ())), key=len, default=b"")
 
-    def add(self, group: int, parent: bytes, tokens: bytes, key: bytes | None = None) -> Record | None:
+    def add(self, group: int, key: bytes, parent: bytes, tokens: bytes) -> Record | None:
         """A new record for a block, in place of the least recently used one where no slot is free.
 
-        `key` is that of the block, where the caller knows it. `None` where there is no room for any.
+        `key` is that of `tokens` behind `parent`. `None` where there is no room for any.
         """
         records, free = self._records[group], self._free[group]
-        key = chain_key(parent, tokens) if key is None else key
         if key in records:
             self.remove(group, key)
         if not free and self._high_water[group] == self._limits[group]:
@@ -142,6 +145,7 @@ class TierIndex:
         record = self._records[group].pop(key, None)
         if record is None:
             return
+        self.num_gone += 1
         self._free[group].append(record.slot)
         if len(record.tokens) < self._full_bytes:
             siblings = self._short[record.parent]
@@ -167,6 +171,7 @@ class TierIndex:
     def clear(self) -> None:
         """Forget every record."""
         for group, records in enumerate(self._records):
+            self.num_gone += len(records)
             records.clear()
             self._free[group].clear()
             self._retired[group].clear()
@@ -182,7 +187,8 @@ class TierIndex:
             assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
             assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
             for key, record in records.items():
-                assert key == record.key == chain_key(record.parent, record.tokens), "a record has a key that is not its own"
+                own = chain_key(record.parent, record.tokens)
+                assert key == record.key == own, "a record has a key that is not its own"
                 if len(record.tokens) < self._full_bytes:
                     short.setdefault(record.parent, Counter())[record.tokens] += 1
         assert short == self._short, "blocks that are not full are listed wrongly"

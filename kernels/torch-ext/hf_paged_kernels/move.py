@@ -24,7 +24,9 @@ from .launch import is_interpreted
 _PIECE_NUMBERS = 3
 # Of a piece, that a program moves at a time: K of 16 tokens of 128 numbers in bfloat16.
 _TILE_BYTES = 4096
-_WORDS = {8: (torch.int64, tl.int64), 4: (torch.int32, tl.int32), 2: (torch.int16, tl.int16), 1: (torch.uint8, tl.uint8)}
+_WORDS = {
+    8: (torch.int64, tl.int64), 4: (torch.int32, tl.int32), 2: (torch.int16, tl.int16), 1: (torch.uint8, tl.uint8),
+}  # fmt: skip
 
 
 # One variant each way: it is compiled before the first transfer, not when some part of one is aligned in another way.
@@ -84,8 +86,9 @@ def scatter_blocks(pieces: BlockPieces, blocks: torch.Tensor, records: torch.Ten
 
 
 def _launch(pieces: BlockPieces, blocks: torch.Tensor, records: torch.Tensor, to_records: bool) -> None:
-    assert records.dtype == torch.uint8 and records.is_contiguous() and blocks.is_contiguous()
-    assert records.shape[0] == blocks.shape[0] and blocks.dtype == torch.int64
+    assert (records.dtype, blocks.dtype) == (torch.uint8, torch.int64), "records are bytes, blocks int64"
+    assert records.shape[0] == blocks.shape[0], "a record a block"
+    assert records.is_contiguous(), "records lie side by side"
     word_bytes = math.gcd(pieces.word_bytes, records.shape[1], records.data_ptr())
     stored_as, word = _WORDS[word_bytes]
     grid = blocks.shape[0], pieces.table.shape[0]
