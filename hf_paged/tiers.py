@@ -105,6 +105,8 @@ class Tiers:
             self._manager.budget.before_eviction = None
             if is_usable and self._mover is not None:
                 self._mover.release()
+                for pool in self._manager.pools:
+                    pool.before_reuse = None
         for level in self.levels:
             level.close()
         if is_usable and self._side is not None:
@@ -171,6 +173,8 @@ class Tiers:
             ]
             stage_bytes = min(STAGE_BYTES, int(manager.budget.limit_bytes * STAGE_SHARE))
             self._mover = BlockMover(self._layouts, self._side, stage_bytes)
+            for group, pool in enumerate(manager.pools):
+                pool.before_reuse = partial(self._mover.before_reuse, group)
         for level in self.levels:
             if level.index is None:
                 self._try(level.name, partial(level.open, self._layouts, self._mover, manager.index.full_bytes))

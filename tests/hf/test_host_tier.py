@@ -13,7 +13,7 @@ from test_quantized import RoundingCache
 from test_sharing import BLOCK_BYTES
 from windows import window_pair
 
-from hf_paged import host, unpatch_model
+from hf_paged import host, pool, unpatch_model
 from hf_paged.layout import RecordLayout
 
 
@@ -46,6 +46,14 @@ def test_copies_that_are_made_at_once(monkeypatch):
     as_gpu(monkeypatch, lambda: None)
     assert min(rotate(hosted(), distinct_pieces(3, 61))) == 56
     assert min(rotate(hosted(blocks=16, **BELOW["host and disk"]), distinct_pieces(5, 61))) == 56
+
+
+def test_blocks_that_are_yet_to_be_read_are_not_written_to(monkeypatch):
+    """Who gets them waits; without poison, which would wait before."""
+    monkeypatch.setattr(pool, "POISON", False)
+    pair = hosted()
+    assert min(rotate(pair, distinct_pieces(3, 61))) == 56
+    assert all(manager_pool.on_free is None for manager_pool in pair.pool.pools)
 
 
 def test_a_disk_right_below_the_device():
