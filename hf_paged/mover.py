@@ -69,9 +69,8 @@ class BlockMover:
                     if number < NUM_STAGES or self._side is None:
                         self._read_part(layout, ids, part, rows)
                     else:
-                        self._read_part_later(layout, ids, part, rows)
-                        reading = _Reading(group, frozenset(blocks[part.start : part.stop]), self._side.mark())
-                        self._reading.append(reading)
+                        done = self._read_part_later(layout, ids, part, rows)
+                        self._reading.append(_Reading(group, frozenset(blocks[part.start : part.stop]), done))
         return self._all_given()
 
     def _read_part(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> None:
@@ -87,7 +86,7 @@ class BlockMover:
         self._side.run(partial(rows.copy_, records, non_blocking=True))
         stage.taken = self._side.mark()
 
-    def _read_part_later(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> None:
+    def _read_part_later(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> Mark:
         stage = self._next_stage()
         records = stage.records(rows)
 
@@ -97,6 +96,7 @@ class BlockMover:
 
         self._side.run(go)
         stage.taken = self._side.mark()
+        return stage.taken
 
     def before_reuse(self, group: int, blocks: Iterable[int]) -> None:
         """The current stream is about to write to these blocks: let it wait until they were read.

@@ -15,6 +15,7 @@ from windows import window_pair
 
 from hf_paged import host, pool, unpatch_model
 from hf_paged.layout import RecordLayout
+from hf_paged.mover import BlockMover
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +182,23 @@ def test_places_that_are_lost_to_what_is_evicted_meanwhile():
     pair.ask([first])
     check(pair)
     assert 0 < pair.reused < 56
+
+
+def test_records_that_lose_their_places_before_their_copies_begin(monkeypatch):
+    """Copies begin without the lock; what has gone meanwhile may have been overwritten, and is computed anew."""
+    pair, row = hosted(blocks=40), piece(61, 1)
+    pair.ask([row])
+    evict(pair)
+    host_index, write = tiers(pair).levels[0].index, BlockMover.write
+
+    def too_late(self, *args):
+        host_index.clear()
+        return write(self, *args)
+
+    monkeypatch.setattr(BlockMover, "write", too_late)
+    pair.ask([row])
+    check(pair)
+    assert pair.reused == 0
 
 
 def test_what_the_host_has_is_not_copied_again():
