@@ -95,7 +95,7 @@ class DiskLevel(Level):
     def put(self, group: int, contents: Sequence[Content], source: Source) -> None:
         """Chains come end first; their records lie root first."""
         record_bytes = self._layouts[group].record_bytes
-        records = [(self.index.add(group, each.parent, each.tokens), each.place) for each in reversed(contents)]
+        records = [(self.index.add(group, *each[:3]), each.place) for each in reversed(contents)]
         placed = sorted([each for each in records if each[0] is not None], key=lambda each: each[1])
         for part in _parts(placed, record_bytes):
             staging = _staging(len(part), record_bytes)

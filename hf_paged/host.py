@@ -1,7 +1,7 @@
 """The host tier of a model on a GPU: records in pinned memory.
 
-Copies to and from it are all on one side stream and begun under the manager's lock, so that a slot which is taken anew
-is written after it was last read.
+Copies to and from it are all on one side stream. Those to it are begun under the manager's lock, and whoever reads a
+slot asks afterwards whether it was still that of the record: then it is written anew after it was last read.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ class HostLevel(Level):
 
     def put(self, group: int, contents: Sequence[Content], source: Source) -> None:
         """Chains come end first; their records lie root first."""
-        added = [(self.index.add(group, each.parent, each.tokens), each.place) for each in reversed(contents)]
+        added = [(self.index.add(group, *each[:3]), each.place) for each in reversed(contents)]
         records = sorted([each for each in added if each[0] is not None], key=lambda each: each[0].slot)
         try:
-            placed = [each for each in records if self._has_memory(group, each[0])]
+            if self._memories[group].are_there([record.slot for record, _ in records]):
+                placed = records
+            else:
+                placed = [each for each in records if self._has_memory(group, each[0])]
             if not placed:
                 return
             slots = [record.slot for record, _ in placed]
@@ -115,12 +118,21 @@ class HostLevel(Level):
         return DONE
 
     def load(self, group: int, loads: Sequence[Load]) -> tuple[list[bool], Pending]:
+        """Copies are begun without the lock, too: others compute on meanwhile.
+
+        What lost its place before its copy had begun may come too late, and is not whole: `holds` is asked again then.
+        """
         with self._lock:
             # Taking the blocks may have cost the records their places.
             whole = [self.index.holds(group, load.record) for load in loads]
             there = sorted((load.record.slot, load.block) for load in compress(loads, whole))
             pieces = list(self._memories[group].pieces([slot for slot, _ in there]))
-            return whole, self._mover.write(group, [block for _, block in there], pieces)
+            num_gone = self.index.num_gone
+        written = self._mover.write(group, [block for _, block in there], pieces)
+        with self._lock:
+            if self.index.num_gone != num_gone:
+                whole = [was and self.index.holds(group, load.record) for was, load in zip(whole, loads, strict=True)]
+        return whole, written
 
     def clear(self) -> None:
         self.close()
@@ -149,6 +161,11 @@ class _SlabMemory:
         self._stops = list(accumulate(size // record_bytes for size in self._sizes))  # the slots before its end
         self.num_slots = self._stops[-1] if self._stops else 0
         self._slabs: list[torch.Tensor | None] = [None] * len(self._sizes)
+
+    def are_there(self, slots: Sequence[int]) -> bool:
+        """Whether the slabs of all these slots, in order, are allocated."""
+        first, last = (bisect_right(self._stops, slot) for slot in (slots[0], slots[-1])) if slots else (0, -1)
+        return all(slab is not None for slab in self._slabs[first : last + 1])
 
     def ensure(self, slot: int, allocate: Callable[[int], torch.Tensor]) -> None:
         """Allocate the slab of a slot where it is not there."""

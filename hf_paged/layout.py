@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
+from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.store import LayerStore
+from hf_paged.streams import send_numbers
+from hf_paged_kernels.launch import triton_obstacle
 
 # Every piece begins at a multiple of these bytes, so that it can be viewed in any dtype.
 _ALIGNMENT = 16
 # Past this many stretches of adjacent blocks one indexed copy a layer takes fewer calls than strided ones.
 MAX_STRETCHES = 2
+
+
+class MoveKernels:
+    """Copies the blocks of all layers in one launch, to records and back."""
+
+    def __init__(self, memories: Sequence[torch.Tensor], offsets: Sequence[int], block_size: int):
+        from hf_paged_kernels import move  # needs Triton
+
+        with torch.inference_mode(False):
+            pieces = move.BlockPieces(memories, offsets, block_size)
+        self._device = memories[0].device
+        self.gather = partial(move.gather_blocks, pieces)
+        self.scatter = partial(move.scatter_blocks, pieces)
+
+    def compile(self, record_bytes: int) -> None:
+        """Copy the null block to itself: compiling takes a second, which no transfer is to be blamed for."""
+        blocks = torch.full((1,), NULL_BLOCK, device=self._device)
+        record = torch.empty(1, record_bytes, dtype=torch.uint8, device=self._device)
+        self.gather(blocks, record)
+        self.scatter(blocks, record)
+
+
+class BlockIds:
+    """Ids of blocks, on the host, and on a device once they were sent there: on the stream that is to read them."""
+
+    def __init__(self, blocks: Sequence[int], device: torch.device):
+        self.blocks, self._device = blocks, device
+        self._sent: torch.Tensor | None = None
+
+    def send(self) -> None:
+        """Begin to copy them to the device; nobody waits."""
+        self._sent = send_numbers(self.blocks, self._device)
+
+    def sent(self, part: range) -> torch.Tensor:
+        """Those of a part, int64 on the device."""
+        return self._sent[part.start : part.stop]
 
 
 class RecordLayout:
@@ -33,6 +73,7 @@ class RecordLayout:
     def __init__(self, stores: Sequence[LayerStore], block_size: int):
         self._stores, self._block_size = list(stores), block_size
         self._places: list[list[tuple[slice, torch.Size, torch.dtype]]] = []
+        self._kernels: MoveKernels | None = None
         devices = {store.keys.device for store in self._stores}
         if len(devices) > 1:
             raise ValueError(f"blocks lie on several devices: {', '.join(sorted(map(str, devices)))}")
@@ -47,20 +88,40 @@ class RecordLayout:
             self._places.append(places)
         self.record_bytes = at
 
-    def read_blocks(self, blocks: Sequence[int], records: torch.Tensor) -> None:
-        """Fill `records [len(blocks), record_bytes]` uint8 with these blocks."""
+    def open_kernels(self) -> None:
+        """From now on all layers are copied in one launch, where the device can do that."""
+        if self._stores and triton_obstacle(self.device) is None:
+            memories = [memory for store in self._stores for memory in (store.keys, store.values)]
+            offsets = [where.start for places in self._places for where, _, _ in places]
+            self._kernels = MoveKernels(memories, offsets, self._block_size)
+            self._kernels.compile(self.record_bytes)
+
+    def ids(self, blocks: Sequence[int]) -> BlockIds:
+        """These blocks, as `read_blocks` and `write_blocks` take them; to be sent before."""
+        return BlockIds(blocks, self.device)
+
+    def read_blocks(self, ids: BlockIds, part: range, records: torch.Tensor) -> None:
+        """Fill `records [len(part), record_bytes]` uint8 with the blocks of this part of `ids`."""
+        if self._kernels is not None:
+            self._kernels.gather(ids.sent(part), records)
+            return
+        blocks = ids.blocks[part.start : part.stop]
         if self._are_scattered(blocks):
-            index = self._index(blocks)
+            index = ids.sent(part)
             for inside, memory in self._all_pairs(records):  # [kv_heads, blocks, block_size, dim] each
                 inside.copy_(memory.index_select(1, index))
             return
         for inside, memory in self._pairs(blocks, records):
             inside.copy_(memory)
 
-    def write_blocks(self, blocks: Sequence[int], records: torch.Tensor) -> None:
-        """Fill these blocks from their records."""
+    def write_blocks(self, ids: BlockIds, part: range, records: torch.Tensor) -> None:
+        """Fill the blocks of this part of `ids` from their records."""
+        if self._kernels is not None:
+            self._kernels.scatter(ids.sent(part), records)
+            return
+        blocks = ids.blocks[part.start : part.stop]
         if self._are_scattered(blocks):
-            index = self._index(blocks)
+            index = ids.sent(part)
             for inside, memory in self._all_pairs(records):
                 memory.index_copy_(1, index, inside)
             return
@@ -69,9 +130,6 @@ class RecordLayout:
 
     def _are_scattered(self, blocks: Sequence[int]) -> bool:
         return sum(1 for _ in runs(blocks)) > MAX_STRETCHES
-
-    def _index(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(blocks).to(self.device, non_blocking=True)  # so few bytes are read at once
 
     def _pairs(self, blocks: Sequence[int], records: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The same K or V `[count, kv_heads, block_size, dim]` in records and in memory, by run of adjacent blocks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -222,11 +222,19 @@ class KVPool:
         return [layer for layer in self.stores if layer is not None and layer.group == group]
 
     def _give_back(self, group: int, runs: Sequence[range]) -> None:
+        for blocks in runs:
+            self._before_reuse(group, blocks)
         for layer in self._layers(group):
             for blocks in runs:
                 layer.give_back(blocks)
 
+    def _before_reuse(self, group: int, blocks: Iterable[int]) -> None:
+        before_reuse = self.manager.pools[group].before_reuse
+        if before_reuse is not None:
+            before_reuse(blocks)
+
     def _poison(self, group: int, block: int) -> None:
+        self._before_reuse(group, [block])
         for layer in self._layers(group):
             layer.poison(range(block, block + 1))
 

@@ -7,7 +7,8 @@ copies are made at once there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -68,6 +69,16 @@ def side_stream(device: torch.device) -> SideStream | None:
 def start_lap(side: SideStream | None) -> Lap:
     """Begin to measure what is computed."""
     return WallLap() if side is None else side.start_lap()
+
+
+def send_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers as int64 on a device, sent on the current stream; nobody waits for them."""
+    here = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cpu":
+        return here
+    with suppress(RuntimeError):  # where the system pins no more; so few are read at once
+        here = here.pin_memory()
+    return here.to(device, non_blocking=True)
 
 
 class WallLap:

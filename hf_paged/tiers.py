@@ -105,6 +105,8 @@ class Tiers:
             self._manager.budget.before_eviction = None
             if is_usable and self._mover is not None:
                 self._mover.release()
+                for pool in self._manager.pools:
+                    pool.before_reuse = None
         for level in self.levels:
             level.close()
         if is_usable and self._side is not None:
@@ -171,6 +173,8 @@ class Tiers:
             ]
             stage_bytes = min(STAGE_BYTES, int(manager.budget.limit_bytes * STAGE_SHARE))
             self._mover = BlockMover(self._layouts, self._side, stage_bytes)
+            for group, pool in enumerate(manager.pools):
+                pool.before_reuse = partial(self._mover.before_reuse, group)
         for level in self.levels:
             if level.index is None:
                 self._try(level.name, partial(level.open, self._layouts, self._mover, manager.index.full_bytes))
@@ -179,18 +183,19 @@ class Tiers:
     def _keep(self, levels: Sequence[Level], group: int, contents: Sequence[Content], source: Source) -> None:
         """Put what is new on the first of these tiers; what has no place there, or loses it, goes to the next one."""
         level, *below = levels
+        keys = [each.key for each in contents]
         new = [each for each in contents if level.index.get(group, each.key) is None]
         num_surplus = max(0, len(new) - level.index.capacity(group))
         surplus, kept = new[:num_surplus], new[num_surplus:]
         # A block that was there all along may be what has to make room; it is used now.
-        level.index.touch(group, [each.key for each in contents])
+        level.index.touch(group, keys)
         gone = level.make_room(group, len(kept))
         if below and gone:
             self._try(below[0].name, partial(self._keep, below, group, gone, level.read))
         if below and surplus:
             self._try(below[0].name, partial(self._keep, below, group, surplus, source))
         self._try(level.name, partial(level.put, group, kept, source))
-        level.index.touch(group, [each.key for each in contents])
+        level.index.touch(group, keys)
 
     # -- up ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +244,7 @@ class Tiers:
         num_bytes = self._load(loads, hops)
         with manager.lock:
             for hop in hops:
-                manager.index_blocks(hop.parent, hop.packed, hop.blocks)
+                manager.index_blocks(hop.parent, hop.packed, hop.blocks, hop.key)
             manager.index.prune(hops[-1].key)
         return choice.is_trial and num_bytes > 0
 

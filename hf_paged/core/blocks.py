@@ -51,6 +51,7 @@ class BlockPool:
 
     Attributes:
         touched: blocks whose memory was taken and not given back.
+        before_reuse: called with blocks whose memory is about to be written to by somebody new.
         page_blocks: memory is given back in groups of so many adjacent blocks.
     """
 
@@ -77,6 +78,7 @@ class BlockPool:
         self._in_use = 0
         self._on_evict = on_evict
         self.on_free = on_free
+        self.before_reuse: Callable[[Iterable[int]], None] | None = None
         self.evicted = 0
         self.high_water = 1
 
@@ -151,6 +153,8 @@ class BlockPool:
                 self._claimed[claim.start : claim.stop] = b"\1" * len(claim)
         self._in_use += count
         self.high_water = max(self.high_water, max(blocks, default=0) + 1)
+        if self.before_reuse is not None:
+            self.before_reuse(blocks)
         return blocks, claim
 
     def _own(self, blocks: Iterable[int]) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from itertools import count as counted
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK
@@ -59,7 +61,7 @@ def find_hops(index: PrefixIndex, tier: Lower, root: bytes, tokens: Sequence[int
         rest = packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES]
         short = max(tier.longest_short(key, rest), index.longest_short(key, rest), key=len)
         if short and at < limit:
-            seam = _hop(index, tier, key, short, at)
+            seam = _hop(index, tier, key, short, at + len(short) // TOKEN_BYTES)
             behind = _full_hops(index, tier, seam.key, packed, seam.stop, limit)
             return [*hops[:count], seam, *behind[: _known(behind)]]
     return hops[:known]
@@ -73,18 +75,19 @@ def _known(hops: Sequence[Hop]) -> int:
 def _full_hops(index: PrefixIndex, tier: Lower, key: bytes, packed: bytes, at: int, limit: int) -> list[Hop]:
     """The full blocks behind `key` that would hold the prompt from token `at` on."""
     hops: list[Hop] = []
-    while at < limit and (at + index.block_size) * TOKEN_BYTES <= len(packed):
-        hop = _hop(index, tier, key, packed[at * TOKEN_BYTES : (at + index.block_size) * TOKEN_BYTES], at)
+    size, begin = index.block_size, at * TOKEN_BYTES
+    while at < limit and begin + index.full_bytes <= len(packed):
+        end = begin + index.full_bytes
+        hop = _hop(index, tier, key, packed[begin:end], at + size)
         hops.append(hop)
-        key, at = hop.key, hop.stop
+        key, at, begin = hop.key, hop.stop, end
     return hops
 
 
-def _hop(index: PrefixIndex, tier: Lower, parent: bytes, packed: bytes, at: int) -> Hop:
+def _hop(index: PrefixIndex, tier: Lower, parent: bytes, packed: bytes, stop: int) -> Hop:
     key = chain_key(parent, packed)
-    blocks = index.blocks_of(key) or [NULL_BLOCK] * len(index.windows)
-    records = [tier.get(group, key) for group in range(len(index.windows))]
-    return Hop(parent, key, packed, at + len(packed) // TOKEN_BYTES, list(blocks), records)
+    blocks = index.blocks_of(key) or (NULL_BLOCK,) * len(index.windows)
+    return Hop(parent, key, packed, stop, [*blocks], tier.find(key))
 
 
 def first_needed(hops: Sequence[Hop], num_tokens: int, window: int | None, start: int = 0) -> int:
@@ -104,23 +107,39 @@ def find_options(
     num_levels: int = 1,
 ) -> list[Option]:
     """Every beginning of `hops` that is whole between pool and tiers, and longer than the `in_memory` tokens there."""
-    options: list[Option] = []
-    firsts = [0] * len(windows)
-    lost = [[0] for _ in windows]  # by group and number of hops: neither in the pool nor on a tier
-    read = [[[0] for _ in range(num_levels)] for _ in windows]  # on the tier of that level only
-    for count, hop in enumerate(hops, start=1):
-        num_tokens, num_bytes, is_whole = min(hop.stop, limit), [0] * num_levels, True
-        for group, window in enumerate(windows):
-            block, record = hop.blocks[group], hop.records[group]
-            lost[group].append(lost[group][-1] + (not block and record is None))
-            first = firsts[group] = first_needed(hops, num_tokens, window, firsts[group])
-            is_whole &= lost[group][count] == lost[group][min(first, count)]
-            for level, counts in enumerate(read[group]):
-                counts.append(counts[-1] + (not block and record is not None and record.level == level))
-                num_bytes[level] += (counts[count] - counts[min(first, count)]) * record_bytes[group]
-        if is_whole and any(num_bytes) and num_tokens > in_memory:
-            options.append(Option(count, num_tokens - in_memory, tuple(num_bytes)))
-    return options
+    stops = [min(hop.stop, limit) for hop in hops]
+    usable, num_bytes = [True] * len(hops), [[0] * len(hops) for _ in range(num_levels)]
+    for group, window in enumerate(windows):
+        firsts = _firsts(hops, stops, window)
+        away = [None if hop.blocks[group] else hop.records[group] for hop in hops]
+        # What lies from the first one that is needed on: sums over all, less those before it.
+        lost = _sums(not hop.blocks[group] and hop.records[group] is None for hop in hops)
+        usable = [ok and lost[i] == lost[first] for ok, i, first in zip(usable, counted(1), firsts, strict=False)]
+        for level, so_far in enumerate(num_bytes):
+            read = _sums(record is not None and record.level == level for record in away)
+            there = zip(so_far, counted(1), firsts, strict=False)
+            num_bytes[level] = [known + (read[i] - read[first]) * record_bytes[group] for known, i, first in there]
+    return [
+        Option(i, stop - in_memory, each)
+        for i, stop, ok, each in zip(counted(1), stops, usable, zip(*num_bytes, strict=True), strict=False)
+        if ok and stop > in_memory and any(each)
+    ]
+
+
+def _firsts(hops: Sequence[Hop], stops: Sequence[int], window: int | None) -> list[int]:
+    """For each number of hops, counted from 1, the first one that is needed; no more than that number."""
+    if window is None:
+        return [0] * len(hops)
+    firsts, first = [], 0
+    for i, stop in enumerate(stops, start=1):
+        first = first_needed(hops, stop, window, first)
+        firsts.append(min(first, i))
+    return firsts
+
+
+def _sums(numbers: Iterable[int]) -> list[int]:
+    """Of the first 0, 1, 2, … of them."""
+    return [*accumulate(numbers, initial=0)]
 
 
 class Rate:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
@@ -128,8 +130,8 @@ class BlockManager:
         """Let go of blocks that `append`, `assign`, `hold_prefixes`, `hold` and the like have pinned."""
         with self.lock:
             self._pinned.subtract(pins)
-            for group, block in pins:
-                self._drop(group, [block])
+            for group, each in groupby(pins, key=itemgetter(0)):
+                self._drop(group, [block for _, block in each])
 
     def blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that appending `num_tokens` tokens to `table` takes from each pool."""
@@ -375,8 +377,8 @@ class BlockManager:
     def hold(self, pins: Sequence[Pin]) -> None:
         """Pin blocks that are there until `unpin`."""
         with self.lock:
-            for group, block in pins:
-                self.pools[group].share([block])
+            for group, each in groupby(pins, key=itemgetter(0)):
+                self.pools[group].share([block for _, block in each])
             self._pinned.update(pins)
 
     def take_runs(self, counts: Sequence[int], after: Sequence[int], room: int) -> list[list[int]]:
@@ -394,12 +396,15 @@ class BlockManager:
             self._pinned.update((group, block) for group, blocks in enumerate(taken) for block in blocks)
             return taken
 
-    def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
-        """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key."""
+    def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int], key: bytes | None = None) -> bytes:
+        """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key.
+
+        `key` is that key, where the caller knows it.
+        """
         for entry in self.index.covered_by(parent, packed):
             for group, block in self.index.remove(entry):
                 self.pools[group].discard(block)
-        return self.index.add(parent, packed, blocks)
+        return self.index.add(parent, packed, blocks, key)
 
     def hold_prefixes(self, root: bytes) -> tuple[list[Entry], list[Pin]]:
         """What is indexed under `root`, parents first, with the blocks as they are now, pinned until `unpin`."""

@@ -228,13 +228,14 @@ class PrefixIndex:
 
     # -- changing ------------------------------------------------------------------------------------------------
 
-    def add(self, parent: bytes, packed: bytes, blocks: Sequence[int]) -> bytes:
+    def add(self, parent: bytes, packed: bytes, blocks: Sequence[int], key: bytes | None = None) -> bytes:
         """Index `blocks`, one a group, as those that hold these tokens behind `parent`; returns the key.
 
+        `key` is that key, where the caller knows it.
         Where a group has a block for them already, nothing changes there; null blocks are passed over. Call `prune`
         once nothing more is to follow.
         """
-        key = chain_key(parent, packed)
+        key = chain_key(parent, packed) if key is None else key
         entry = self._entries.get(key) or Entry(key, parent, packed, [NULL_BLOCK] * len(blocks))
         for group, block in enumerate(blocks):
             if block and not entry.blocks[group]:
@@ -260,6 +261,8 @@ class PrefixIndex:
 
     def covered_by(self, parent: bytes, packed: bytes) -> list[Entry]:
         """Entries behind `parent` that hold a proper beginning of these tokens, and that nothing follows."""
+        if (parent, packed[:TOKEN_BYTES]) not in self._children:
+            return []
         return [
             entry
             for entry in self._siblings(parent, packed)

@@ -34,21 +34,18 @@ class Pending(Protocol):
 class Record:
     """One block of one group: the KV of `tokens` (packed) behind `parent`, on the tier number `level`, 0 the nearest.
 
+    `key` is that of the block, in the prefix index.
     `checksum` is that of the content, `None` until it has been written whole; 0 in memory, where nobody checks it, from
     when the copy is on its way. `written` is done when that has been tried, `None` until somebody is about to.
     """
 
+    key: bytes
     parent: bytes
     tokens: bytes
     slot: int
     level: int = 0
     written: Pending | None = None
     checksum: int | None = None
-
-    @property
-    def key(self) -> bytes:
-        """That of the block, in the prefix index."""
-        return chain_key(self.parent, self.tokens)
 
     @property
     def is_lost(self) -> bool:
@@ -64,6 +61,9 @@ class TierIndex:
         num_slots: of each group. All groups get as many, because a token takes one block in each of them.
         full_bytes: packed tokens of a block that is full.
         level: number of the tier.
+
+    Attributes:
+        num_gone: records that were forgotten, ever.
     """
 
     def __init__(self, num_groups: int, num_slots: int, full_bytes: int, level: int = 0):
@@ -74,6 +74,7 @@ class TierIndex:
         self._free: list[list[int]] = [[] for _ in range(num_groups)]
         self._retired: list[list[int]] = [[] for _ in range(num_groups)]
         self._high_water = [0] * num_groups
+        self.num_gone = 0
         # Blocks that are not full, by parent: they cannot be found by the key of what a prompt has in their place.
         self._short: dict[bytes, Counter[bytes]] = {}
 
@@ -83,19 +84,24 @@ class TierIndex:
     def get(self, group: int, key: bytes) -> Record | None:
         """The record of a block, if there is one and it has not been lost."""
         record = self._records[group].get(key)
-        return None if record is None or record.is_lost else record
+        return record if record is None or record.checksum is not None or not record.is_lost else None
+
+    def find(self, key: bytes) -> list[Record | None]:
+        """The record of a block in each group, as `get` gives it."""
+        return [self.get(group, key) for group in range(len(self._records))]
 
     def longest_short(self, parent: bytes, packed: bytes) -> bytes:
         """The most tokens that `packed` begins with and that a block which is not full holds behind `parent`."""
         return max(filter(packed.startswith, self._short.get(parent, ())), key=len, default=b"")
 
-    def add(self, group: int, parent: bytes, tokens: bytes) -> Record | None:
+    def add(self, group: int, key: bytes, parent: bytes, tokens: bytes) -> Record | None:
         """A new record for a block, in place of the least recently used one where no slot is free.
 
-        `None` where there is no room for any.
+        `key` is that of `tokens` behind `parent`. `None` where there is no room for any.
         """
-        records, free, key = self._records[group], self._free[group], chain_key(parent, tokens)
-        self.remove(group, key)
+        records, free = self._records[group], self._free[group]
+        if key in records:
+            self.remove(group, key)
         if not free and self._high_water[group] == self._limits[group]:
             if not records:
                 return None
@@ -105,7 +111,7 @@ class TierIndex:
         else:
             slot = self._high_water[group]
             self._high_water[group] += 1
-        record = records[key] = Record(parent, tokens, slot, self._level)
+        record = records[key] = Record(key, parent, tokens, slot, self._level)
         if len(tokens) < self._full_bytes:
             self._short.setdefault(parent, Counter())[tokens] += 1
         return record
@@ -139,6 +145,7 @@ class TierIndex:
         record = self._records[group].pop(key, None)
         if record is None:
             return
+        self.num_gone += 1
         self._free[group].append(record.slot)
         if len(record.tokens) < self._full_bytes:
             siblings = self._short[record.parent]
@@ -164,6 +171,7 @@ class TierIndex:
     def clear(self) -> None:
         """Forget every record."""
         for group, records in enumerate(self._records):
+            self.num_gone += len(records)
             records.clear()
             self._free[group].clear()
             self._retired[group].clear()
@@ -179,7 +187,8 @@ class TierIndex:
             assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
             assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
             for key, record in records.items():
-                assert key == record.key, "a record has a key that is not its own"
+                own = chain_key(record.parent, record.tokens)
+                assert key == record.key == own, "a record has a key that is not its own"
                 if len(record.tokens) < self._full_bytes:
                     short.setdefault(record.parent, Counter())[record.tokens] += 1
         assert short == self._short, "blocks that are not full are listed wrongly"
@@ -191,9 +200,13 @@ class TierStack:
     def __init__(self, tiers: Sequence[TierIndex]):
         self._tiers = tiers
 
-    def get(self, group: int, key: bytes) -> Record | None:
-        """The nearest record of a block."""
-        return next((record for tier in self._tiers if (record := tier.get(group, key)) is not None), None)
+    def find(self, key: bytes) -> list[Record | None]:
+        """The nearest record of a block in each group."""
+        nearest, *others = self._tiers
+        found = nearest.find(key)
+        for tier in others if None in found else ():
+            found = [mine or other for mine, other in zip(found, tier.find(key), strict=True)]
+        return found
 
     def longest_short(self, parent: bytes, packed: bytes) -> bytes:
         """As that of `TierIndex`."""

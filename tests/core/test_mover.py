@@ -61,6 +61,7 @@ def test_what_goes_comes_back(blocks, make_side, dtype):
     expected, others = contents(layers, blocks), [block for block in range(NUM_BLOCKS) if block not in blocks]
     rows = torch.zeros(len(blocks), layout.record_bytes, dtype=torch.uint8)
     gone = mover.read(0, blocks, [rows[:1], rows[1:]])
+    mover.before_reuse(0, blocks)
     for layer in layers:
         layer.poison(range(1, NUM_BLOCKS))
     beside = contents(layers, others)
@@ -80,10 +81,36 @@ def test_the_side_stream_waits_for_what_was_computed():
     mover = BlockMover([layout], side, layout.record_bytes)
     rows = torch.empty(3, layout.record_bytes, dtype=torch.uint8)
     mover.read(0, [1, 2, 3], [rows])
-    assert side.told == ["after current", "run"] * 3
+    assert side.told == ["after current", "run"] * NUM_STAGES + ["run"] * 2, "the third one is gathered there, too"
     side.told.clear()
     mover.write(0, [1, 2, 3], [rows])
-    assert side.told == ["after current"] + ["run"] * 6
+    assert side.told == ["after current"] + ["run"] * 4, "one for the ids"
+
+
+def test_only_who_gets_blocks_that_are_yet_to_be_read_waits():
+    """What the stages hold is gathered at once; beyond, blocks are read later, and waited for by themselves."""
+    layers, side = stores(), LateSide()
+    layout = RecordLayout(layers, BLOCK_SIZE)
+    mover = BlockMover([layout, layout], side, layout.record_bytes)
+    blocks = [2, 3, 4, 5]
+    expected = contents(layers, blocks)
+    rows = torch.zeros(4, layout.record_bytes, dtype=torch.uint8)
+    gone = mover.read(0, blocks, [rows])
+    mover.before_reuse(0, [1, 2, 3, 9])
+    mover.before_reuse(1, blocks)
+    assert side._done == 0, "nobody has waited"
+    for layer in layers:
+        layer.poison(range(2, 4))
+    mover.before_reuse(0, range(4, 5))
+    assert side._done == side._given - 1, "for the third one, not for the last one"
+    for layer in layers:
+        layer.poison(range(4, 5))
+    gone.result()
+    assert mover._reading
+    mover.before_reuse(0, [])
+    assert not mover._reading, "what was read is forgotten"
+    mover.write(0, blocks, [rows]).result()
+    assert all(map(torch.equal, contents(layers, blocks), expected))
 
 
 def test_layers_on_several_devices_are_told():

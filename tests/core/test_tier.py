@@ -54,7 +54,7 @@ class TierMachine(RuleBasedStateMachine):
         kept.pop(key, None)
         while len(kept) >= self.room[group] > 0:
             kept.popitem(last=False)
-        return self.index.add(group, *key)
+        return self.index.add(group, chain_key(*key), *key)
 
     @rule(group=some_group, key=some_key, content=st.binary(min_size=RECORD_BYTES, max_size=RECORD_BYTES))
     def put(self, group, key, content):
@@ -213,7 +213,7 @@ def test_options_are_the_beginnings_that_are_whole(windows, where, seam, limit):
             blocks += 1
             held.append(blocks if where[i][group] == "memory" else 0)
             for level in PLACES[where[i][group]]:
-                tiers[level].add(group, key, packed).written = Future()
+                tiers[level].add(group, chain_key(key, packed), key, packed).written = Future()
         key = index.add(key, packed, held)
     sizes = [10 ** (2 * group) for group in range(len(windows))]
     hops = find_hops(index, TierStack(tiers), ROOT, TOKENS, limit)

@@ -10,7 +10,7 @@ from disk import Always
 from pair import Pair
 from test_sharing import BLOCK_BYTES
 
-from hf_paged import pool
+from hf_paged import layout, pool
 
 
 class LateSide:
@@ -92,8 +92,13 @@ class LateLap:
         return None if self._asked == 1 else self._seconds
 
 
-def as_gpu(monkeypatch, make_side=LateSide):
-    """From now on the CPU is a GPU; `make_side` returns the side stream of each pool, or `None`."""
+def as_gpu(monkeypatch, make_side=LateSide, has_kernels=False):
+    """From now on the CPU is a GPU; `make_side` returns the side stream of each pool, or `None`.
+
+    Triton's interpreter takes a second for what a launch does, and runs in one thread only: without it by default.
+    """
+    if not has_kernels:
+        monkeypatch.setattr(layout, "triton_obstacle", lambda device: "it is interpreted")
     monkeypatch.setattr(pool, "budget_key", lambda device: 0)
     monkeypatch.setattr(pool, "side_stream", lambda device: make_side())
 

@@ -13,8 +13,9 @@ from test_quantized import RoundingCache
 from test_sharing import BLOCK_BYTES
 from windows import window_pair
 
-from hf_paged import host, unpatch_model
+from hf_paged import host, pool, unpatch_model
 from hf_paged.layout import RecordLayout
+from hf_paged.mover import BlockMover
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,14 @@ def test_copies_that_are_made_at_once(monkeypatch):
     as_gpu(monkeypatch, lambda: None)
     assert min(rotate(hosted(), distinct_pieces(3, 61))) == 56
     assert min(rotate(hosted(blocks=16, **BELOW["host and disk"]), distinct_pieces(5, 61))) == 56
+
+
+def test_blocks_that_are_yet_to_be_read_are_not_written_to(monkeypatch):
+    """Who gets them waits; without poison, which would wait before."""
+    monkeypatch.setattr(pool, "POISON", False)
+    pair = hosted()
+    assert min(rotate(pair, distinct_pieces(3, 61))) == 56
+    assert all(manager_pool.on_free is None for manager_pool in pair.pool.pools)
 
 
 def test_a_disk_right_below_the_device():
@@ -173,6 +182,23 @@ def test_places_that_are_lost_to_what_is_evicted_meanwhile():
     pair.ask([first])
     check(pair)
     assert 0 < pair.reused < 56
+
+
+def test_records_that_lose_their_places_before_their_copies_begin(monkeypatch):
+    """Copies begin without the lock; what has gone meanwhile may have been overwritten, and is computed anew."""
+    pair, row = hosted(blocks=40), piece(61, 1)
+    pair.ask([row])
+    evict(pair)
+    host_index, write = tiers(pair).levels[0].index, BlockMover.write
+
+    def too_late(self, *args):
+        host_index.clear()
+        return write(self, *args)
+
+    monkeypatch.setattr(BlockMover, "write", too_late)
+    pair.ask([row])
+    check(pair)
+    assert pair.reused == 0
 
 
 def test_what_the_host_has_is_not_copied_again():

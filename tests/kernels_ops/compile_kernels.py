@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_paged_kernels import FORMATS, KVRecords, attend, copy, store
+from hf_paged_kernels import FORMATS, KVRecords, attend, copy, move, store
 from hf_paged_kernels.device_formats import constants_of
 from hf_paged_kernels.packed import is_packed
 from hf_paged_kernels.tuning import PAGE_TOKENS, Tile, padded_dim, tiles_for
@@ -105,6 +105,10 @@ def main(capability, everything):
     dims = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_KEY": 128, "BLOCK_VALUE": 128}
     copies = {**dims, "COPY": 4, "BLOCK_TOKENS": 32, "INTERPRETED": False}
     compile_kernel(copy._copy_kernel, capability, dict.fromkeys(MEMORIES, "bf16"), copies)
+    types = {"p_pieces": "i64", "p_blocks": "i64", "p_records": "i64"}
+    moved = {"PIECE": 3, "WORD": triton.language.int64, "WORD_BYTES": 8, "TILE": 512, "INTERPRETED": False}
+    for to_records in (True, False):
+        compile_kernel(move._move_kernel, capability, types, moved | {"TO_RECORDS": to_records})
     merged = {"VALUE_DIM": 128, "BLOCK_VALUE": 128, "BLOCK_PARTS": 16, "HAS_SINKS": True, "INTERPRETED": False}
     types = {"p_parts_out": "fp32", "p_parts_lse": "fp32", "p_out": "bf16", "p_sinks": "bf16"}
     compile_kernel(attend._merge_kernel, capability, types, merged)

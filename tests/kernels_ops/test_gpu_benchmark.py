@@ -65,7 +65,27 @@ def test_the_host_tier_is_measured(make_side, monkeypatch):
     by_work = {row["work"].split(",")[0]: row for row in rows}
     assert by_work["promoted"]["passed"], rows
     assert by_work["demoted"]["bytes"] == by_work["promoted"]["bytes"] > 0
-    assert min(row["promoted_bytes"] for row in rows[-2:]) > 0 == rows[-2]["demoted_bytes"] < rows[-1]["demoted_bytes"]
+    paced, comes, comes_and_goes = rows[-3:]
+    assert min(row["promoted_bytes"] for row in rows[-3:]) > 0 == comes["demoted_bytes"]
+    assert min(row["demoted_bytes"] for row in (paced, comes_and_goes)) > 0
+    for row in rows[-3:]:
+        assert 0 < row["steps_beside_transfers"] <= row["steps"] == gpu_offload.TINY.new - 1
+
+
+def test_steps_beside_transfers_are_those_that_overlap_one():
+    steps = gpu_offload.Steps(longest=60)
+    steps.stamps = [0.0, 1.0, 3.0, 6.0, 10.0]
+    assert steps.seconds == [1, 2, 3, 4]
+    assert steps.beside([]) == []
+    assert steps.beside([(0.5, 0.7), (4.0, 5.0)]) == [1, 3]
+    assert steps.beside([(1.0, 3.0)]) == [2], "whole"
+    assert steps.beside([(2.0, 7.0)]) == [2, 3, 4]
+
+
+def test_a_decoding_that_takes_too_long_ends():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert not gpu_offload.Steps(longest=60)(ids, None).any()
+    assert gpu_offload.Steps(longest=-1)(ids, None).all()
 
 
 def test_a_part_that_fails_keeps_what_it_has_found(capsys):
