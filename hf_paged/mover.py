@@ -6,7 +6,7 @@ On a GPU a block lies in as many pieces as there are layers, twice; in a *stage*
 gathered to records, so that one copy moves as many as it holds. Only copies between device and host (══) and what
 follows them are on the side stream. Blocks are gathered on the current stream: whoever writes to them next, on that
 stream, comes later, and nobody waits for the host. There are two stages: what a transfer moves beyond these would make
-that stream wait for the first one's copy, so it is gathered on the side stream, too, and who gets such a block before
+that stream wait for the first one's copy. Or it is gathered on the side stream, too, and who gets such a block before
 it was read waits (`before_reuse`).
 """
 
@@ -34,10 +34,15 @@ class BlockMover:
         layouts: of each group's records.
         side: of the pool's device; `None`: its memory is the host's, and is copied at once.
         stage_bytes: of each stage.
+        is_asked: whether `before_reuse` is called before blocks that were read are written to. Otherwise all of them
+            are gathered on the current stream.
     """
 
-    def __init__(self, layouts: Sequence[RecordLayout], side: SideStream | None, stage_bytes: int):
+    def __init__(
+        self, layouts: Sequence[RecordLayout], side: SideStream | None, stage_bytes: int, is_asked: bool = False
+    ):
         self._layouts, self._side = layouts, side
+        self._num_at_once = NUM_STAGES if side is not None and is_asked else sys.maxsize
         largest = max(layout.record_bytes for layout in layouts)
         self._stage_bytes = sys.maxsize if side is None else max(stage_bytes, largest)
         self._stages: list[_Stage] = []
@@ -56,17 +61,17 @@ class BlockMover:
     def read(self, group: int, blocks: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
         """Copy blocks to the rows of `pieces`, `[rows, record_bytes]` each; they are there when the result is done.
 
-        The blocks may be overwritten at once by the current stream, behind a call of `before_reuse`.
+        The blocks may be overwritten at once by the current stream; behind a call of `before_reuse` where `is_asked`.
         """
         layout, ids = self._layouts[group], self._layouts[group].ids(blocks)
         with torch.no_grad():
             ids.send()
             for number, (part, rows) in enumerate(self._parts(layout, pieces)):
-                if number == NUM_STAGES and self._side is not None:
+                if number == self._num_at_once:
                     ids = layout.ids(blocks)
                     self._side.run(ids.send)
                 with self._lock:
-                    if number < NUM_STAGES or self._side is None:
+                    if number < self._num_at_once:
                         self._read_part(layout, ids, part, rows)
                     else:
                         done = self._read_part_later(layout, ids, part, rows)

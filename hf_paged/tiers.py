@@ -172,7 +172,7 @@ class Tiers:
                 for group in range(len(manager.pools))
             ]
             stage_bytes = min(STAGE_BYTES, int(manager.budget.limit_bytes * STAGE_SHARE))
-            self._mover = BlockMover(self._layouts, self._side, stage_bytes)
+            self._mover = BlockMover(self._layouts, self._side, stage_bytes, is_asked=True)
             for group, pool in enumerate(manager.pools):
                 pool.before_reuse = partial(self._mover.before_reuse, group)
         for level in self.levels:

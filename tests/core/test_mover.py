@@ -51,17 +51,19 @@ def contents(layers, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_asked", [False, True])
 @pytest.mark.parametrize("make_side", [LateSide, lambda: None])
 @pytest.mark.parametrize("blocks", [[3], [2, 3, 4, 5, 6], [7, 2, 9, 4, 5]], ids=["one", "adjacent", "scattered"])
-def test_what_goes_comes_back(blocks, make_side, dtype):
+def test_what_goes_comes_back(blocks, make_side, is_asked, dtype):
     """Through stages of two records; the blocks are overwritten at once, other ones are not touched."""
     layers = stores(dtype)
     layout = RecordLayout(layers, BLOCK_SIZE)
-    mover = BlockMover([layout], make_side(), 2 * layout.record_bytes)
+    mover = BlockMover([layout], make_side(), 2 * layout.record_bytes, is_asked)
     expected, others = contents(layers, blocks), [block for block in range(NUM_BLOCKS) if block not in blocks]
     rows = torch.zeros(len(blocks), layout.record_bytes, dtype=torch.uint8)
     gone = mover.read(0, blocks, [rows[:1], rows[1:]])
-    mover.before_reuse(0, blocks)
+    if is_asked:
+        mover.before_reuse(0, blocks)
     for layer in layers:
         layer.poison(range(1, NUM_BLOCKS))
     beside = contents(layers, others)
@@ -78,7 +80,7 @@ def test_the_side_stream_waits_for_what_was_computed():
     """Each copy out for the gathering before it, a copy in for whoever had the blocks before."""
     layers, side = stores(), Told()
     layout = RecordLayout(layers, BLOCK_SIZE)
-    mover = BlockMover([layout], side, layout.record_bytes)
+    mover = BlockMover([layout], side, layout.record_bytes, is_asked=True)
     rows = torch.empty(3, layout.record_bytes, dtype=torch.uint8)
     mover.read(0, [1, 2, 3], [rows])
     assert side.told == ["after current", "run"] * NUM_STAGES + ["run"] * 2, "the third one is gathered there, too"
@@ -91,7 +93,7 @@ def test_only_who_gets_blocks_that_are_yet_to_be_read_waits():
     """What the stages hold is gathered at once; beyond, blocks are read later, and waited for by themselves."""
     layers, side = stores(), LateSide()
     layout = RecordLayout(layers, BLOCK_SIZE)
-    mover = BlockMover([layout, layout], side, layout.record_bytes)
+    mover = BlockMover([layout, layout], side, layout.record_bytes, is_asked=True)
     blocks = [2, 3, 4, 5]
     expected = contents(layers, blocks)
     rows = torch.zeros(4, layout.record_bytes, dtype=torch.uint8)
