@@ -172,7 +172,7 @@ def attend_error(
             keys[:, slot : slot + count], values[:, slot : slot + count] = key, value
         tables.add(queries, queries + length, runs, tokens - length)
         queries += length
-    tiles = tiles_for(dtype, key_dim, shape[3], heads // kv_heads)
+    tiles = tiles_for(dtype, key_dim, shape[3], heads // kv_heads, kv_format and kv_format.name)
     work = send(cut(tables, range(queries), tiles, heads // kv_heads, kv_heads, processors(device), window), device)
     query = torch.randn(queries, heads, key_dim, device=device).to(dtype)
     sinks = torch.randn(heads, device=device) if feature == "sinks" else None
@@ -258,7 +258,8 @@ class Layers:
             mine = pages[row * each : (row + 1) * each]
             tables.add(row, row + 1, [(page * PAGE_TOKENS, PAGE_TOKENS) for page in mine])
         sizes, group = self.sizes, self.sizes.heads // self.sizes.kv_heads
-        tiles = tiles or tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group)
+        kv_format = self.records and self.records.kv_format.name
+        tiles = tiles or tiles_for(torch.bfloat16, sizes.dim, sizes.dim, group, kv_format)
         return send(cut(tables, range(self.batch), tiles, group, sizes.kv_heads, processors(self.device)), self.device)
 
     def attend(self, work: Work) -> None:

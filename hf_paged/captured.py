@@ -48,6 +48,7 @@ class CapturedStep:
         rows: int,
     ):
         self._driver, self._pool = driver, weakref.ref(cache.pool)
+        self._sent: FixedStep | None = None  # whose numbers are in the buffer, ahead of its inputs
         with torch.inference_mode(False):  # tensors made there could not be filled elsewhere
             self._numbers = step.buffer()
             self._inputs = {
@@ -67,6 +68,11 @@ class CapturedStep:
         self._fill(step, tensors)
         self._run()
 
+    def send(self, step: FixedStep) -> None:
+        """Have the numbers of the next step behind the last one, which may still be computed."""
+        self._driver.send(step.numbers(), self._numbers)
+        self._sent = step
+
     def outputs(self, request: ModelCall, queries: int) -> ModelOutput:
         """Those of the last step, over the first `queries` rows of the pass; logits of the call's other rows are zero.
 
@@ -81,7 +87,9 @@ class CapturedStep:
         return self._kind(logits=logits, past_key_values=request.kwargs["past_key_values"])
 
     def _fill(self, step: FixedStep, tensors: dict[str, torch.Tensor]) -> None:
-        self._driver.send(step.numbers(), self._numbers)
+        if self._sent is not step:
+            self.send(step)
+        self._sent = None
         for name, value in tensors.items():
             if value.shape[-2] == 1:
                 self._inputs[name].copy_(value.expand_as(self._inputs[name]))

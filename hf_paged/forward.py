@@ -196,12 +196,13 @@ def run_decode(
         listed = request.inputs.tolist()
         tokens = [listed[row] for row in active] if some else listed
     try:
-        plans, pins = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens)
+        foreseen = None if graphs is None else graphs.foreseen(cache)
+        plans, pins = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens, foreseen)
     except OutOfBlocks as error:
         raise cache.pool.memory_error(error, len(tables)) from None
     cache.sequences.pins += pins
     cache.is_copying = bool(pins)
-    outputs = None if graphs is None else graphs.step(request, cache, backend, plans, active)
+    outputs = None if graphs is None else graphs.step(request, cache, backend, plans, active, tables)
     if outputs is not None:
         cache.finish(None, 1)
         return outputs

@@ -17,7 +17,9 @@ from hf_paged.backends.fixed import FixedStep, UncapturableError
 from hf_paged.cache import PagedCache
 from hf_paged.capturable import inputs_of, model_obstacle
 from hf_paged.captured import CapturedStep
+from hf_paged.core.foresight import Foreseen, foresee
 from hf_paged.core.plan import StepPlan
+from hf_paged.core.table import BlockTable
 from hf_paged.forward import ModelCall
 from hf_paged.graphs import GraphDriver, driver_for
 from hf_paged.identity import ModelIdentity
@@ -27,6 +29,24 @@ from hf_paged.stats import Counters
 MAX_GRAPHS = 32
 # More rows keep a GPU busy enough that nobody notices Python.
 MAX_ROWS = 256
+# Steps that nobody looks ahead from after one that did not come as foreseen: beams part in every step.
+PAUSE_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ahead:
+    """The step that comes next, if the rows stay and grow by a token each.
+
+    Attributes:
+        foreseen: its plans.
+        step: its numbers.
+        active, asked: what these are for.
+    """
+
+    foreseen: Foreseen
+    step: FixedStep
+    active: Sequence[int]
+    asked: Sequence[Sequence[Any]]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,10 +56,14 @@ class Standing:
     Attributes:
         digest: of the model's state; `None` where nothing of it is captured.
         noted: reasons that were counted.
+        ahead: what was foreseen of the next step.
+        pause_steps: for which nothing is to be foreseen.
     """
 
     digest: bytes | None
     noted: set[str] = field(default_factory=set)
+    ahead: Ahead | None = None
+    pause_steps: int = 0
 
 
 class DecodeGraphs:
@@ -86,6 +110,7 @@ class DecodeGraphs:
         backend: AttentionBackend,
         plans: Sequence[StepPlan],
         active: Sequence[int],
+        tables: Sequence[BlockTable],
     ) -> Any | None:
         """The outputs of a decode step, or `None` where the model is to be called as ever.
 
@@ -95,6 +120,7 @@ class DecodeGraphs:
             backend: of the step.
             plans: of the step, by group.
             active: the rows of the call that the plans' queries belong to.
+            tables: of these rows.
         """
         if not self._enabled or not backend.has_fixed_steps or torch.is_grad_enabled() or cache.dense_len < 2:
             return None
@@ -107,12 +133,17 @@ class DecodeGraphs:
             if asked is None:
                 return None
             try:
-                outputs = self._replay(driver, standing, asked, request, cache, backend, plans, active)
+                outputs = self._replay(driver, standing, asked, request, cache, backend, plans, active, tables)
             except UncapturableError as error:
                 self._note(standing, str(error))
                 return None
         self._counters.add(replayed_steps=1)
         return outputs
+
+    def foreseen(self, cache: PagedCache) -> Foreseen | None:
+        """The plans of the cache's next step, if it comes as was to be expected."""
+        ahead = None if cache.standing is None else cache.standing.ahead
+        return None if ahead is None else ahead.foreseen
 
     def learn(self, cache: PagedCache, plans: Sequence[StepPlan]) -> None:
         """Note what attention has asked of the plans of a step that was no graph."""
@@ -159,11 +190,12 @@ class DecodeGraphs:
         backend: AttentionBackend,
         plans: Sequence[StepPlan],
         active: Sequence[int],
+        tables: Sequence[BlockTable],
     ) -> Any:
         """Raises `UncapturableError`."""
         device, rows = request.inputs.device, _bucket(len(active))
         tensors, constants = inputs_of(request)
-        step = FixedStep.of(plans, asked, active, rows, device)
+        step = _as_foreseen(standing, plans, active, asked) or FixedStep.of(plans, asked, active, rows, device)
         shapes = tuple(sorted((name, value.dtype, tuple(value.shape[:-2])) for name, value in tensors.items()))
         values = tuple(sorted(constants.items()))
         signature = (standing.digest, backend.name, device, shapes, values, step.rooms)
@@ -183,12 +215,48 @@ class DecodeGraphs:
             self._steps.move_to_end(signature)
             if isinstance(captured, str):
                 raise UncapturableError(captured)
-            return captured.outputs(request, len(active))
+            outputs = captured.outputs(request, len(active))
+            self._look_ahead(standing, cache, captured, step, active, asked, tables)
+            return outputs
+
+    @staticmethod
+    def _look_ahead(
+        standing: Standing,
+        cache: PagedCache,
+        captured: CapturedStep,
+        step: FixedStep,
+        active: Sequence[int],
+        asked: Sequence[Sequence[Any]],
+        tables: Sequence[BlockTable],
+    ) -> None:
+        """Plan the next step, and send its numbers, while the device computes this one."""
+        if standing.pause_steps or not cache.generating:
+            standing.pause_steps = max(0, standing.pause_steps - 1)
+            return
+        foreseen = foresee(cache.pool.manager, tables)
+        if foreseen is not None:
+            following = step.next(foreseen.plans)
+            if following.rooms == step.rooms:
+                captured.send(following)
+            standing.ahead = Ahead(foreseen, following, active, asked)
 
     def _keep(self, signature: tuple[Any, ...], captured: CapturedStep | str) -> None:
         self._steps[signature] = captured
         while len(self._steps) > MAX_GRAPHS:
             self._steps.popitem(last=False)
+
+
+def _as_foreseen(
+    standing: Standing, plans: Sequence[StepPlan], active: Sequence[int], asked: Sequence[Sequence[Any]]
+) -> FixedStep | None:
+    """The numbers of a step that were laid out ahead, if it is the one; they serve once."""
+    ahead, standing.ahead = standing.ahead, None
+    if ahead is None:
+        return None
+    if plans is not ahead.foreseen.plans or active != ahead.active or asked is not ahead.asked:
+        standing.pause_steps = PAUSE_STEPS
+        return None
+    return ahead.step
 
 
 def _bucket(rows: int) -> int:

@@ -45,6 +45,7 @@ class FixedStep:
     _numbers: list[array]
     _plans: Sequence[StepPlan]
     _asked: Sequence[Sequence[Asked]]
+    _active: Sequence[int]
     _rows: int
     _device: torch.device
 
@@ -75,7 +76,11 @@ class FixedStep:
                 room = Room.of(layout, rows)
                 rooms.append((each, room))
                 numbers.append(room.numbers(layout))
-        return cls(tuple(rooms), numbers, plans, asked, rows, device)
+        return cls(tuple(rooms), numbers, plans, asked, active, rows, device)
+
+    def next(self, plans: Sequence[StepPlan]) -> FixedStep:
+        """The same for the plans of another step of these rows."""
+        return FixedStep.of(plans, self._asked, self._active, self._rows, self._device)
 
     def numbers(self) -> array:
         """What the buffer is to hold."""

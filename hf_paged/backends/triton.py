@@ -44,7 +44,8 @@ class TritonBackend(AttentionBackend):
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         heads, kv_heads = query.shape[1], store.keys.shape[0]
-        tiles = tiles_for(query.dtype, store.key_dim, store.value_dim, heads // kv_heads)
+        kv_format = None if store.records is None else store.records.kv_format.name
+        tiles = tiles_for(query.dtype, store.key_dim, store.value_dim, heads // kv_heads, kv_format)
         work = work_for(plan, Asked(call.window, heads, kv_heads, tiles), query.device)
         return attend(query, store.keys, store.values, work, call.scale, call.softcap, call.sinks, store.records)
 

@@ -24,15 +24,18 @@ class BlockChain:
     The first `dropped` blocks have been given up, because they lie outside the group's window; the null block stands in
     their place. Adjacent blocks are kept as spans (first block, number of blocks), so that the slots of a long sequence
     come as a few runs without walking over its blocks; none reaches over the table's seam.
+
+    `version` is another one whenever the blocks have changed.
     """
 
-    __slots__ = ("_spans", "_table", "blocks", "claims", "dropped")
+    __slots__ = ("_spans", "_table", "blocks", "claims", "dropped", "version")
 
     def __init__(self, table: BlockTable):
         self._table = table
         self.blocks: list[int] = []
         self.dropped = 0
         self.claims: list[range] = []
+        self.version = 0
         self._spans: list[tuple[int, int]] = []
 
     @property
@@ -52,6 +55,7 @@ class BlockChain:
     def extend(self, blocks: Sequence[int]) -> None:
         """Put `blocks` behind the last one; null blocks stand for such as are already given up, and come first."""
         spans, seam_blocks = self._spans, self._table.seam_blocks
+        self.version += 1
         for block in blocks:
             at_seam = len(self.blocks) == seam_blocks > 0
             if block == NULL_BLOCK:
@@ -65,6 +69,7 @@ class BlockChain:
 
     def truncate(self, num_blocks: int) -> list[int]:
         """Cut the chain to `num_blocks` blocks; returns the removed ones, last first."""
+        self.version += 1
         removed = self.blocks[max(num_blocks, self.dropped) :]
         excess = len(self.blocks) - num_blocks
         del self.blocks[num_blocks:]
@@ -81,6 +86,7 @@ class BlockChain:
 
     def drop_front(self, num_blocks: int) -> list[int]:
         """Give up the first `num_blocks` blocks, those included that are gone; returns the removed ones, in order."""
+        self.version += 1
         removed = self.blocks[self.dropped : num_blocks]
         self.blocks[self.dropped : num_blocks] = [NULL_BLOCK] * len(removed)
         self.dropped += len(removed)
@@ -95,6 +101,7 @@ class BlockChain:
 
     def copy_from(self, other: BlockChain, num_blocks: int) -> None:
         """Hold the first `num_blocks` blocks of `other` (the caller counts the references)."""
+        self.version += 1
         self.blocks = other.blocks[:num_blocks]
         self.dropped = min(other.dropped, num_blocks)
         self._spans = other._spans.copy()

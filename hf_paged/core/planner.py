@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_paged.core.chain import BlockChain, Run
 from hf_paged.core.manager import BlockManager, Pin
@@ -12,6 +12,9 @@ from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, row_span, 
 from hf_paged.core.prefix import seen_from
 from hf_paged.core.table import BlockTable
 from hf_paged.core.trie import TrieNode, build_trie
+
+if TYPE_CHECKING:
+    from hf_paged.core.foresight import Foreseen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,18 +228,27 @@ def plan_decode(
     tables: Sequence[BlockTable],
     tokens: Sequence[Sequence[int]] | None = None,
     room_tokens: int = 0,
+    foreseen: Foreseen | None = None,
 ) -> tuple[list[StepPlan], list[Pin]]:
     """Append one token to every table, `tokens[row][0]` if it is known: one query a row.
 
-    Returns a plan for each group, and the blocks to unpin when the pass is done. Raises `OutOfBlocks` and changes
-    nothing.
+    Returns a plan for each group, those that were `foreseen` where it came so, and the blocks to unpin when the pass is
+    done. Raises `OutOfBlocks` and changes nothing.
     """
     growth = manager.append(tables, 1, room_tokens, tokens, may_part=True)
-    plans = [
-        _decode_plan(tables, group, window, copies)
-        for group, (window, copies) in enumerate(zip(manager.windows, growth.copies, strict=True))
+    if foreseen is not None and not any(growth.copies) and foreseen.holds(tables):
+        return foreseen.plans, growth.pins
+    return decode_plans(manager, tables, growth.copies), growth.pins
+
+
+def decode_plans(
+    manager: BlockManager, tables: Sequence[BlockTable], copies: Sequence[list[Copy]] | None = None
+) -> list[StepPlan]:
+    """Plans for tables whose newest token is the step's, one a group."""
+    return [
+        _decode_plan(tables, group, window, [] if copies is None else copies[group])
+        for group, window in enumerate(manager.windows)
     ]
-    return plans, growth.pins
 
 
 def _decode_plan(tables: Sequence[BlockTable], group: int, window: int | None, copies: list[Copy]) -> StepPlan:

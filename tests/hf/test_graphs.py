@@ -41,6 +41,21 @@ def test_tokens_equal_stock(family, quick):
     assert len(both.graphs) <= replay.MAX_GRAPHS
 
 
+@pytest.mark.parametrize(("call", "least"), [("ragged rows", 0.9), ("samples", 0.9), ("beams", 0.0)])
+def test_steps_are_planned_ahead(call, least, quick, monkeypatch):
+    """While the device computes the one before; what parts in every step is left alone for most of them."""
+    from hf_paged.core import foresight
+
+    came_so, holds = [], foresight.Foreseen.holds
+    monkeypatch.setattr(foresight.Foreseen, "holds", lambda *a: came_so.append(holds(*a)) or came_so[-1])
+    both, (rows, arguments) = Both(), CALLS[call]
+    both.ask(rows, **arguments)
+    came_so.clear()
+    replayed = both.ask(rows, **arguments)
+    assert sum(came_so) >= least * (replayed - 1)
+    assert came_so.count(False) <= 1 + replayed // replay.PAUSE_STEPS
+
+
 def test_kernels_read_buffers_only(driver, monkeypatch):
     """Triton's kernels under the interpreter: results of one item a row, merged parts, rows that stand for none."""
     from hf_paged_kernels import attend, store  # these import triton

@@ -40,7 +40,7 @@ def compile_kernel(kernel, capability, types, constants, tile=NO_TILE, odd_strid
             if name.startswith("stride") and name not in odd_strides:
                 attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert made.asm["cubin"]
     assert made.metadata.shared <= SHARED_BYTES[capability], f"{made.metadata.shared} bytes of shared memory"
@@ -119,18 +119,21 @@ def main(capability, everything):
         decode, *_, prefill = tiles_for(torch.bfloat16, 128, 128, 4)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False)
         compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, **everywhere)
-        for kv_format in FORMATS.values():
+        for name, kv_format in FORMATS.items():
+            decode, *_, prefill = tiles_for(torch.bfloat16, 128, 128, 4, name)
             compile_attend(capability, torch.bfloat16, 128, 128, 4, decode, False, kv_format)
-        compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, FORMATS["int4"], **everywhere)
+        compile_attend(capability, torch.bfloat16, 128, 128, 4, prefill, True, kv_format, **everywhere)
         return
     for dtype in TYPES:
         for key_dim, value_dim, group in SHAPES:
             for kv_format in FORMATS.values():
                 compile_store(capability, dtype, key_dim, value_dim, kv_format)
-            for tile in tiles_for(dtype, key_dim, value_dim, group):
-                compile_attend(capability, dtype, key_dim, value_dim, group, tile, False)
-                for kv_format in (None, *FORMATS.values()):
-                    compile_attend(capability, dtype, key_dim, value_dim, group, tile, True, kv_format, **everywhere)
+            for name in (None, *FORMATS):
+                for tile in tiles_for(dtype, key_dim, value_dim, group, name):
+                    shape = dtype, key_dim, value_dim, group, tile
+                    if name is None:
+                        compile_attend(capability, *shape, False)
+                    compile_attend(capability, *shape, True, FORMATS.get(name), **everywhere)
 
 
 if __name__ == "__main__":

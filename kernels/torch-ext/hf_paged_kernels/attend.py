@@ -32,7 +32,7 @@ from .work import ITEM_NUMBERS, Launch, Work
 
 _LOG2_E = math.log2(math.e)
 # Parts that one program of the merge reads at a time.
-_MERGED_AT_ONCE = 16
+_MERGED_AT_ONCE = 32
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def _attend_items(
         **constants_of(records), IS_PACKED=is_packed(records, query.dtype, tile.rows),
         IS_FINAL=lse is None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=work.window is not None, INTERPRETED=is_interpreted(),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 

@@ -3,11 +3,10 @@
 Codes are exact in bfloat16, and one scale goes with all codes of a token: products with codes are scaled, the codes
 are not. What is left is to make bfloat16 of bytes, which takes most of the time on a GPU:
 
-    keys of int8      None: queries become integers of 16 bits, as two digits of int8, and products are integers.
-    other int8, fp8   Words of four codes, so that codes of two tokens (or of two words of a query) come to lie side by
-                      side in a register in one instruction. `Σ_w query[4 w + j] key[4 w + j]` is a product of its own
-                      for each `j`, and so are channels `4 w + j` of values.
-    int4              The same in units of two bytes: nibbles.py.
+    int8, fp8   Words of four codes, so that codes of two tokens (or of two words of a query) come to lie side by
+                side in a register in one instruction. `Σ_w query[4 w + j] key[4 w + j]` is a product of its own
+                for each `j`, and so are channels `4 w + j` of values.
+    int4        The same in units of two bytes: nibbles.py.
 
 Compiled for sm_90 with triton 3.6, in tiles of 16 rows and 64 tokens and dims of 128: 4.0 (int8), 5.4 (fp8) and 5.7
 (int4) instructions a code and thread, where numbers made one by one took 9.8, 12.3 and 15.9.
@@ -19,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device_formats import code_values, load_columns, load_words
+from .device_formats import code_values, load_words
 from .formats import KVRecords
 from .language import dot
 from .nibbles import nibble_query, nibble_scores, nibble_sums, nibbles_in_order
@@ -69,16 +68,7 @@ def is_packed(records: KVRecords | None, dtype: torch.dtype, rows: int) -> bool:
 @triton.jit
 def packed_query(b_query, FORMAT: tl.constexpr):
     """What `packed_scores` wants of queries `[rows, BLOCK]`: a tuple of operands, and a factor for each row."""
-    if FORMAT == "int8":
-        b_query = b_query.to(tl.float32)
-        b_most = tl.max(tl.abs(b_query), 1)
-        b_unit = tl.where(b_most < 1e-30, 1.0, b_most / 32512.0)
-        b_digits = tl.floor(b_query / b_unit[:, None] + 0.5).to(tl.int32)
-        b_total = tl.sum(b_query, 1)
-        b_unit += b_total - b_total  # NaN where a query is not finite
-        b_high = (b_digits + 128) >> 8
-        return (b_high.to(tl.int8), (b_digits - b_high * 256).to(tl.int8)), b_unit
-    elif FORMAT == "int4":
+    if FORMAT == "int4":
         return nibble_query(b_query), tl.full([b_query.shape[0]], 1.0, dtype=tl.float32)
     else:
         pairs = tl.reshape(b_query, (b_query.shape[0], b_query.shape[1] // 4, 2, 2))
@@ -96,12 +86,6 @@ def packed_scores(
     """Products `[rows, tokens]` of queries with keys of `p_rows [tokens]`, but for the queries' factors."""
     if FORMAT == "int4":
         return nibble_scores(queries, p_rows, inside, MASKED, INTERPRETED)
-    elif FORMAT == "int8":
-        b_byte = load_columns(p_rows[:, None], tl.arange(0, BLOCK), inside, DIM, BLOCK, MASKED)
-        b_code = tl.trans(b_byte.to(tl.int8, bitcast=True))
-        b_score = tl.dot(queries[0], b_code, out_dtype=tl.int32) * 256
-        b_score = tl.dot(queries[1], b_code, b_score, out_dtype=tl.int32).to(tl.float32)
-        return b_score * _load_scales(p_rows + DIM, inside, MASKED)[None, :]
     else:
         b_word = tl.trans(load_words(p_rows[:, None], inside, DIM // 4, BLOCK // 4, MASKED))
         codes = _unpacked(b_word, FORMAT, INTERPRETED)

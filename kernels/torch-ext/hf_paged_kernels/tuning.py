@@ -32,12 +32,16 @@ MAX_GROUP_FLOAT32 = 32
 
 
 class Tile(NamedTuple):
-    """One compiled shape: `rows` of queries times heads against `tokens` of K and V at a time."""
+    """One compiled shape: `rows` of queries times heads against `tokens` of K and V at a time.
+
+    `registers` is the most that a thread may have, `None` what the compiler likes.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def next_power_of_two(n: int) -> int:
@@ -56,24 +60,32 @@ def max_group(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def tiles_for(dtype: torch.dtype, key_dim: int, value_dim: int, group: int) -> tuple[Tile, ...]:
-    """The shapes for a dtype, head dims and number of query heads to a KV head, fewest rows first."""
+def tiles_for(
+    dtype: torch.dtype, key_dim: int, value_dim: int, group: int, kv_format: str | None = None
+) -> tuple[Tile, ...]:
+    """The shapes for queries of a dtype, head dims and number of query heads to a KV head, fewest rows first.
+
+    `kv_format` is what K and V are stored in, `None`: the queries' dtype.
+    """
     token_bytes = (padded_dim(key_dim) + padded_dim(value_dim)) * dtype.itemsize
     narrow = max(16, next_power_of_two(group))
     if dtype == torch.float32:
         return tuple(Tile(rows, 16, 8, 2) for rows in sorted({narrow, MAX_GROUP_FLOAT32}))
     wide = (64, 128) if token_bytes <= 512 else (64,)
-    return tuple(_tile(rows, token_bytes) for rows in (narrow, *(rows for rows in wide if rows > narrow)))
+    return tuple(_tile(rows, token_bytes, kv_format) for rows in (narrow, *(rows for rows in wide if rows > narrow)))
 
 
-def _tile(rows: int, token_bytes: int) -> Tile:
+def _tile(rows: int, token_bytes: int, kv_format: str | None) -> Tile:
     if token_bytes > 512:
         return Tile(rows, 32 if rows > 32 and token_bytes > 768 else 64, 4, 2)  # more does not fit into registers
-    if rows < 128:
-        # A fifth stage costs a processor its second program: 64 rows of 2,048 tokens are read at 0.94 of the copy
-        # bandwidth with three stages, at 0.75 with five.
+    if rows >= 128:
+        return Tile(rows, 128, 8, 2) if kv_format is None else Tile(rows, 64, 8, 3)
+    if rows > 16:
         return Tile(rows, 64, 4, 3)
-    return Tile(rows, 128, 8, 2)
+    # With more than 128 registers a processor has three programs, not four: 64 rows come in two waves then, which
+    # costs a fifth. int4 cannot do with so few. Five stages cost a processor a program, too, but for records.
+    stages = 3 if kv_format is None else 5
+    return Tile(rows, 64, 4, stages, None if kv_format == "int4" else 128)
 
 
 @functools.cache
