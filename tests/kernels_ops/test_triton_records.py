@@ -18,6 +18,7 @@ if triton_obstacle(DEVICE):
 
 from hf_paged_kernels.attend import takes  # noqa: E402 (behind the skip: imports triton)
 from hf_paged_kernels.store import store_tokens, store_tokens_reference  # noqa: E402 (behind the skip)
+from hf_paged_kernels.tuning import Tile  # noqa: E402 (behind the skip)
 
 SHAPES = [(torch.float32, (64, 48)), (torch.bfloat16, (16, 256)), (torch.float16, (128, 80)), (torch.float32, (30, 64))]
 CASES = [(name, *shape) for name in FORMATS for shape in SHAPES if name != "int4" or shape[1] != (30, 64)]  # 16 n only
@@ -112,3 +113,34 @@ def test_generate_is_stock_on_rounded_kv(name, beams):
     assert model.paged.stats().fallbacks == {}
     assert model.paged.stats().copied_blocks
     assert "triton attention" in repr(model.paged)
+
+
+@pytest.mark.parametrize(
+    "feature", [{}, {"is_final": True, "has_sinks": True, "has_softcap": True}, {"has_window": True}]
+)
+@pytest.mark.parametrize("kv_format", ["int8", "fp8"])
+def test_packed_codes_are_tried_before_they_are_trusted(kv_format, feature, monkeypatch):
+    """Every row of a tile is held against the other way of reading records."""
+    from hf_paged_kernels import attend as attend_module
+    from hf_paged_kernels import trial
+
+    nothing = dict.fromkeys(("is_final", "has_sinks", "has_softcap", "has_window"), False)
+    shape = trial.Shape(kv_format, 64, 64, 8, Tile(16, 16, 4, 2), **(nothing | feature))
+    trial.packs_right.cache_clear()
+    asked, really = [], attend_module.attend
+    assert trial.packs_right(shape, DEVICE)
+
+    def miscompiled(*arguments):
+        asked.append(arguments[-1])
+        out = really(*arguments)
+        if arguments[-1]:
+            out[-1, -1, -1] *= 1.5  # the last number of the last row
+            out[-1, -1, -1] += 0.1
+        return out
+
+    monkeypatch.setattr(attend_module, "attend", miscompiled)
+    trial.packs_right.cache_clear()
+    with pytest.warns(UserWarning, match="gives other numbers"):
+        assert not trial.packs_right(shape, DEVICE)
+    assert asked == [True, False]
+    trial.packs_right.cache_clear()

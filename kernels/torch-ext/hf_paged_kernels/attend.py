@@ -27,6 +27,7 @@ from .formats import KVRecords
 from .language import dot, loop_bound
 from .launch import DTYPES, is_interpreted
 from .packed import in_order, is_packed, no_sums, packed_query, packed_scores, packed_sums
+from .trial import Shape, packs_right
 from .tuning import MAX_DIM, PAGE_TOKENS, Tile, max_group, padded_dim
 from .work import ITEM_NUMBERS, Launch, Work
 
@@ -279,6 +280,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     records: KVRecords | None = None,
+    packed: bool | None = None,
 ) -> torch.Tensor:
     """Attention of `query [rows, heads, key_dim]` over paged `keys`, `values [kv_heads, slots, dim or record bytes]`.
 
@@ -288,6 +290,7 @@ def attend(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[heads]` logits that take part in the softmax and carry no value.
         records: what `keys` and `values` hold, where they hold records.
+        packed: whether codes of records go into products as they are; `None`: where that is there, and right.
 
     Returns:
         `[rows, heads, value_dim]` in the query's dtype.
@@ -301,9 +304,9 @@ def attend(
     with torch.cuda.device_of(query):
         if not work.num_parts:
             for launch in work.launches:
-                _attend_items(query, keys, values, out, None, launch, work, scale, softcap, sinks, records)
+                _attend_items(query, keys, values, out, None, launch, work, scale, softcap, sinks, records, packed)
             return out
-        part_out, part_lse = attend_parts(query, keys, values, work, scale, softcap, records)
+        part_out, part_lse = attend_parts(query, keys, values, work, scale, softcap, records, packed)
         _merge_kernel[(rows, heads)](
             part_out, part_lse, out, sinks, work.part_starts, work.parts, work.rows,
             heads, out.stride(0), out.stride(1),
@@ -321,13 +324,14 @@ def attend_parts(
     scale: float,
     softcap: float | None = None,
     records: KVRecords | None = None,
+    packed: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial results `[parts, heads, value_dim]` and their log-sum-exps in base 2, `[parts, heads]`, in float32."""
     heads, (_, value_dim) = query.shape[1], _dims(keys, values, records)
     part_out = torch.empty(work.num_parts, heads, value_dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(work.num_parts, heads, dtype=torch.float32, device=query.device)
     for launch in work.launches:
-        _attend_items(query, keys, values, part_out, part_lse, launch, work, scale, softcap, None, records)
+        _attend_items(query, keys, values, part_out, part_lse, launch, work, scale, softcap, None, records, packed)
     return part_out, part_lse
 
 
@@ -343,12 +347,22 @@ def _attend_items(
     softcap: float | None,
     sinks: torch.Tensor | None,
     records: KVRecords | None,
+    packed: bool | None,
 ) -> None:
     tile: Tile = launch.tile
     if scale <= 0.0:  # the kernel takes the largest score for the largest product
         query, scale = query * scale, 1.0
     heads, kv_heads = query.shape[1], keys.shape[0]
     key_dim, value_dim = _dims(keys, values, records)
+    features = {
+        "IS_FINAL": lse is None, "HAS_SINKS": sinks is not None, "HAS_SOFTCAP": softcap is not None,
+        "HAS_WINDOW": work.window is not None,
+    }  # fmt: skip
+    if packed is None:
+        packed = is_packed(records, query.dtype, tile.rows)
+        if packed and not is_interpreted():
+            shape = Shape(records.kv_format.name, key_dim, value_dim, heads // kv_heads, tile, *features.values())
+            packed = packs_right(shape, query.device)
     _attend_kernel[(launch.items.shape[0], kv_heads)](
         query, keys, values, out, lse, sinks, launch.items, work.pages, work.rows,
         scale * _LOG2_E, (softcap or 0.0) * _LOG2_E, work.window or 0, heads,
@@ -358,9 +372,7 @@ def _attend_items(
         GROUP=heads // kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_KEY=padded_dim(key_dim), BLOCK_VALUE=padded_dim(value_dim),
         BLOCK_ROWS=tile.rows, BLOCK_TOKENS=tile.tokens, PAGE=PAGE_TOKENS, ITEM=ITEM_NUMBERS, STAGES=tile.stages,
-        **constants_of(records), IS_PACKED=is_packed(records, query.dtype, tile.rows),
-        IS_FINAL=lse is None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap is not None,
-        HAS_WINDOW=work.window is not None, INTERPRETED=is_interpreted(),
+        **constants_of(records), IS_PACKED=packed, **features, INTERPRETED=is_interpreted(),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
