@@ -31,12 +31,13 @@ Rows = Iterator[dict[str, object]]
 
 def parts(device: torch.device, is_tiny: bool, sides: Sequence[str]) -> dict[str, Callable[[], Rows]]:
     """What there is to do, by name, in order; `sides` are those of `generate` that take part, all where empty."""
-    from benchmarks import gpu_generate, gpu_kernels, gpu_offload, gpu_records
+    from benchmarks import gpu_generate, gpu_kernels, gpu_offload, gpu_overflow, gpu_records
 
     kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
     whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
     sides = sides or list(gpu_generate.SIDES)
     moved = gpu_offload.TINY if is_tiny else gpu_offload.Sizes()
+    spilled = gpu_overflow.TINY if is_tiny else gpu_overflow.Sizes()
 
     @cache
     def bandwidth() -> float:
@@ -55,6 +56,7 @@ def parts(device: torch.device, is_tiny: bool, sides: Sequence[str]) -> dict[str
         "end-to-end": lambda: gpu_generate.end_to_end(device, whole, sides),
         "samples": lambda: gpu_generate.samples(device, whole, sides),
         "offload": lambda: gpu_offload.offload(device, moved),
+        "overflow": lambda: gpu_overflow.overflow(device, spilled),
     }
 
 
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for; returns the exit status."""
     names = (
         "bandwidth", "check", "tokens", "decode", "check-records", "decode-records", "moves", "prefill", "tiles",
-        "end-to-end", "samples", "offload",
+        "end-to-end", "samples", "offload", "overflow",
     )  # fmt: skip
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")

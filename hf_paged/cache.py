@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from hf_paged import compat
 from hf_paged.backends import PreparedDecode
 from hf_paged.config import PagedConfig
-from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
 from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
@@ -261,10 +260,7 @@ class PagedCache(Cache):
             counts = new_columns.sum(dim=1).tolist()
         else:
             counts = [tokens_per_row] * len(self.tables)
-        try:
-            growth = self.pool.manager.append(self.tables, counts, self.room_tokens)
-        except OutOfBlocks as error:
-            raise self.pool.memory_error(error, sum(counts)) from None
+        growth = self.pool.append_dense(self.tables, counts, self.room_tokens)
         sources = [range(tokens_per_row)] * len(self.tables)
         if new_columns is not None:
             sources = [row.nonzero().flatten().tolist() for row in new_columns]

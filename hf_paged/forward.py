@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
-from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.planner import plan_decode
 
 if TYPE_CHECKING:
@@ -195,13 +195,13 @@ def run_decode(
     if cache.root is not None and request.input_name == "input_ids" and _at_usual_positions(request, cache):
         listed = request.inputs.tolist()
         tokens = [listed[row] for row in active] if some else listed
-    try:
-        foreseen = None if graphs is None else graphs.foreseen(cache)
-        plans, pins = plan_decode(cache.pool.manager, tables, tokens, cache.room_tokens, foreseen)
-    except OutOfBlocks as error:
-        raise cache.pool.memory_error(error, len(tables)) from None
+    pool = cache.pool
+    foreseen = None if graphs is None else graphs.foreseen(cache)
+    append = partial(plan_decode, pool.manager, tables, tokens, cache.room_tokens, foreseen)
+    plans, pins = pool.with_room(cache.tables, append, len(tables))
     cache.sequences.pins += pins
     cache.is_copying = bool(pins)
+    backend = pool.over_host(backend, plans)
     outputs = None if graphs is None else graphs.step(request, cache, backend, plans, active, tables)
     if outputs is not None:
         cache.finish(None, 1)
@@ -225,7 +225,7 @@ def run_decode(
     if windows_seen is not None:
         windows_seen.update(cache.step.windows_seen)
     if graphs is not None:
-        graphs.learn(cache, plans)
+        graphs.learn(cache, backend, plans)
     cache.finish(None, 1)
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)

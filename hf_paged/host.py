@@ -9,8 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import accumulate, compress
-from typing import Any
+from functools import partial
+from itertools import accumulate, compress, pairwise
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,13 @@ from hf_paged.streams import SideStream
 # size, unless so few records fit that too much is left over at their ends.
 SLAB_BYTES = 64 * 2**20
 MIN_SLAB_RECORDS = 16
+
+
+class Loan(NamedTuple):
+    """Host memory `[bytes]` uint8, of which copies on the side stream may be under way; to be given back."""
+
+    memory: torch.Tensor
+    give_back: Callable[[], None]
 
 
 class HostLevel(Level):
@@ -134,6 +142,27 @@ class HostLevel(Level):
                 whole = [was and self.index.holds(group, load.record) for was, load in zip(whole, loads, strict=True)]
         return whole, written
 
+    def lend(self, group: int) -> tuple[Loan | None, list[Content]]:
+        """A slab for other things than records, the one that holds the fewest; and what has lost its place for it.
+
+        A tier below may read that until something else is done here. `None` where there is no slab left, or none is to
+        be had from the system.
+        """
+        slabs = [slots for slots in self._memories[group].slabs() if self.index.can_lend(group, slots)]
+        if not slabs:
+            return None, []
+        slots = min(slabs, key=lambda each: self.index.count_in(group, each))
+        try:
+            memory = self._memories[group].ensure(slots.start, self._allocate)
+        except (RuntimeError, MemoryError) as error:
+            self._counters.fall_back(f"host tier: {first_line(error)}")
+            return None, []
+        gone = [record for record in self.index.lend(group, slots) if not record.is_lost]
+        self._leaving = [record.written for record in gone]
+        return Loan(memory.flatten(), partial(self.index.take_back, group, slots)), [
+            _content(record) for record in gone
+        ]
+
     def clear(self) -> None:
         self.close()
         if self._side is not None:
@@ -167,13 +196,18 @@ class _SlabMemory:
         first, last = (bisect_right(self._stops, slot) for slot in (slots[0], slots[-1])) if slots else (0, -1)
         return all(slab is not None for slab in self._slabs[first : last + 1])
 
-    def ensure(self, slot: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        """Allocate the slab of a slot where it is not there."""
+    def slabs(self) -> Iterator[range]:
+        """The slots of each slab."""
+        return (range(*each) for each in pairwise([0, *self._stops]))
+
+    def ensure(self, slot: int, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The slab of a slot, `[slots, record_bytes]`; allocated where it is not there."""
         slab = bisect_right(self._stops, slot)
         if self._slabs[slab] is None:
             rows = self._sizes[slab] // self.record_bytes
             memory = allocate(self._sizes[slab])
             self._slabs[slab] = memory[: rows * self.record_bytes].view(rows, self.record_bytes)
+        return self._slabs[slab]
 
     def pieces(self, slots: Sequence[int]) -> Iterator[torch.Tensor]:
         """The rows of slots, in order, as few views `[rows, record_bytes]` as possible."""

@@ -128,13 +128,16 @@ class PagedLayer(CacheLayerMixin):
         return dense if self.store.records else dense.clone()  # others may hold these blocks
 
     def _view(self, memory: torch.Tensor) -> torch.Tensor:
+        return self._dense_view().of(memory, self.kept)
+
+    def _dense_view(self) -> DenseView:
         cache = self.cache
-        return DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns).of(memory, self.kept)
+        cache.pool.bring_back(cache.tables)
+        return DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values as `keys` and `values` give them, where possible without a copy: only to be read."""
-        cache = self.cache
-        dense = DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
+        dense = self._dense_view()
         return self.store.read(lambda memory: dense.of(memory, self.kept))
 
     def move_to(self, seen: int) -> None:

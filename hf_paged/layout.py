@@ -128,6 +128,11 @@ class RecordLayout:
         for inside, memory in self._pairs(blocks, records):
             memory.copy_(inside)
 
+    def tokens(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first layer in `records [n, record_bytes]`, `[kv_heads, n * block_size, dim]`."""
+        keys, values = (_inside(records, place).transpose(0, 1).flatten(1, 2) for place in self._places[0])
+        return keys, values
+
     def _are_scattered(self, blocks: Sequence[int]) -> bool:
         return sum(1 for _ in runs(blocks)) > MAX_STRETCHES
 

@@ -26,7 +26,7 @@ COUNTERS = {
 GAUGES = {
     "blocks_in_use": "Blocks held by running sequences",
     "blocks_cached": "Blocks kept for later calls",
-    "blocks_host": "Blocks kept in host memory",
+    "blocks_host": "Blocks in host memory",
     "blocks_disk": "Blocks kept on disk",
     "bytes_in_use": "Bytes of the blocks held by running sequences",
     "bytes_reserved": "Bytes held for K and V on the model's devices",

@@ -114,7 +114,8 @@ class _Stretches:
     """Takes the rows' new tokens one stretch after the other, all at once where nothing is gained by less.
 
     With sliding windows a stretch ends before much more than a window is stored: what has fallen out is given up before
-    the next one. Where memory is short, stretches get shorter, down to a block.
+    the next one. Where blocks can go to the host, a stretch ends where the device is full. Where memory is short,
+    stretches get shorter, down to a block.
 
     Args:
         cache: begins with what earlier calls have left.
@@ -125,8 +126,10 @@ class _Stretches:
 
     def __init__(self, cache: PagedCache, sequences: list[list[int]], keep: int, in_one_pass: bool):
         self._cache = cache
-        self._may_be_short = cache.has_windows and not in_one_pass
+        self._ends_by_window = cache.has_windows and not in_one_pass
+        self._may_be_short = self._ends_by_window or (cache.pool.overflow is not None and not in_one_pass)
         self._sequences = sequences
+        self._longest = max(map(len, sequences), default=0)
         self.reused = [0] * len(sequences)
         if cache.root is not None and cache.dense_len == 0 and keep:
             self.reused = [
@@ -134,7 +137,7 @@ class _Stretches:
                 for table, sequence in zip(cache.tables, sequences, strict=True)
             ]
         self._done = list(self.reused)
-        self._size_tokens = WINDOW_STRETCH_TOKENS if self._may_be_short else max(map(len, sequences), default=0)
+        self._size_tokens = WINDOW_STRETCH_TOKENS if self._ends_by_window else self._longest
 
     def __iter__(self) -> Iterator[_Stretch]:
         cache = self._cache
@@ -162,16 +165,21 @@ class _Stretches:
             tables = [cache.tables[row] for row in rows]
             chunk_tokens = cache.chunk_tokens or PACKED_CHUNK_TOKENS
             try:
+                cache.pool.own_tails(tables)
                 plan = plan_packed(manager, tables, new, chunk_tokens, cache.room_tokens + rest)
                 return _Stretch(rows, starts, stops, plan)
             except OutOfBlocks as error:
-                if not self._make_do():
+                if not cache.pool.make_room(cache.tables, error) and not self._make_do(error):
                     raise cache.pool.memory_error(error, sum(map(len, new))) from None
 
-    def _make_do(self) -> bool:
+    def _make_do(self, error: OutOfBlocks) -> bool:
         """Whether there is a way to need less memory at a time: shorter stretches, or no blocks of earlier calls."""
         cache = self._cache
-        if self._may_be_short and self._size_tokens > cache.pool.block_size:
+        may_be_short = self._may_be_short and self._size_tokens > cache.pool.block_size
+        # All of the tokens were asked for: the host must have room for the rest of them when their turn comes.
+        if may_be_short and not self._ends_by_window and self._size_tokens >= self._longest:
+            may_be_short = cache.pool.overflow.could_hold(error)
+        if may_be_short:
             self._size_tokens //= 2
             return True
         if not any(self.reused) or self._done != self.reused:
@@ -198,7 +206,7 @@ def _forward(
     for chunk in plan.chunks:
         num_queries = chunk[0].num_queries
         here = source[done : done + num_queries]
-        cache.begin(chunk, cache.dense_len + request.tokens, 0, backend=backend)
+        cache.begin(chunk, cache.dense_len + request.tokens, 0, backend=cache.pool.over_host(backend, chunk))
         kwargs = _packed_arguments(request, here)
         wanted = [index - done for index in indices if done <= index < done + num_queries]
         picked = torch.tensor(wanted or [0], device=here.device)

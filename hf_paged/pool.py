@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
 from hf_paged.arena import can_give_back
+from hf_paged.backends import AttentionBackend
 from hf_paged.config import PagedConfig
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.capacity import group_costs
-from hf_paged.core.manager import BlockManager, Pin
+from hf_paged.core.manager import BlockManager, Growth, Pin
+from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError
 from hf_paged.free_memory import free_bytes
+from hf_paged.overflow import Overflow
 from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
-from hf_paged.streams import side_stream
+from hf_paged.streams import SideStream, side_stream
 from hf_paged.tiers import Tiers, make_levels
+
+Taken = TypeVar("Taken")
 
 # Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
@@ -88,7 +94,9 @@ class KVPool:
         if POISON:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
+        self._side: SideStream | None = None
         self.tiers: Tiers | None = None
+        self.overflow: Overflow | None = None
         self._abandoned: deque[tuple[Sequence[BlockTable], Sequence[Pin]]] = deque()
 
     @property
@@ -110,7 +118,7 @@ class KVPool:
         """
         pools = self.manager.pools
         written = [layer for layer in self.stores if layer is not None]
-        staging = 0 if self.tiers is None else self.tiers.staging_bytes
+        staging = sum(each.staging_bytes for each in (self.tiers, self.overflow) if each is not None)
         return staging + sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
 
     def _free_limit(self, touched_bytes: int) -> int:
@@ -158,9 +166,64 @@ class KVPool:
         return PagedMemoryError(
             f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
             f"({error.available} blocks) fit beside the {self.manager.in_use} blocks in use: the budget is "
-            f"{self.manager.budget.limit_bytes} bytes. Raise max_memory[{self.device_key!r}], shorten the input or "
+            f"{self.manager.budget.limit_bytes} bytes. Raise {self._raisable()}, shorten the input or "
             "lower the batch size."
         )
+
+    def _raisable(self) -> str:
+        below = "" if self.overflow is None else " or max_memory['cpu']"
+        return f"max_memory[{self.device_key!r}]{below}"
+
+    def gauges(self) -> dict[str, float]:
+        """Fields of `PagedStats` that are true now, of the tiers below."""
+        gauges = {} if self.tiers is None else self.tiers.gauges()
+        if self.overflow is not None:
+            gauges["blocks_host"] = gauges.get("blocks_host", 0) + len(self.overflow)
+        return gauges
+
+    def make_room(self, tables: Sequence[BlockTable], error: OutOfBlocks) -> bool:
+        """Whether blocks of `tables` have made room on the device for what was wanted and not available."""
+        return self.overflow is not None and self.overflow.make_room(tables, error)
+
+    def with_room(self, tables: Sequence[BlockTable], take: Callable[[], Taken], num_tokens: int) -> Taken:
+        """What `take` returns, which appends to tables of a cache that holds `tables`; they make room as they can.
+
+        Raises `PagedMemoryError` where that is not enough for `num_tokens` tokens.
+        """
+        if self.overflow is not None:
+            self.overflow.bring_back_where_ample(tables)
+        while True:
+            try:
+                self.own_tails(tables)
+                return take()
+            except OutOfBlocks as error:
+                if not self.make_room(tables, error):
+                    raise self.memory_error(error, num_tokens) from None
+
+    def own_tails(self, tables: Sequence[BlockTable]) -> None:
+        """Have the blocks that `tables` write to next on the device. Raises `OutOfBlocks`."""
+        if self.overflow is not None:
+            self.overflow.bring_back_tails(tables)
+
+    def append_dense(self, tables: Sequence[BlockTable], counts: Sequence[int], room_tokens: int) -> Growth:
+        """`BlockManager.append`, for passes that read all of `tables` on the device. Raises `PagedMemoryError`."""
+        self.bring_back(tables)
+        try:
+            return self.manager.append(tables, counts, room_tokens)
+        except OutOfBlocks as error:
+            raise self.memory_error(error, sum(counts)) from None
+
+    def bring_back(self, tables: Sequence[BlockTable]) -> None:
+        """Have all blocks of `tables` on the device, for code that reads them there. Raises `PagedMemoryError`."""
+        if self.overflow is not None:
+            try:
+                self.overflow.bring_back(tables)
+            except OutOfBlocks as error:
+                raise self.memory_error(error, error.wanted * self.block_size) from None
+
+    def over_host(self, backend: AttentionBackend, plans: Sequence[StepPlan]) -> AttentionBackend:
+        """The backend of a step with these plans, of which some may read blocks on the host."""
+        return backend if self.overflow is None else self.overflow.over_host(backend, plans)
 
     def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
         """`BlockManager.match`, and what the tiers below bring back for it."""
@@ -175,15 +238,23 @@ class KVPool:
         host_bytes = None if self.device_key == "cpu" else settings.budget_bytes("cpu")
         disk_bytes, folder = settings.budget_bytes("disk"), settings.offload_folder
         if (host_bytes or disk_bytes) and (self.tiers is None or self.tiers.is_closed):
-            side = side_stream(self.device)
+            if self.tiers is None:
+                self._side = side_stream(self.device)
             base = None if folder is None else Path(folder)
-            levels = make_levels(host_bytes, disk_bytes, base, self.manager.lock, side, counters)
-            self.tiers = Tiers(self.manager, self.stores, levels, side, counters)
+            levels = make_levels(host_bytes, disk_bytes, base, self.manager.lock, self._side, counters)
+            self.tiers = Tiers(self.manager, self.stores, levels, self._side, counters)
+            if self.overflow is None and host_bytes and None in self.manager.windows:
+                group = self.manager.windows.index(None)
+                self.overflow = Overflow(self.manager, group, self.stores, self._side, host_bytes, counters)
+            if self.overflow is not None:
+                self.overflow.lender = self.tiers
 
     def close_tiers(self) -> None:
         """Give up what lies on them, with its memory and files."""
         if self.tiers is not None:
             self.tiers.close()
+        if self.overflow is not None:
+            self.overflow.give_back()
 
     def forget_prefixes(self) -> None:
         """Give up everything that is kept for later calls, on every tier."""

@@ -122,13 +122,17 @@ class DecodeGraphs:
             active: the rows of the call that the plans' queries belong to.
             tables: of these rows.
         """
-        if not self._enabled or not backend.has_fixed_steps or torch.is_grad_enabled() or cache.dense_len < 2:
+        may_be_fixed = backend.has_fixed_steps or backend.obstacle_to_graphs is not None
+        if not self._enabled or not may_be_fixed or torch.is_grad_enabled() or cache.dense_len < 2:
             return None
         driver = self._driver(request.inputs.device)
         if driver is None:
             return None
         with self._lock:
             standing = self._standing(cache, request.inputs.device)
+            if backend.obstacle_to_graphs is not None:
+                self._note(standing, backend.obstacle_to_graphs)
+                return None
             asked = self._asked.get(standing.digest)
             if asked is None:
                 return None
@@ -145,9 +149,9 @@ class DecodeGraphs:
         ahead = None if cache.standing is None else cache.standing.ahead
         return None if ahead is None else ahead.foreseen
 
-    def learn(self, cache: PagedCache, plans: Sequence[StepPlan]) -> None:
+    def learn(self, cache: PagedCache, backend: AttentionBackend, plans: Sequence[StepPlan]) -> None:
         """Note what attention has asked of the plans of a step that was no graph."""
-        standing = cache.standing
+        standing = cache.standing if backend.has_fixed_steps else None
         if standing is not None and standing.digest is not None:
             with self._lock:
                 self._asked[standing.digest] = [sorted(plan.prepared.get("asked", ()), key=repr) for plan in plans]

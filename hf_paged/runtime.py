@@ -82,7 +82,7 @@ class PagedRuntime:
             blocks_cached=pool.manager.cached,
             bytes_in_use=pool.bytes_in_use,
             bytes_reserved=pool.bytes_reserved,
-            **({} if pool.tiers is None else pool.tiers.gauges()),
+            **pool.gauges(),
         )
 
     def reset_stats(self) -> None:

@@ -22,13 +22,14 @@ class PagedStats:
         replayed_steps: decode steps that were CUDA graphs.
         copied_blocks: blocks copied on write.
         evicted_blocks: cached blocks given up for their memory.
-        offloaded_bytes, fetched_bytes: moved to and from lower tiers.
+        offloaded_bytes, fetched_bytes: moved to and from lower tiers; what is read there counts at every step.
         fetch_choices, recompute_choices: how often lower tiers had what a prompt begins with, and it was fetched, or
             held to be computed in less time.
         fallbacks: reason -> calls that took the slower padded path, were handed to stock, or could not reuse prefixes;
             why decode steps were no CUDA graphs; what went wrong with lower tiers.
-        blocks_in_use, bytes_in_use: held by running sequences.
-        blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier.
+        blocks_in_use, bytes_in_use: held by running sequences, on the model's devices.
+        blocks_cached, blocks_host, blocks_disk: kept for later calls, per tier; those of running sequences that lie on
+            the host are among `blocks_host`.
         bytes_reserved: all memory held for KV on the model's devices.
         host_bytes_per_second, disk_bytes_per_second, compute_tokens_per_second: the estimates that such choices go by;
             0 before anything was measured, which needs a lower tier.

@@ -54,5 +54,7 @@ class Step:
         if group not in self._dense:
             if self.tables is None:
                 raise UnsupportedAttentionError("K and V are read outside the attention function")
+            if any(table.chains[group].reaches_host for table in self.tables):
+                raise UnsupportedAttentionError("K and V on the host are read outside the attention function")
             self._dense[group] = DenseView(self.tables, group, self.dense_len, self.columns)
         return self._dense[group]

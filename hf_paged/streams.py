@@ -57,6 +57,9 @@ class SideStream(Protocol):
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """Host memory `[num_bytes]` uint8 that copies need not wait for. Raises `RuntimeError` where it is refused."""
 
+    def share(self, memory: torch.Tensor) -> None:
+        """Copies go to or from device memory that somebody else may own before they are made."""
+
     def give_back(self) -> None:
         """Let the system have the pinned memory that nobody holds any more."""
 
@@ -117,6 +120,9 @@ class CUDASideStream:
     def pinned(self, num_bytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def share(self, memory: torch.Tensor) -> None:
+        memory.record_stream(self._stream)
 
     def give_back(self) -> None:
         empty = getattr(torch.accelerator, "empty_host_cache", None)  # older torch keeps it for whoever pins next

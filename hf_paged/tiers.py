@@ -27,7 +27,7 @@ from hf_paged.core.manager import BlockManager, Pin
 from hf_paged.core.prefix import are_plain
 from hf_paged.core.tier import TierStack
 from hf_paged.disk import DiskLevel
-from hf_paged.host import HostLevel
+from hf_paged.host import HostLevel, Loan
 from hf_paged.layout import RecordLayout
 from hf_paged.levels import Content, Level, Load, Source, first_line
 from hf_paged.mover import BlockMover
@@ -196,6 +196,26 @@ class Tiers:
             self._try(below[0].name, partial(self._keep, below, group, surplus, source))
         self._try(level.name, partial(level.put, group, kept, source))
         level.index.touch(group, keys)
+
+    def lend(self, group: int) -> Loan | None:
+        """Host memory for blocks of a group that running sequences hold; `None` where there is none to be had.
+
+        Called under the manager's lock; what it held goes to the tier below.
+        """
+        if not self._is_usable:
+            return None
+        try:
+            levels = self._open_levels()
+        except ValueError as error:  # the layers of another group lie on several devices
+            self._fall_back(self.levels[0].name, error)
+            return None
+        if not levels or not isinstance(levels[0], HostLevel):
+            return None
+        host, *below = levels
+        loan, gone = host.lend(group)
+        if below and gone:
+            self._try(below[0].name, partial(self._keep, below, group, gone, host.read))
+        return loan
 
     # -- up ------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class AttentionBackend(ABC):
     reads_rows: bool = False
     # Whether decode steps read all their numbers from `plan.prepared`: `FixedStep` fills it for captured passes.
     has_fixed_steps: bool = False
+    # Why a step does not although others of the backend do, where that may come as a surprise.
+    obstacle_to_graphs: str | None = None
 
     def describe(self) -> str:
         """What runs, for people."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from hf_paged.core.budget import Budget
+from hf_paged.core.overflow import HOST_BLOCKS, HostBlocks
 
 NULL_BLOCK = 0
 _FLIP = bytes([1, 0]) + bytes(254)  # for `translate`: the other blocks of a bitmap
@@ -53,6 +54,7 @@ class BlockPool:
         touched: blocks whose memory was taken and not given back.
         before_reuse: called with blocks whose memory is about to be written to by somebody new.
         page_blocks: memory is given back in groups of so many adjacent blocks.
+        overflow: blocks that tables hold outside of this pool.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class BlockPool:
         self._on_evict = on_evict
         self.on_free = on_free
         self.before_reuse: Callable[[Iterable[int]], None] | None = None
+        self.overflow = HostBlocks()
         self.evicted = 0
         self.high_water = 1
 
@@ -125,7 +128,7 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """Number of tables that hold `block`."""
-        return self._refs[block]
+        return self._refs[block] if block < HOST_BLOCKS else self.overflow.references(block)
 
     def take(self, count: int, after: int | None = None, room: int = 0) -> tuple[list[int], range]:
         """Take `count` blocks, adjacent if possible, behind block `after` if possible.
@@ -210,6 +213,9 @@ class BlockPool:
     def share(self, blocks: Sequence[int]) -> None:
         """Add one reference to each block; a cached block is owned again."""
         for block in blocks:
+            if block >= HOST_BLOCKS:
+                self.overflow.share(block)
+                continue
             if self._refs[block] == 0:
                 del self._cached[block]
                 self._in_use += 1
@@ -221,6 +227,9 @@ class BlockPool:
         Callers drop a sequence's tail first, so that chains are evicted from their ends.
         """
         for block in blocks:
+            if block >= HOST_BLOCKS:
+                self.overflow.drop(block)
+                continue
             self._refs[block] -= 1
             if self._refs[block]:
                 continue
@@ -294,6 +303,8 @@ class BlockPool:
 
     def check_integrity(self, expected_references: dict[int, int]) -> None:
         """Prove that every block is in exactly one state and that references equal `expected_references`."""
+        away = {block: count for block, count in expected_references.items() if block >= HOST_BLOCKS}
+        self.overflow.check_integrity(away)
         for block in range(1, self.num_blocks):
             refs = expected_references.get(block, 0)
             assert self._refs[block] == refs, f"block {block}: {self._refs[block]} references, tables hold {refs}"
@@ -305,5 +316,5 @@ class BlockPool:
         assert self._touched.count(1) == self.touched, "wrong count of touched blocks"
         assert len(self._touched) == len(self._used) == self.num_blocks, "a bitmap has changed its length"
         assert self._refs[NULL_BLOCK] == 0, "the null block was handed out"
-        assert self._in_use == len(expected_references), "wrong count of blocks in use"
+        assert self._in_use == len(expected_references) - len(away), "wrong count of blocks in use"
         assert list(self._cached.values()) == sorted(self._cached.values()), "cached blocks out of order"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK
+from hf_paged.core.overflow import HOST_BLOCKS
 
 if TYPE_CHECKING:
     from hf_paged.core.table import BlockTable
@@ -47,6 +48,18 @@ class BlockChain:
     def held(self) -> list[int]:
         """The blocks that are still there."""
         return self.blocks[self.dropped :]
+
+    @property
+    def reaches_host(self) -> bool:
+        """Whether some of the blocks lie on the host."""
+        return any(first >= HOST_BLOCKS for first, _ in self._spans)
+
+    @property
+    def on_device(self) -> Sequence[int]:
+        """All blocks, null blocks in place of those on the host."""
+        if not self.reaches_host:
+            return self.blocks
+        return [block if block < HOST_BLOCKS else NULL_BLOCK for block in self.blocks]
 
     def has_claimed(self, block: int) -> bool:
         """Whether room at `block` is kept for this sequence."""
@@ -98,6 +111,12 @@ class BlockChain:
                 rest.append((first + passed, count - passed))
         self._spans = [(NULL_BLOCK, self.dropped), *rest]
         return removed
+
+    def replace(self, moves: Mapping[int, int]) -> None:
+        """Hold block `moves[block]` instead of `block` (the caller counts the references)."""
+        blocks = [moves.get(block, block) for block in self.blocks]
+        self.blocks, self._spans, self.dropped = [], [], 0
+        self.extend(blocks)
 
     def copy_from(self, other: BlockChain, num_blocks: int) -> None:
         """Hold the first `num_blocks` blocks of `other` (the caller counts the references)."""

@@ -343,13 +343,15 @@ class BlockManager:
             return
         with self.lock:
             parent, whole = table.root, table.whole_blocks(table.num_tokens)
+            chains = [chain.on_device for chain in table.chains]
             for i in range(whole):
-                blocks = [chain.blocks[i] for chain in table.chains]
+                blocks = [chain[i] for chain in chains]
                 if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
                     table.keys[i:] = [self.index_blocks(parent, table.packed(i), blocks), *table.keys[i + 1 :]]
                 parent = table.keys[i]
-            if with_tail and table.tail_tokens and not self.index.is_covered(parent, table.packed(whole)):
-                self.index_blocks(parent, table.packed(whole), [chain.blocks[whole] for chain in table.chains])
+            tail = [chain[whole] for chain in chains] if with_tail and table.tail_tokens else [NULL_BLOCK]
+            if NULL_BLOCK not in tail and not self.index.is_covered(parent, table.packed(whole)):
+                self.index_blocks(parent, table.packed(whole), tail)
             self.index.prune(parent)
 
     def take_blocks(

@@ -73,6 +73,7 @@ class TierIndex:
         self._records: list[OrderedDict[bytes, Record]] = [OrderedDict() for _ in range(num_groups)]
         self._free: list[list[int]] = [[] for _ in range(num_groups)]
         self._retired: list[list[int]] = [[] for _ in range(num_groups)]
+        self._lent: list[set[int]] = [set() for _ in range(num_groups)]
         self._high_water = [0] * num_groups
         self.num_gone = 0
         # Blocks that are not full, by parent: they cannot be found by the key of what a prompt has in their place.
@@ -131,7 +132,7 @@ class TierIndex:
 
     def capacity(self, group: int) -> int:
         """Records that there is room for, were nothing there."""
-        return self._limits[group] - len(self._retired[group])
+        return self._limits[group] - len(self._retired[group]) - len(self._lent[group])
 
     def touch(self, group: int, keys: Iterable[bytes]) -> None:
         """These records, as far as they exist, count as the most recently used, the last one most of all."""
@@ -168,14 +169,40 @@ class TierIndex:
             self._retired[group].append(self._free[group].pop())
             self._limits[group] = self._high_water[group]
 
+    def can_lend(self, group: int, slots: range) -> bool:
+        """Whether all of these slots can be had."""
+        gone = self._lent[group].union(self._retired[group])
+        return slots.stop <= self._limits[group] and gone.isdisjoint(slots)
+
+    def count_in(self, group: int, slots: range) -> int:
+        """How many records lie in these slots."""
+        return sum(record.slot in slots for record in self._records[group].values())
+
+    def lend(self, group: int, slots: range) -> list[Record]:
+        """Keep nothing in these slots until `take_back`; returns what is forgotten for them, oldest first."""
+        gone = [record for record in self._records[group].values() if record.slot in slots]
+        for record in gone:
+            self.remove(group, record.key)
+        begun = range(self._high_water[group], max(self._high_water[group], slots.stop))
+        self._high_water[group] = max(self._high_water[group], slots.stop)
+        self._free[group] = [slot for slot in (*self._free[group], *begun) if slot not in slots]
+        self._lent[group].update(slots)
+        return gone
+
+    def take_back(self, group: int, slots: range) -> None:
+        """What was lent may hold records again."""
+        self._lent[group].difference_update(slots)
+        self._free[group] += slots
+
     def clear(self) -> None:
-        """Forget every record."""
+        """Forget every record. What is lent stays so."""
         for group, records in enumerate(self._records):
             self.num_gone += len(records)
             records.clear()
-            self._free[group].clear()
             self._retired[group].clear()
-            self._high_water[group], self._limits[group] = 0, self._num_slots
+            self._high_water[group] = max(self._lent[group], default=-1) + 1
+            self._free[group] = [slot for slot in range(self._high_water[group]) if slot not in self._lent[group]]
+            self._limits[group] = self._num_slots
         self._short.clear()
 
     def check_integrity(self) -> None:
@@ -183,7 +210,7 @@ class TierIndex:
         short: dict[bytes, Counter[bytes]] = {}
         for group, records in enumerate(self._records):
             taken = [record.slot for record in records.values()]
-            slots = sorted([*self._free[group], *self._retired[group], *taken])
+            slots = sorted([*self._free[group], *self._retired[group], *self._lent[group], *taken])
             assert slots == list(range(self._high_water[group])), "a slot is lost, or taken twice"
             assert len(slots) <= self._limits[group] <= self._num_slots, "more slots than there may be"
             for key, record in records.items():

@@ -1,111 +1,15 @@
-"""Random operations on the pool and the manager against plain models, integrity checked after every one."""
-
-from collections import Counter
+"""Random operations on the manager against a plain model, integrity checked after every one."""
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from hf_paged.core.blocks import BlockPool, OutOfBlocks
+from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.manager import BlockManager
+from hf_paged.core.overflow import HOST_BLOCKS, movable, on_host, relocate
 from hf_paged.core.prefix import TOKEN_LIMIT
 
 SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
-
-
-class PoolMachine(RuleBasedStateMachine):
-    """A block is free, owned, shared or cached; the model is a bag of references and an ordered list of cached ids."""
-
-    NUM_BLOCKS = 13
-    held = Bundle("held")
-
-    def __init__(self):
-        super().__init__()
-        self.evicted: list[int] = []
-        self.pool = BlockPool(self.NUM_BLOCKS, on_evict=self.evicted.append)
-        self.references: Counter[int] = Counter()
-        self.cached: list[int] = []
-        self.claims: list[range] = []
-
-    @rule(target=held, count=st.integers(1, 6), room=st.integers(0, 4), data=st.data())
-    def take(self, count, room, data):
-        owned = sorted(self.references)
-        after = data.draw(st.sampled_from(owned)) if owned else None
-        available = self.NUM_BLOCKS - 1 - len(self.references)
-        if count > available:
-            with pytest.raises(OutOfBlocks) as caught:
-                self.pool.take(count, after, room)
-            assert (caught.value.wanted, caught.value.available) == (count, available)
-            return multiple()
-        must_evict = max(0, len(self.references) + len(self.cached) + count - (self.NUM_BLOCKS - 1))
-        oldest, self.evicted[:] = self.cached[:must_evict], []
-        blocks, claim = self.pool.take(count, after, room)
-        assert self.evicted == oldest, "the least recently used blocks go first, and no more than needed"
-        del self.cached[:must_evict]
-        assert len(set(blocks)) == count
-        assert 0 not in blocks
-        assert not set(blocks) & (set(self.references) | set(self.cached))
-        if after is not None and after + 1 < self.NUM_BLOCKS and after + 1 in blocks:
-            assert blocks[0] == after + 1
-        self.references.update(blocks)
-        self.claims.append(claim)
-        return tuple(blocks)
-
-    @rule(target=held, blocks=held)
-    def share(self, blocks):
-        if any(block not in self.references and block not in self.cached for block in blocks):
-            return multiple()
-        self.pool.share(blocks)
-        self.references.update(blocks)
-        self.cached = [block for block in self.cached if block not in blocks]
-        return blocks
-
-    @rule(blocks=consumes(held), keep=st.booleans())
-    def drop(self, blocks, keep):
-        if any(block not in self.references for block in blocks):
-            return
-        self.pool.drop(blocks, keep=lambda block: keep)
-        for block in blocks:
-            self.references[block] -= 1
-            if not self.references[block]:
-                del self.references[block]
-                if keep:
-                    self.cached.append(block)
-
-    @rule(count=st.integers(1, 4))
-    def evict(self, count):
-        self.evicted.clear()
-        assert self.pool.evict(count) == min(count, len(self.cached))
-        assert self.evicted == self.cached[:count]
-        del self.cached[:count]
-
-    @rule()
-    def unclaim(self):
-        while self.claims:
-            self.pool.unclaim(self.claims.pop())
-
-    @rule(page_blocks=st.sampled_from([1, 2, 4, 5]))
-    def give_back(self, page_blocks):
-        """Every page of free blocks that are touched goes back, and no other."""
-        self.pool.page_blocks = page_blocks
-        used = {*self.references, *self.cached}
-        pages = [range(at, at + page_blocks) for at in range(0, self.NUM_BLOCKS, page_blocks)]
-        due = {block for page in pages if not used & set(page) for block in page}
-        before, given_back = self.touched(), {block for run in self.pool.give_back() for block in run}
-        assert given_back - {0} <= due | set(range(self.NUM_BLOCKS, self.NUM_BLOCKS + page_blocks)), (
-            "a page that is used was given back"
-        )
-        assert not self.touched() & due, "an idle page was kept"
-        assert self.touched() == before - due
-
-    def touched(self):
-        return {block for block in range(self.NUM_BLOCKS) if self.pool._touched[block]}
-
-    @invariant()
-    def agrees(self):
-        self.pool.check_integrity(dict(self.references))
-        assert (self.pool.in_use, self.pool.cached) == (len(self.references), len(self.cached))
 
 
 ROOTS = [b"model a", b"model b"]
@@ -364,19 +268,96 @@ class PagedMixedMachine(MixedMachine):
     PAGE_BLOCKS = 4
 
 
+class OverflowMachine(MixedMachine):
+    """Some blocks of the first group move to the host and back; whoever is about to write has them back before."""
+
+    HOST_PLACES = 9
+
+    class Place:
+        def __init__(self, free_places):
+            self.free_places = free_places
+            free_places.pop()
+
+        def free(self):
+            self.free_places.append(self)
+
+    def __init__(self):
+        super().__init__()
+        self.free_places = list(range(self.HOST_PLACES))
+
+    @rule(tables=st.lists(ManagerMachine.tables, min_size=1, max_size=4, unique_by=id), count=st.integers(1, 4))
+    def overflow(self, tables, count):
+        manager, tables = self.manager, [table for table in tables if id(table) in self.live]
+        blocks = movable(manager, tables, 0)
+        for block in blocks:
+            holders = {key for key, table in self.live.items() if block in table.chains[0].blocks}
+            assert holders <= set(map(id, tables)), "others hold it, too"
+            for table in tables:
+                if block in table.chains[0].blocks:
+                    assert table.chains[0].blocks.index(block) < table.num_tokens // 4, "it is not full"
+        moves = {}
+        for block in blocks[: min(count, len(self.free_places))]:
+            moves[block] = manager.pools[0].overflow.add(self.Place(self.free_places))
+            self._move(block, moves[block])
+        before = manager.in_use
+        relocate(manager, tables, 0, moves)
+        assert manager.in_use == before - len(moves)
+
+    @rule(tables=st.lists(ManagerMachine.tables, min_size=1, max_size=4, unique_by=id))
+    def bring_back(self, tables):
+        tables = [table for table in tables if id(table) in self.live]
+        self._bring_back(tables, on_host(tables, 0))
+
+    def _bring_back(self, tables, blocks):
+        manager = self.manager
+        try:
+            taken = manager.take_runs([len(blocks), 0, 0], [0, 0, 0], 0)[0]
+        except OutOfBlocks:
+            return False
+        for block, new in zip(blocks, taken, strict=True):
+            self._move(block, new)
+        relocate(manager, tables, 0, dict(zip(blocks, taken, strict=True)))
+        manager.unpin([(0, block) for block in taken])
+        return True
+
+    def _move(self, source, target):
+        memory = self.memory[0]
+        for i in range(4):
+            memory[4 * target + i] = memory.get(4 * source + i)
+
+    def _append_tokens(self, sources, tokens, *args, **kwargs):
+        tails = {table.chains[0].blocks[-1] for table in sources if table.tail_tokens}
+        if self._bring_back(sources, sorted(block for block in tails if block >= HOST_BLOCKS)):
+            super()._append_tokens(sources, tokens, *args, **kwargs)
+
+    def _find(self, table):
+        if id(table) in self.live and not table.chains[0].reaches_host:
+            super()._find(table)
+
+    @invariant()
+    def places_agree(self):
+        held = on_host(self.live.values(), 0)
+        assert len(held) == self.HOST_PLACES - len(self.free_places) == len(self.manager.pools[0].overflow)
+        assert not set(held) & set(self.manager.index.by_block[0]), "it is found"
+
+    def teardown(self):
+        super().teardown()
+        assert len(self.free_places) == self.HOST_PLACES
+
+
 class WindowMachine(ManagerMachine):
     """A model whose layers all have the same window."""
 
     WINDOWS = (5,)
 
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = SETTINGS
 TestManager = ManagerMachine.TestCase
 TestManager.settings = SETTINGS
 TestMixedGroups = MixedMachine.TestCase
 TestMixedGroups.settings = SETTINGS
 TestPagedMixedGroups = PagedMixedMachine.TestCase
 TestPagedMixedGroups.settings = SETTINGS
+TestOverflow = OverflowMachine.TestCase
+TestOverflow.settings = settings(SETTINGS, max_examples=80)
 TestWindowGroup = WindowMachine.TestCase
 TestWindowGroup.settings = SETTINGS

@@ -53,6 +53,9 @@ class LateSide:
         self.pinned_now.add(memory.untyped_storage())
         return memory
 
+    def share(self, memory):
+        pass
+
     def give_back(self):
         self.given_back += 1
 
@@ -60,8 +63,11 @@ class LateSide:
         """Do everything that was given before this place."""
         with self._lock, torch.no_grad():
             while self._done < place:
-                self._done += 1
-                self._queue.popleft()()
+                copies = self._queue.popleft()
+                try:
+                    copies()
+                finally:
+                    self._done += 1  # not before: others ask without the lock
 
 
 class LateMark:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from host import LateSide, as_gpu
 
-from benchmarks import gpu, gpu_kernels, gpu_offload, gpu_records
+from benchmarks import gpu, gpu_kernels, gpu_offload, gpu_overflow, gpu_records
 from hf_paged_kernels import FORMATS
 from hf_paged_kernels.launch import triton_obstacle
 
@@ -86,6 +86,15 @@ def test_a_decoding_that_takes_too_long_ends():
     ids = torch.zeros(2, 3, dtype=torch.long)
     assert not gpu_offload.Steps(longest=60)(ids, None).any()
     assert gpu_offload.Steps(longest=-1)(ids, None).all()
+
+
+def test_overflow_is_measured(monkeypatch):
+    assert [row["work"] for row in gpu_overflow.overflow(CPU, gpu_overflow.TINY)] == ["overflow"], "a CPU has none"
+    as_gpu(monkeypatch)
+    *calls, whole, third = gpu_overflow.overflow(CPU, gpu_overflow.TINY)
+    assert len(calls) == 4
+    assert all(row["passed"] for row in calls), calls
+    assert third["step_bytes"] > 0 == whole["step_bytes"]
 
 
 def test_a_part_that_fails_keeps_what_it_has_found(capsys):

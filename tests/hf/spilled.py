@@ -1,0 +1,73 @@
+"""Calls that need more than the device holds: data, and helpers of their tests."""
+
+import disk
+import torch
+from host import tiers
+from pair import NEW, Pair, piece
+from prompts import batch, tokens
+from transformers import StoppingCriteria
+
+from hf_paged import overflow
+
+SYSTEM = tokens(50, seed=3)
+CALLS = {
+    # A call, and the blocks on the device: about a third of what it needs.
+    "one row": ([piece(101, 1)], {}, 5),
+    "no multiple of a block": ([piece(64, 1)], {"max_new_tokens": 40}, 5),
+    "batch": ([piece(61, 1), piece(90, 2), piece(23, 3)], {"max_new_tokens": 20}, 11),
+    "batch under one prompt": ([SYSTEM + tokens(n, seed=n) for n in (9, 30, 40)], {"max_new_tokens": 12}, 9),
+    "samples": ([piece(75, 1)], {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 24}, 8),
+    "beams": ([piece(101, 1)], {"num_beams": 3, "max_new_tokens": 24}, 8),
+    "rows that end": ([piece(61, 1), piece(64, 2), piece(40, 3)], {"max_new_tokens": 30, "eos_token_id": [5, 9]}, 9),
+    "chunks": ([piece(90, 1), piece(70, 2)], {"prefill_chunk_size": 16}, 9),
+}
+
+
+def watch(monkeypatch) -> list[int]:
+    """How many blocks each pass has read on the host."""
+    counts, function = [], overflow.host_reads
+
+    def counted(plan, blocks, *args):
+        counts.append(len(blocks))
+        return function(plan, blocks, *args)
+
+    monkeypatch.setattr(overflow, "host_reads", counted)
+    return counts
+
+
+def on_host(pair: Pair) -> int:
+    """Blocks that running sequences hold on the host."""
+    return len(pair.paged._pool.overflow)
+
+
+def check(pair: Pair, fallbacks=()) -> None:
+    """As the tiers are checked; and the host tier has all of its memory back."""
+    disk.check(pair, fallbacks)
+    assert on_host(pair) == 0
+    index = tiers(pair).levels[0].index
+    assert index is None or not any(index._lent)
+
+
+def generated(model, given, new=NEW, **kwargs):
+    inputs = given if isinstance(given, dict) else batch([given])
+    return model.generate(**inputs, do_sample=False, max_new_tokens=new, return_dict_in_generate=True, **kwargs)
+
+
+def continued(outputs, model, keep=None):
+    """Some tokens more behind a cache that came back, of which `keep` tokens are left."""
+    cache, ids = outputs.past_key_values, outputs.sequences
+    if keep is not None:
+        cache.crop(keep - cache.get_seq_length())
+        ids = ids[:, : keep + 1]
+    return generated(model, {"input_ids": ids}, past_key_values=cache)
+
+
+class Notes(StoppingCriteria):
+    """After each step: what `note` says."""
+
+    def __init__(self, note):
+        self._note, self.said = note, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.said.append(self._note())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
