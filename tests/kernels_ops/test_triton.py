@@ -360,6 +360,15 @@ def test_items_show_each_query_what_it_sees_once(seed):
     assert work.num_parts in (0, sum(map(len, rows.values())))
 
 
+def test_pages_far_behind():
+    """Numbers that nobody has counted, and what is no page of the device."""
+    tables = PageTables()
+    tables.add(0, 1, [(16 * 2**23, 40)])
+    assert tables.pages.tolist() == [2**23, 2**23 + 1, 2**23 + 2]
+    with pytest.raises(OverflowError):
+        tables.add(0, 1, [(16 * 2**40, 16)])
+
+
 def test_long_sequences_are_split_and_full_tiles_are_not():
     assert part_tokens([128 * 1024], 16, 8, 132) <= 128 * 1024 * 8 // 132
     assert part_tokens([4096] * 16, 16, 8, 132) < 4096

@@ -101,15 +101,19 @@ class Work:
         return self.rows.shape[0]
 
 
+# Of page numbers that were counted once, the most; 67 million tokens.
+_MOST_COUNTED = 2**22
 _counted = array("i")
 
 
 def _numbers(start: int, stop: int) -> array:
     """`start, start + 1, ...`; cut out of numbers that were counted before, which is quicker than counting."""
     global _counted
+    if stop > _MOST_COUNTED:
+        return array("i", range(start, stop))
     counted = _counted
     if len(counted) < stop:
-        _counted = counted = array("i", range(2 * stop))
+        _counted = counted = array("i", range(min(2 * stop, _MOST_COUNTED)))
     return counted[start:stop]
 
 
