@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate, gpu_offload
 from hf_paged import paged, pool
@@ -42,12 +42,7 @@ def overflow(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
 
 def tokens_equal(device: torch.device, key: str | int, sizes: Sizes) -> Iterator[dict[str, object]]:
     """A tiny model in float32 with a third of the blocks that each call needs: every token must be stock's."""
-    torch.manual_seed(0)
-    tiny = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=120, eos_token_id=None, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).to(device).eval()
+    model = gpu_generate.build_tiny(device, 3)
     prompt, block_bytes = torch.randint(3, 120, (3, sizes.checked_prompt), device=device), 16 * 2 * 2 * 3 * 16 * 4
     calls: dict[str, tuple[torch.Tensor, dict[str, object]]] = {
         "greedy": (prompt[:1], {"do_sample": False}),

@@ -40,13 +40,10 @@ class Ahead:
     Attributes:
         foreseen: its plans.
         step: its numbers.
-        active, asked: what these are for.
     """
 
     foreseen: Foreseen
     step: FixedStep
-    active: Sequence[int]
-    asked: Sequence[Sequence[Any]]
 
 
 @dataclass(slots=True, eq=False)
@@ -220,7 +217,7 @@ class DecodeGraphs:
             if isinstance(captured, str):
                 raise UncapturableError(captured)
             outputs = captured.outputs(request, len(active))
-            self._look_ahead(standing, cache, captured, step, active, asked, tables)
+            self._look_ahead(standing, cache, captured, step, tables)
             return outputs
 
     @staticmethod
@@ -229,8 +226,6 @@ class DecodeGraphs:
         cache: PagedCache,
         captured: CapturedStep,
         step: FixedStep,
-        active: Sequence[int],
-        asked: Sequence[Sequence[Any]],
         tables: Sequence[BlockTable],
     ) -> None:
         """Plan the next step, and send its numbers, while the device computes this one."""
@@ -242,7 +237,7 @@ class DecodeGraphs:
             following = step.next(foreseen.plans)
             if following.rooms == step.rooms:
                 captured.send(following)
-            standing.ahead = Ahead(foreseen, following, active, asked)
+            standing.ahead = Ahead(foreseen, following)
 
     def _keep(self, signature: tuple[Any, ...], captured: CapturedStep | str) -> None:
         self._steps[signature] = captured
@@ -257,7 +252,7 @@ def _as_foreseen(
     ahead, standing.ahead = standing.ahead, None
     if ahead is None:
         return None
-    if plans is not ahead.foreseen.plans or active != ahead.active or asked is not ahead.asked:
+    if plans is not ahead.foreseen.plans or not ahead.step.serves(active, asked):
         standing.pause_steps = PAUSE_STEPS
         return None
     return ahead.step

@@ -159,13 +159,19 @@ class LayerStore:
 
     def read_keys(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """K, as `read` gives it."""
-        seen = view(self.keys)
-        return seen if self.records is None else self.records.decode_keys(seen, self.dtype)
+        return self.keys_of(view(self.keys))
 
     def read_values(self, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """V, as `read` gives it."""
-        seen = view(self.values)
-        return seen if self.records is None else self.records.decode_values(seen, self.value_dtype)
+        return self.values_of(view(self.values))
+
+    def keys_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """K as numbers, of what this memory holds, or a copy of it elsewhere."""
+        return stored if self.records is None else self.records.decode_keys(stored, self.dtype)
+
+    def values_of(self, stored: torch.Tensor) -> torch.Tensor:
+        """V as numbers, likewise."""
+        return stored if self.records is None else self.records.decode_values(stored, self.value_dtype)
 
     def append_rows(self, span: RowSpan, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a row, `[rows, kv_heads, 1, dim]`, where numbers are stored as they are.

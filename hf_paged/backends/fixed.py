@@ -78,6 +78,10 @@ class FixedStep:
                 numbers.append(room.numbers(layout))
         return cls(tuple(rooms), numbers, plans, asked, active, rows, device)
 
+    def serves(self, active: Sequence[int], asked: Sequence[Sequence[Asked]]) -> bool:
+        """Whether it was made for these rows, and for what attention asks."""
+        return self._active == active and self._asked is asked
+
     def next(self, plans: Sequence[StepPlan]) -> FixedStep:
         """The same for the plans of another step of these rows."""
         return FixedStep.of(plans, self._asked, self._active, self._rows, self._device)

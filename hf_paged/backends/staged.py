@@ -77,9 +77,8 @@ class StagedBackend(AttentionBackend):
         layer = next(i for i, each in enumerate(self._stores) if each is store)
         for reads, (keys, values) in zip(self._reads, self._staging.read(layer), strict=True):
             for start, stop, slots in reads:
-                key = store.read_keys(lambda _: keys.index_select(1, slots))  # noqa: B023 (called at once)
-                value = store.read_values(lambda _: values.index_select(1, slots))  # noqa: B023 (called at once)
-                other = attend_tokens(query[start:stop], key, value, call)
+                key, value = (memory.index_select(1, slots) for memory in (keys, values))
+                other = attend_tokens(query[start:stop], store.keys_of(key), store.values_of(value), call)
                 out, lse = merged(out, lse, other, start, stop)
         return with_sinks(out, lse, call).to(query.dtype).contiguous()
 

@@ -8,7 +8,7 @@ are not. What is left is to make bfloat16 of bytes, which takes most of the time
                 for each `j`, and so are channels `4 w + j` of values.
     int4        The same in units of two bytes: nibbles.py.
 
-Compiled for sm_90 with triton 3.6, in tiles of 16 rows and 64 tokens and dims of 128: 4.0 (int8), 5.4 (fp8) and 5.7
+Compiled for sm_90 with triton 3.6, in tiles of 16 rows and 64 tokens and dims of 128: 4.8 (int8), 5.3 (fp8) and 5.7
 (int4) instructions a code and thread, where numbers made one by one took 9.8, 12.3 and 15.9.
 """
 
