@@ -100,6 +100,8 @@ struct Store : StoreCall {
 // The largest head dim, and the most tokens that are scored before their values are read.
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kMaxBlock = 64;
+// Stands for the values of a token that is not there.
+alignas(64) static const char kZeros[kMaxDim * sizeof(float)] = {};
 // Tokens that are decoded before they are read fill so many floats: half of a first-level cache.
 constexpr int64_t kDecodedFloats = 4096;
 

@@ -41,9 +41,20 @@ static HFP_INLINE void store_halves(uint16_t *p, Words x) {
     memcpy(p, &narrow, sizeof narrow);
 }
 
+// What is multiplied with what: a vector holds a number of each of HFP_LANES channels, and of one token.
+struct OneByOne {
+    static constexpr bool is_paired = false;
+    static constexpr int64_t channels = HFP_LANES;  // of a vector of a query or key
+    static constexpr int64_t tokens = 1, vectors = 1;  // that values are read from, and into, at a time
+    typedef Floats Numbers;
+    static HFP_INLINE Numbers read_query(const float *query, int64_t d) { return in_register(load(query + d)); }
+    static HFP_INLINE Numbers read_weight(const float *weights, int64_t token) { return splat(weights[token]); }
+    static HFP_INLINE Floats add_product(Floats sum, Numbers a, Numbers b) { return sum + a * b; }
+};
+
 // What the tokens of a storage type are: elements of `dim` numbers, in groups of `group` channels at most; whether they
 // are records, with a scale behind the codes, or with several, such that they are decoded before they are read.
-struct Plain {
+struct Plain : OneByOne {
     static constexpr bool is_scaled = false, is_decoded = false;
     static constexpr int64_t size(int64_t dim, int64_t) { return dim; }
 };
@@ -102,7 +113,7 @@ struct Float16 : Plain {
 };
 
 // Records: codes, whose numbers `read` gives, and what these are in units of.
-struct Record {
+struct Record : OneByOne {
     typedef int8_t Storage;
     static constexpr bool is_scaled = true, is_decoded = false;
     static constexpr int64_t size(int64_t dim, int64_t) { return dim + kScaleBytes; }
@@ -268,13 +279,21 @@ static HFP_INLINE void store_sums(float *p, Floats first_pair, Floats second_pai
     memcpy(p, parts, sizeof(Four));
 }
 
+// A quarter of the steps that going from lane to lane would take.
+typedef float Quarter __attribute__((vector_size(16)));
 static HFP_INLINE float sum_of(Floats x) {
-    float sum = 0;
-    for (int i = 0; i < HFP_LANES; ++i) sum += x[i];
-    return sum;
+    Quarter parts[HFP_LANES / 4];
+    memcpy(parts, &x, sizeof x);
+    for (int n = HFP_LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
+    return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 static HFP_INLINE float largest_of(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < HFP_LANES; ++i) most = x[i] > most ? x[i] : most;
-    return most;
+    Quarter parts[HFP_LANES / 4];
+    memcpy(parts, &x, sizeof x);
+    for (int n = HFP_LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; ++i) parts[i] = parts[i] > parts[i + n] ? parts[i] : parts[i + n];
+    const float low = parts[0][0] > parts[0][1] ? parts[0][0] : parts[0][1];
+    const float high = parts[0][2] > parts[0][3] ? parts[0][2] : parts[0][3];
+    return low > high ? low : high;
 }

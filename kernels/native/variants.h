@@ -75,6 +75,26 @@ namespace avx512 {
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
+#endif
+namespace avx512_bf16 {
+#define HFP_LANES 16
+#define HFP_REGISTERS 32
+#define HFP_BF16
+#include "simd.h"
+#include "pairs.h"
+#include "decode.h"
+#undef HFP_LANES
+#undef HFP_REGISTERS
+#undef HFP_BF16
+}  // namespace avx512_bf16
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
@@ -87,11 +107,13 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 static const Variant kVariants[] = {
     {"portable", 4, always, &portable::kKernel},
     {"avx2", 8, has_avx2, &avx2::kKernel},
     {"avx512", 16, has_avx512, &avx512::kKernel},
+    {"avx512_bf16", 16, has_avx512_bf16, &avx512_bf16::kKernel},
 #if defined(HFP_TEST_WIDE)
     {"wide", 16, has_avx2, &wide::kKernel},
 #endif

@@ -14,7 +14,8 @@ from hf_paged_kernels.native import kernel_for, native, variants
 
 CPU = torch.device("cpu")
 # Backends as tests name them: `cpu` alone is torch's own attention, the others force a variant of the native kernel.
-BACKENDS = ("cpu", "cpu avx2", "reference")
+CPU_BACKENDS = ("cpu", "cpu avx2", "cpu avx512_bf16")
+BACKENDS = (*CPU_BACKENDS, "reference")
 OTHER_VARIANTS = ("cpu portable", "cpu avx512", "cpu neon")
 # Largest difference to float64, relative to the largest value: rounding of the result and of the sums before it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -197,14 +198,14 @@ def test_other_variants(dtype, call, backend):
     story(Model("gqa 3", dtype, CALLS[call], backend))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)
 @pytest.mark.parametrize("call", ["plain", "all"])
 @pytest.mark.parametrize("seed", range(5))
 def test_blocks_in_any_order(seed, call, backend):
     story(Model("gqa 3", torch.float32, CALLS[call], backend, fragmented=True, seed=seed))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)
 @pytest.mark.parametrize("call", ["plain", "window", "all"])
 @pytest.mark.parametrize("fragmented", [False, True])
 def test_short_chunks(fragmented, call, backend):
@@ -216,7 +217,7 @@ def test_short_chunks(fragmented, call, backend):
         model.decode([7, 8, 9])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)
 @pytest.mark.parametrize("rows", [12, 40, 50])
 def test_many_rows_share_a_prompt(rows, backend):
     """Few enough for one pass of the native kernel, for two, and more than it takes."""
@@ -226,7 +227,7 @@ def test_many_rows_share_a_prompt(rows, backend):
         model.decode([step] * rows)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cpu avx2"], indirect=True)
+@pytest.mark.parametrize("backend", CPU_BACKENDS, indirect=True)
 @pytest.mark.parametrize("length", [1, 63, 300, 1000])
 def test_long_prompts(length, backend):
     model = Model("gqa 4", torch.float32, {}, backend, block_size=16)

@@ -166,6 +166,8 @@ def test_what_the_native_store_does_not_encode_is_left_to_torch(name, dims):
 @pytest.mark.parametrize("dims", [(64, 48), (16, 128), (256, 96)])
 def test_every_variant_attends_to_what_the_codes_stand_for(name, variant, group, dims):
     records, kernel = KVRecords(FORMATS[name], *dims), VARIANTS[variant]
+    if not kernel.takes(torch.float32, *dims, FORMATS[name]):
+        pytest.skip("half of the dim is no multiple of the variant's vectors")
     for dtype, tolerance in zip(DTYPES, (2e-6, 8e-3, 1e-3), strict=True):
         sides = (FORMATS[name].keys, FORMATS[name].values)
         keys, values = (side.encode(torch.randn(2, 300, dim).to(dtype)) for side, dim in zip(sides, dims, strict=True))
