@@ -88,9 +88,10 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        # Found out once a loop of `generate`: what the fast path does for the model, and whether and how its decode
-        # steps come from CUDA graphs.
+        # Found out once a loop of `generate`: what the fast path does for the model, what that was tried in, and
+        # whether and how its decode steps come from CUDA graphs.
         self.capability: Any = None
+        self.circumstances: Any = None
         self.standing: Any = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None

@@ -106,6 +106,14 @@ class ModelCall:
         return self.kwargs.get(self.names.positions)
 
 
+def padding_columns(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are real by an attention mask, `[batch, tokens]` bool on the CPU; `None`: all."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
+        return None
+    columns = mask[:, -inputs.shape[1] :].bool().cpu()
+    return None if columns.shape[1] != inputs.shape[1] or columns.all() else columns
+
+
 def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None = None) -> str | None:
     """Why this call must take the padded path, or `None`.
 

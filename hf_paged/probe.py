@@ -14,10 +14,12 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, run_decode, run_padded
+from hf_paged.hooks import hooked, see_shapes
 from hf_paged.identity import rotary_depends_on_length
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.weights import Tree
 
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.
 _SHARED_TOKENS, _ROW_TOKENS = 5, (12, 9)
@@ -76,6 +78,21 @@ class Capability:
     whole_batches: bool = False
     unfit: str | None = None
     reads_views: bool = False
+
+
+def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
+    """What the fast path may or may not be right in; the last says which hooks must see stock's shapes."""
+    tree = Tree.of(model)
+    return (
+        tuple(tree.kinds()),
+        model.training,
+        model.dtype,
+        compat.autocast_dtype(compat.compute_device(model)),
+        compat.own_forward(model),
+        compat.attention_name(model.config),
+        settings.attention_backend,
+        hooked(tree, see_shapes),
+    )
 
 
 @torch.no_grad()
