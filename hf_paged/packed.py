@@ -228,7 +228,7 @@ def _real_columns(request: ModelCall) -> list[list[int]]:
 def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]]) -> list[list[int]]:
     """Per row one int per new token; equal ints (after equal pasts) mean equal KV."""
     if request.input_name == "input_ids":
-        keys = request.inputs
+        keys = request.inputs.long()  # which may be int32; below, numbers get larger
     else:
         # Equal embeddings get equal numbers, none of which could be a token id.
         flat = request.inputs.flatten(0, 1)
