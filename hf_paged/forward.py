@@ -141,6 +141,8 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     elif cache.columns is not None:
         return "attention mask differs from what is cached"
     new, tokens = request.new_columns, request.tokens
+    if positions is not None and positions.is_floating_point():
+        return "position ids that may be fractions"
     if positions is not None and positions.dim() != 2 and tokens > 1 and not _planes_agree(positions, new):
         return "position ids of several dimensions"
     if new is not None and not bool(new[:, -1].all()):

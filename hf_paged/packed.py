@@ -235,7 +235,7 @@ def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]])
         keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
     positions = request.positions
     if positions is not None:
-        positions = positions[0] if positions.dim() == 3 else positions  # which are all the same then
+        positions = (positions[0] if positions.dim() == 3 else positions).long()  # planes are all the same then
         usual = torch.zeros_like(keys)
         for row, real in enumerate(columns):
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens
