@@ -16,11 +16,12 @@ from hf_paged.backends import PreparedDecode
 from hf_paged.config import PagedConfig
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
-from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
+from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
+from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.sequences import Sequences
-from hf_paged.state import PagedStateLayer
+from hf_paged.state import PagedStateLayer, state_of
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -432,12 +433,13 @@ class PagedCache(Cache):
         twin.root, twin.keeps_rows, twin.copies_dense = self.root, self.keeps_rows, self.copies_dense
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.states, twin.states, strict=True):
-            vars(theirs).update(
-                deepcopy({name: vars(mine)[name] for name in vars(mine).keys() - PAGED_ATTRIBUTES}, memo)
-            )
+            vars(theirs).update(deepcopy(state_of(mine), memo))
         for mine, theirs in zip(self.paged_layers, twin.paged_layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(as_stock(self))
 
     def __repr__(self) -> str:
         return f"PagedCache(rows={len(self.tables)}, tokens={self.dense_len}, layers={len(self.layers)})"
