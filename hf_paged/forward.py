@@ -151,7 +151,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         return "sliding window that attention is not told of"
     if any(cache.windows) and _has_holes(cache, new):
         return "holes in the attention mask of a sliding-window model"
-    keep = kwargs.get("logits_to_keep") or 0
+    keep = kwargs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor):
         return "argument logits_to_keep as a tensor"
     keep = keep or (1 if request.last_only else 0)

@@ -106,6 +106,18 @@ def test_rows_without_position_ids_have_those_that_stock_gives_them():
     torch.testing.assert_close(ours.logits, stock.logits, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [[0], [0, 2], [-1]])
+def test_logits_of_chosen_columns(columns):
+    pair, rows, columns = Pair(), {}, torch.tensor(columns)
+    for model in (pair.stock, pair.model):
+        output = model.generate(torch.tensor([piece(12, 1)]), max_new_tokens=3, return_dict_in_generate=True)
+        more = torch.tensor([[9, 10, 11]])
+        rows[model] = model(more, past_key_values=output.past_key_values, logits_to_keep=columns).logits
+    assert rows[pair.model].shape == rows[pair.stock].shape
+    torch.testing.assert_close(*rows.values(), atol=1e-4, rtol=0)
+
+
 class HookAtStep(LogitsProcessor):
     """Registers a hook that steers the model, in the middle of a call."""
 
