@@ -137,14 +137,14 @@ class PagedCache(Cache):
     def stored_columns(self) -> torch.Tensor:
         """`[batch, dense_len]` bool: which dense columns are stored (the others were padding)."""
         if self.columns is None:
-            return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool)
+            return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool, device="cpu")
         return self.columns
 
     def add_columns(self, new: torch.Tensor | None, count: int) -> None:
         """Note `count` more dense columns; `new [batch, count]` says which are stored, `None` all."""
         if new is not None or self.columns is not None:
             if new is None:
-                new = torch.ones(len(self.tables), count, dtype=torch.bool)
+                new = torch.ones(len(self.tables), count, dtype=torch.bool, device="cpu")
             self.columns = torch.cat([self.stored_columns(), new], dim=1)
         self.dense_len += count
 
@@ -257,7 +257,7 @@ class PagedCache(Cache):
         columns = None
         if new_columns is not None or self.columns is not None:
             if new_columns is None:
-                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool)
+                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool, device="cpu")
             columns = torch.cat([self.stored_columns(), new_columns], dim=1)
             counts = new_columns.sum(dim=1).tolist()
         else:
@@ -332,7 +332,11 @@ class PagedCache(Cache):
                 yield None, None, None
             else:
                 layer = self.paged_layers[place]
-                yield layer.keys, layer.values, None if layer.window is None else torch.tensor(layer.window)
+                yield (
+                    layer.keys,
+                    layer.values,
+                    None if layer.window is None else torch.tensor(layer.window, device="cpu"),
+                )
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -410,7 +414,7 @@ class PagedCache(Cache):
         if self.columns is not None:
             self.columns = self.columns[rows]
         for layer in self.states:
-            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows))
+            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device="cpu"))
 
     def activate_past_recording(self) -> None:
         """Window layers keep what falls out of their window from now on, and show it, until the next `crop`.

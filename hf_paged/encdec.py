@@ -123,7 +123,7 @@ class CrossCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, given as numbers or as a mask."""
-        self._select(torch.arange(len(self.rows.owners))[indices.cpu()].tolist())
+        self._select(torch.arange(len(self.rows.owners), device="cpu")[indices.cpu()].tolist())
 
     def _select(self, rows: Sequence[int]) -> None:
         before = self.rows.owners

@@ -218,7 +218,7 @@ def run_decode(
         return outputs
     columns = None
     if cache.columns is not None:
-        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
+        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool, device="cpu")], dim=1)[active]
     as_given = cache.pool.kv_format is None
     reads_rows = backend.reads_rows and as_given and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)

@@ -107,7 +107,7 @@ class _Stretch:
         for i, start, stop in self.plan.sources:
             row, first = self.rows[i], self.starts[i]
             picked += [row * tokens + column for column in columns[row][first + start : first + stop]]
-        return torch.tensor(picked)
+        return torch.tensor(picked, device="cpu")
 
 
 class _Stretches:

@@ -127,7 +127,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     cache.prefilling = True
     longest = max(_ROW_TOKENS)
     inputs = torch.stack([torch.cat([row.new_zeros(longest + 1 - len(row)), row]) for row in rows])
-    real = torch.stack([torch.arange(longest) >= longest - tokens for tokens in _ROW_TOKENS])
+    real = torch.stack([torch.arange(longest, device="cpu") >= longest - tokens for tokens in _ROW_TOKENS])
     positions = (real.cumsum(dim=1) - 1).clamp(min=0).to(inputs.device)
     prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
     windows: dict[int, int | None] = {}
