@@ -16,11 +16,12 @@ from hf_paged.backends import PreparedDecode
 from hf_paged.config import PagedConfig
 from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
 from hf_paged.core.table import BlockTable
-from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
+from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
+from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.sequences import Sequences
-from hf_paged.state import PagedStateLayer
+from hf_paged.state import PagedStateLayer, state_of
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -88,9 +89,10 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        # Found out once a loop of `generate`: what the fast path does for the model, and whether and how its decode
-        # steps come from CUDA graphs.
+        # Found out once a loop of `generate`: what the fast path does for the model, what that was tried in, and
+        # whether and how its decode steps come from CUDA graphs.
         self.capability: Any = None
+        self.circumstances: Any = None
         self.standing: Any = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
@@ -135,14 +137,14 @@ class PagedCache(Cache):
     def stored_columns(self) -> torch.Tensor:
         """`[batch, dense_len]` bool: which dense columns are stored (the others were padding)."""
         if self.columns is None:
-            return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool)
+            return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool, device="cpu")
         return self.columns
 
     def add_columns(self, new: torch.Tensor | None, count: int) -> None:
         """Note `count` more dense columns; `new [batch, count]` says which are stored, `None` all."""
         if new is not None or self.columns is not None:
             if new is None:
-                new = torch.ones(len(self.tables), count, dtype=torch.bool)
+                new = torch.ones(len(self.tables), count, dtype=torch.bool, device="cpu")
             self.columns = torch.cat([self.stored_columns(), new], dim=1)
         self.dense_len += count
 
@@ -255,7 +257,7 @@ class PagedCache(Cache):
         columns = None
         if new_columns is not None or self.columns is not None:
             if new_columns is None:
-                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool)
+                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool, device="cpu")
             columns = torch.cat([self.stored_columns(), new_columns], dim=1)
             counts = new_columns.sum(dim=1).tolist()
         else:
@@ -330,7 +332,11 @@ class PagedCache(Cache):
                 yield None, None, None
             else:
                 layer = self.paged_layers[place]
-                yield layer.keys, layer.values, None if layer.window is None else torch.tensor(layer.window)
+                yield (
+                    layer.keys,
+                    layer.values,
+                    None if layer.window is None else torch.tensor(layer.window, device="cpu"),
+                )
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -408,7 +414,7 @@ class PagedCache(Cache):
         if self.columns is not None:
             self.columns = self.columns[rows]
         for layer in self.states:
-            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows))
+            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device="cpu"))
 
     def activate_past_recording(self) -> None:
         """Window layers keep what falls out of their window from now on, and show it, until the next `crop`.
@@ -431,12 +437,13 @@ class PagedCache(Cache):
         twin.root, twin.keeps_rows, twin.copies_dense = self.root, self.keeps_rows, self.copies_dense
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.states, twin.states, strict=True):
-            vars(theirs).update(
-                deepcopy({name: vars(mine)[name] for name in vars(mine).keys() - PAGED_ATTRIBUTES}, memo)
-            )
+            vars(theirs).update(deepcopy(state_of(mine), memo))
         for mine, theirs in zip(self.paged_layers, twin.paged_layers, strict=True):
             theirs.seen, theirs.kept, theirs.record_past = mine.seen, mine.kept, mine.record_past
         return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(as_stock(self))
 
     def __repr__(self) -> str:
         return f"PagedCache(rows={len(self.tables)}, tokens={self.dense_len}, layers={len(self.layers)})"

@@ -109,6 +109,14 @@ def init_state(layer: Any, like: Any) -> None:
     LinearAttentionLayer.__init__(layer, **count)
 
 
+def fill_layer(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
+    """Put K and V `[batch, kv_heads, tokens, dim]` into a new layer, as what is left of `seen` tokens."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = seen
+
+
 class LayoutMemo:
     """`cache_layout` of one model, found again only where the config's content has changed."""
 

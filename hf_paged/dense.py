@@ -50,10 +50,10 @@ class DenseView:
     def _dense_slots(self, device: torch.device) -> torch.Tensor:
         if self._slots is None:
             # Slot 0 belongs to the null block, which is always zero.
-            slots = torch.full((len(self._rows), self._num_columns), NULL_BLOCK, dtype=torch.long)
+            slots = torch.full((len(self._rows), self._num_columns), NULL_BLOCK, dtype=torch.long, device="cpu")
             for row, (chain, num_tokens) in enumerate(self._rows):
                 first = min(chain.first_token, num_tokens)
-                held = torch.zeros(num_tokens, dtype=torch.long)
+                held = torch.zeros(num_tokens, dtype=torch.long, device="cpu")
                 held[first:] = run_slots(list(chain.runs(first, num_tokens)), slots.device)
                 if self._columns is None:
                     slots[row] = held

@@ -164,7 +164,7 @@ class DiskLevel(Level):
 
 
 def _staging(num_records: int, record_bytes: int) -> torch.Tensor:
-    return torch.empty(num_records, record_bytes, dtype=torch.uint8)
+    return torch.empty(num_records, record_bytes, dtype=torch.uint8, device="cpu")
 
 
 def _parts(items: Sequence[Any], record_bytes: int) -> Iterator[Sequence[Any]]:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from hf_paged.cache import PagedCache
 from hf_paged.lazy import SharedRows
+from hf_paged.portable import as_stock, reduced
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -46,6 +47,16 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
     def reset(self) -> None:
         """Empty the cache; its blocks go back to the pool."""
         self.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedEncoderDecoderCache:
+        twin = memo[id(self)] = object.__new__(PagedEncoderDecoderCache)
+        vars(twin).update(deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        decoder = self.self_attention_cache
+        cross = as_stock(decoder, self.cross_attention_cache.layers)
+        return reduced(EncoderDecoderCache(as_stock(decoder), cross))
 
     def check_dynamic_cache(self, method: str) -> None:
         """Both caches can do all that a `DynamicCache` can."""
@@ -112,7 +123,7 @@ class CrossCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, given as numbers or as a mask."""
-        self._select(torch.arange(len(self.rows.owners))[indices.cpu()].tolist())
+        self._select(torch.arange(len(self.rows.owners), device="cpu")[indices.cpu()].tolist())
 
     def _select(self, rows: Sequence[int]) -> None:
         before = self.rows.owners

@@ -106,6 +106,14 @@ class ModelCall:
         return self.kwargs.get(self.names.positions)
 
 
+def padding_columns(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which new columns are real by an attention mask, `[batch, tokens]` bool on the CPU; `None`: all."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
+        return None
+    columns = mask[:, -inputs.shape[1] :].bool().cpu()
+    return None if columns.shape[1] != inputs.shape[1] or columns.all() else columns
+
+
 def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int | None = None) -> str | None:
     """Why this call must take the padded path, or `None`.
 
@@ -133,6 +141,8 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     elif cache.columns is not None:
         return "attention mask differs from what is cached"
     new, tokens = request.new_columns, request.tokens
+    if positions is not None and positions.is_floating_point():
+        return "position ids that may be fractions"
     if positions is not None and positions.dim() != 2 and tokens > 1 and not _planes_agree(positions, new):
         return "position ids of several dimensions"
     if new is not None and not bool(new[:, -1].all()):
@@ -141,7 +151,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         return "sliding window that attention is not told of"
     if any(cache.windows) and _has_holes(cache, new):
         return "holes in the attention mask of a sliding-window model"
-    keep = kwargs.get("logits_to_keep") or 0
+    keep = kwargs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor):
         return "argument logits_to_keep as a tensor"
     keep = keep or (1 if request.last_only else 0)
@@ -208,7 +218,7 @@ def run_decode(
         return outputs
     columns = None
     if cache.columns is not None:
-        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool)], dim=1)[active]
+        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool, device="cpu")], dim=1)[active]
     as_given = cache.pool.kv_format is None
     reads_rows = backend.reads_rows and as_given and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)

@@ -213,7 +213,7 @@ class PagedGenerationMixin:
                 del kwargs[name]
         runtime = self.paged  # the loop may unpatch the model
         cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
-        cache.capability = cache.standing = None
+        cache.capability = cache.circumstances = cache.standing = None
         try:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)

@@ -90,7 +90,7 @@ class CUDAGraphDriver:
             sent.synchronize()  # a copy of four steps ago
             if len(staging) >= count:
                 return staging
-        return torch.empty(1 << (count - 1).bit_length(), dtype=torch.int32, pin_memory=True)
+        return torch.empty(1 << (count - 1).bit_length(), dtype=torch.int32, pin_memory=True, device="cpu")
 
     def warm_up(self, forward: Callable[[], T]) -> T:
         stream, current = self._side_stream(), torch.cuda.current_stream()

@@ -113,7 +113,7 @@ class HostLevel(Level):
                     return self._side.pinned(num_bytes)
                 except RuntimeError as error:
                     self._counters.fall_back(f"host tier: memory is not pinned: {first_line(error)}")
-            return torch.empty(num_bytes, dtype=torch.uint8)
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def read(self, group: int, slots: Sequence[int], pieces: Sequence[torch.Tensor]) -> Pending:
         """A `Source` for the tier below, of slots that `make_room` has returned."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
+from hf_paged.hooks import hooked, meddle
 from hf_paged.sample import Sample
 from hf_paged.weights import Tree, held_tensors, parts, tensor_states, unreadable
 
@@ -29,13 +29,6 @@ IGNORED_ATTRIBUTES = {*vars(nn.Module())} | {
     "in_features",
     "out_features",
     "_is_hf_initialized",
-}
-# Hooks that leave K and V alone: they record outputs, or ask for gradients. Earlier calls and training leave them.
-HARMLESS_HOOKS = {
-    ("transformers.utils.output_capturing", "output_capturing_hook"),
-    ("transformers.modeling_utils", "make_inputs_require_grads"),
-    ("peft.peft_model", "make_inputs_require_grad"),
-    ("peft.mixed_model", "make_inputs_require_grad"),
 }
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 # Fields of a config that say where it came from, and that saving fills in.
@@ -253,15 +246,12 @@ def rotary_depends_on_length(model: nn.Module) -> bool:
 
 
 def _obstacle(tree: Tree) -> str | None:
-    if any(map(_meddles, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
-        return "global forward hooks of torch.nn"
+    hooks = hooked(tree, meddle)
+    if hooks is not None:
+        return hooks
     for module, attributes in zip(tree.modules, tree.attributes, strict=True):
         if attributes["training"] and type(module) is not nn.Identity:
             return f"{type(module).__name__} in training mode; call model.eval()"
-        if (hooks := attributes["_forward_hooks"]) and _meddles(hooks):
-            return f"{type(module).__name__} with a forward hook"
-        if (hooks := attributes["_forward_pre_hooks"]) and _meddles(hooks):
-            return f"{type(module).__name__} with a forward pre-hook"
         if "rope_type" in attributes and _rope_depends_on_length(attributes["rope_type"]):
             return "rotary embedding that depends on the length of the sequence"
     if any(map(unreadable, tree.tensors)):
@@ -343,12 +333,6 @@ def _circumstances(model: nn.Module) -> tuple[Any, ...]:
         (kind, str(torch.get_autocast_dtype(kind))) for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)
     ]
     return model.training, autocast, torch.get_float32_matmul_precision()
-
-
-def _meddles(hooks: dict[int, Any]) -> bool:
-    """Whether one of the hooks may change what a module computes."""
-    names = [(getattr(hook, "__module__", None), getattr(hook, "__name__", None)) for hook in hooks.values()]
-    return not HARMLESS_HOOKS.issuperset(names)
 
 
 def _rope_depends_on_length(rope_type: str | dict[str, str]) -> bool:

@@ -107,7 +107,7 @@ class _Stretch:
         for i, start, stop in self.plan.sources:
             row, first = self.rows[i], self.starts[i]
             picked += [row * tokens + column for column in columns[row][first + start : first + stop]]
-        return torch.tensor(picked)
+        return torch.tensor(picked, device="cpu")
 
 
 class _Stretches:
@@ -228,14 +228,14 @@ def _real_columns(request: ModelCall) -> list[list[int]]:
 def _token_keys(request: ModelCall, cache: PagedCache, columns: list[list[int]]) -> list[list[int]]:
     """Per row one int per new token; equal ints (after equal pasts) mean equal KV."""
     if request.input_name == "input_ids":
-        keys = request.inputs
+        keys = request.inputs.long()  # which may be int32; below, numbers get larger
     else:
         # Equal embeddings get equal numbers, none of which could be a token id.
         flat = request.inputs.flatten(0, 1)
         keys = torch.unique(flat, dim=0, return_inverse=True)[1].view(request.inputs.shape[:2]) + _NO_TOKEN
     positions = request.positions
     if positions is not None:
-        positions = positions[0] if positions.dim() == 3 else positions  # which are all the same then
+        positions = (positions[0] if positions.dim() == 3 else positions).long()  # planes are all the same then
         usual = torch.zeros_like(keys)
         for row, real in enumerate(columns):
             usual[row, real] = torch.arange(len(real), device=keys.device) + cache.tables[row].num_tokens

@@ -142,10 +142,16 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
     yield (
         "tokens",
         {
-            "parents": torch.tensor([number.get(entry.parent, -1) for entry in entries], dtype=torch.long),
-            "lengths": torch.tensor([entry.num_tokens for entry in entries], dtype=torch.long),
-            "tokens": torch.tensor([t for e in entries for t in unpack_tokens(e.tokens)], dtype=torch.long),
-            "kept": torch.tensor([[e.blocks[group] > 0 for e in entries] for group in groups], dtype=torch.bool),
+            "parents": torch.tensor(
+                [number.get(entry.parent, -1) for entry in entries], dtype=torch.long, device="cpu"
+            ),
+            "lengths": torch.tensor([entry.num_tokens for entry in entries], dtype=torch.long, device="cpu"),
+            "tokens": torch.tensor(
+                [t for e in entries for t in unpack_tokens(e.tokens)], dtype=torch.long, device="cpu"
+            ),
+            "kept": torch.tensor(
+                [[e.blocks[group] > 0 for e in entries] for group in groups], dtype=torch.bool, device="cpu"
+            ),
         },
     )
     for index, store in enumerate(pool.stores):
@@ -155,8 +161,8 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
             keys, values = store.gather(run_slots(runs, store.keys.device))
             tensors = {"keys": keys.cpu(), "values": values.cpu()}
             if store.records is not None:
-                tensors["like_key"] = torch.empty(0, store.key_dim, dtype=store.dtype)
-                tensors["like_value"] = torch.empty(0, store.value_dim, dtype=store.value_dtype)
+                tensors["like_key"] = torch.empty(0, store.key_dim, dtype=store.dtype, device="cpu")
+                tensors["like_value"] = torch.empty(0, store.value_dim, dtype=store.value_dtype, device="cpu")
             yield f"layer-{index:04d}", tensors
 
 

@@ -14,10 +14,12 @@ from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, run_decode, run_padded
+from hf_paged.hooks import hooked, see_shapes
 from hf_paged.identity import rotary_depends_on_length
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.weights import Tree
 
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.
 _SHARED_TOKENS, _ROW_TOKENS = 5, (12, 9)
@@ -78,6 +80,21 @@ class Capability:
     reads_views: bool = False
 
 
+def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
+    """What the fast path may or may not be right in; the last says which hooks must see stock's shapes."""
+    tree = Tree.of(model)
+    return (
+        tuple(tree.kinds()),
+        model.training,
+        model.dtype,
+        compat.autocast_dtype(compat.compute_device(model)),
+        compat.own_forward(model),
+        compat.attention_name(model.config),
+        settings.attention_backend,
+        hooked(tree, see_shapes),
+    )
+
+
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
     """Compare a packed pass and a decode step with stock forwards of the same tokens, on the model's own weights."""
@@ -110,7 +127,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     cache.prefilling = True
     longest = max(_ROW_TOKENS)
     inputs = torch.stack([torch.cat([row.new_zeros(longest + 1 - len(row)), row]) for row in rows])
-    real = torch.stack([torch.arange(longest) >= longest - tokens for tokens in _ROW_TOKENS])
+    real = torch.stack([torch.arange(longest, device="cpu") >= longest - tokens for tokens in _ROW_TOKENS])
     positions = (real.cumsum(dim=1) - 1).clamp(min=0).to(inputs.device)
     prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
     windows: dict[int, int | None] = {}

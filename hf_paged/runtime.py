@@ -21,13 +21,21 @@ from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import footprint_of
-from hf_paged.forward import DECODER_ONLY, ENCODER_DECODER, ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.forward import (
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    ModelCall,
+    fast_path_obstacle,
+    padding_columns,
+    run_decode,
+    run_padded,
+)
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
-from hf_paged.probe import PROBE_SLOTS, Capability, probe
+from hf_paged.probe import PROBE_SLOTS, Capability, circumstances, probe
 from hf_paged.replay import DecodeGraphs
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
@@ -244,18 +252,23 @@ class PagedRuntime:
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
         model = self._model()
-        key = self._circumstances(model)
+        key = (*others, hooks) = circumstances(model, self.config)
         found = self._capabilities.get(key)
         if found is None:
-            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
-            exact = self.config
-            if exact.kv_format is not None:
-                exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
-            found = probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
+            found = self._capabilities.get((*others, None)) or self._try(model, call)
+            if hooks is not None:
+                found = replace(found, obstacle=hooks)
             self._capabilities[key] = found
             if found.obstacle is not None and found.unfit is None:
                 self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         return found
+
+    def _try(self, model: PreTrainedModel, call: Callable[..., Any]) -> Capability:
+        exact = self.config
+        if exact.kv_format is not None:
+            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
+            exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
+        return probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
 
     def unfit(self, call: Callable[..., Any]) -> str | None:
         """Why the model cannot be run on blocks at all, or `None`."""
@@ -270,17 +283,6 @@ class PagedRuntime:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"hf_paged: {type(self._model()).__name__} {what}: {reason}", stacklevel=2)
-
-    def _circumstances(self, model: PreTrainedModel) -> tuple[Any, ...]:
-        """What the fast path may or may not be right in."""
-        return (
-            model.training,
-            model.dtype,
-            compat.autocast_dtype(compat.compute_device(model)),
-            compat.own_forward(model),
-            compat.attention_name(model.config),
-            self.config.attention_backend,
-        )
 
     def verify(self) -> None:
         """What `config.verify` asks for, once: `ValueError` where the model does not answer as it should."""
@@ -314,7 +316,7 @@ class PagedRuntime:
         last_only = cache.prefilling and not cache.assisted
         mask = kwargs.get(names.mask)
         hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
-        new_columns = None if hides_nothing else _padding(mask, inputs)
+        new_columns = None if hides_nothing else padding_columns(mask, inputs)
         request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing)
         lengths = [table.num_tokens for table in cache.tables]
         try:
@@ -384,7 +386,9 @@ class PagedRuntime:
         obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
         if obstacle is None:
             backend = backend_for(self.config.attention_backend, request.inputs.device)
-            key = (*self._circumstances(self._model()), cache.columns is None)
+            if cache.circumstances is None or not cache.generating:
+                cache.circumstances = circumstances(self._model(), self.config)
+            key = (*cache.circumstances, cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
                 outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)
                 return outputs
@@ -407,10 +411,9 @@ class PagedRuntime:
 
     def _share_equal_rows(self, cache: PagedCache) -> None:
         """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""
-        key = self._circumstances(self._model())
-        known = self._capabilities.get(key)
-        padded = self._trials.get((*key, cache.columns is None)) if known is None else known.obstacle
-        if padded is None and len(cache.tables) > 1:
+        known = cache.capability
+        trial = None if known else self._trials.get((*circumstances(self._model(), self.config), cache.columns is None))
+        if (known.obstacle if known else trial) is None and len(cache.tables) > 1:
             share_equal_rows(cache)
 
     def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
@@ -433,11 +436,3 @@ class PagedRuntime:
             reused_tokens=reused_tokens,
             shared_tokens=request.real_tokens - computed_tokens - reused_tokens,
         )
-
-
-def _padding(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:
-    """Which new columns are real by an attention mask, `[batch, tokens]` bool on the CPU; `None`: all."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != inputs.shape[0]:
-        return None
-    columns = mask[:, -inputs.shape[1] :].bool().cpu()
-    return None if columns.shape[1] != inputs.shape[1] or columns.all() else columns

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 from hf_paged import compat
-from hf_paged.layer import PagedLayer
+from hf_paged.layer import PAGED_ATTRIBUTES, PagedLayer
 
 if TYPE_CHECKING:
     from hf_paged.cache import PagedCache
@@ -62,3 +62,8 @@ class PagedStateLayer(LinearAttentionLayer, PagedLayer):
 
     def prefetch(self) -> None:
         """Nothing to do: blocks move between tiers, and states are small."""
+
+
+def state_of(layer: LinearAttentionLayer) -> dict[str, Any]:
+    """What a layer keeps besides K and V, by attribute."""
+    return {name: value for name, value in vars(layer).items() if name not in PAGED_ATTRIBUTES}

@@ -76,7 +76,7 @@ def start_lap(side: SideStream | None) -> Lap:
 
 def send_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """Numbers as int64 on a device, sent on the current stream; nobody waits for them."""
-    here = torch.tensor(numbers, dtype=torch.int64)
+    here = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if device.type == "cpu":
         return here
     with suppress(RuntimeError):  # where the system pins no more; so few are read at once
@@ -119,7 +119,7 @@ class CUDASideStream:
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def share(self, memory: torch.Tensor) -> None:
         memory.record_stream(self._stream)

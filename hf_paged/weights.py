@@ -52,6 +52,11 @@ class Tree:
             held = tensors = [part for each in modules for _, tensor in held_tensors(each) for part in parts(tensor)]
         return cls(modules, attributes, tensors, names, children + held)
 
+    def kinds(self) -> list[Any]:
+        """What computes: the class of each module, and the code of each `forward` that was put in its place."""
+        own = [each["forward"] for each in self.attributes if "forward" in each]
+        return [*map(type, self.modules), *(getattr(each, "__code__", type(each)) for each in own)]
+
 
 def held_tensors(module: nn.Module, from_disk: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """The module's own parameters and buffers; what accelerate has offloaded from memory, or from disk too if asked."""

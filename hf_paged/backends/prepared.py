@@ -192,5 +192,7 @@ class _Attention:
         """An empty tensor for the result of a layer, `[rows, 1, heads, value_dim]`; no two layers get the same one."""
         if not self._outs:
             rows, heads, _, _ = query.shape
-            self._outs += torch.empty((self._num_layers, rows, 1, heads, value_dim), dtype=query.dtype).unbind()
+            self._outs += torch.empty(
+                (self._num_layers, rows, 1, heads, value_dim), dtype=query.dtype, device="cpu"
+            ).unbind()
         return self._outs.pop()

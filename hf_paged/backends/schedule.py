@@ -113,8 +113,8 @@ def _windowed(plan: StepPlan, window: int) -> Schedule:
         for first in range(past, segment.kv_len, WINDOW_QUERIES):
             stop = min(first + WINDOW_QUERIES, segment.kv_len)
             begin = max(0, first - window + 1)
-            query_at = torch.arange(first, stop).unsqueeze(1)
-            key_at = torch.arange(begin, stop)
+            query_at = torch.arange(first, stop, device="cpu").unsqueeze(1)
+            key_at = torch.arange(begin, stop, device="cpu")
             runs = list(segment.chain.runs(begin, stop))
             own_parts.append(
                 Part(

@@ -94,7 +94,7 @@ def host_reads(
     plan: StepPlan, blocks: Sequence[int], part_blocks: int, block_size: int, device: torch.device
 ) -> list[list[HostReads]]:
     """What the plan's queries read of `blocks` on the host, which are staged in this order, by part."""
-    known, place = torch.tensor(blocks).sort()
+    known, place = torch.tensor(blocks, device="cpu").sort()
     reads: list[list[HostReads]] = [[] for _ in range(0, len(blocks), part_blocks)]
     for piece in plan.shared:
         slots = run_slots([run for run in piece.runs if _is_on_host(run)], known.device)

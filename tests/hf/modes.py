@@ -181,6 +181,7 @@ def draft(run: Run, *, near: bool, patched: bool = False) -> torch.nn.Module:
 simple("greedy_single", prompts.single)
 simple("greedy_without_mask", prompts.single_without_mask)
 simple("greedy_ragged", prompts.ragged)
+simple("greedy_int32", prompts.ragged_int32)
 simple("greedy_diverse", prompts.diverse)
 simple("identical_rows", prompts.identical)
 simple("shared_prefix", prompts.shared_prefix)

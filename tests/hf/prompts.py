@@ -35,6 +35,10 @@ def ragged() -> dict:
     return batch([tokens(length, seed) for seed, length in enumerate(LENGTHS)])
 
 
+def ragged_int32() -> dict:
+    return {name: each.int() for name, each in ragged().items()}
+
+
 def right_padded() -> dict:
     return batch([tokens(length, seed) for seed, length in enumerate((21, 8, 16))], side="right")
 

@@ -48,10 +48,6 @@ def return_more(model):
     around_forward(model, lambda outputs, length: outputs.__setitem__("hidden_states", (outputs.logits,)))
 
 
-def hook(model):
-    model.model.norm.register_forward_hook(lambda *_: None)
-
-
 def own_forward(model):
     layer = model.model.layers[0]
     layer.forward = layer.forward
@@ -74,7 +70,6 @@ OBSTACLES = {
     compute_with_length: "the model computes with the length of the cache",
     wait_for_the_device: "a capture has failed: RuntimeError: operation not permitted when stream is capturing",
     return_more: "outputs hidden_states",
-    hook: "LlamaRMSNorm with a forward hook",
     compiled: "LlamaForCausalLM is compiled",
     special_weight: "weights in a tensor subclass",
     own_forward: "LlamaDecoderLayer with a forward of its own",

@@ -114,3 +114,34 @@ def test_files_of_adapter_and_model_are_stocks(tmp_path):
     assert torch.equal(pair.ask(ROW), expected)
     again = patch_model(loaded, block_size=BLOCK_SIZE)
     assert torch.equal(again.generate(**ROW, do_sample=False, max_new_tokens=6), expected)
+
+
+@pytest.mark.parametrize("first", ["mixed", "plain"])
+def test_a_batch_of_several_adapters(first):
+    """PEFT tells its layers by a hook which row is whose."""
+    pair = Pair()
+    models = []
+    for base in (pair.stock, pair.model):
+        model = lora(base, 1, "a")
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=32))
+        loud(model, "b", 2)
+        models.append(model.eval())
+    names = ["a", "b", "__base__"]
+
+    def mixed(**kwargs):
+        stock, patched = (
+            model.generate(**prompts.identical(), adapter_names=names, do_sample=False, max_new_tokens=8, **kwargs)
+            for model in models
+        )
+        assert torch.equal(patched, stock)
+        assert not torch.equal(stock[0], stock[1])
+
+    if first == "plain":
+        pair.ask(ROW)
+    mixed()
+    mixed(num_beams=2)
+    mixed(eos_token_id=list(range(4, 60)))
+    for _ in range(2):
+        pair.ask(ROW)
+    assert pair.paged.stats().fallbacks == {}, "without a mix it is fast again"
+    assert pair.reused == TOKENS - 1

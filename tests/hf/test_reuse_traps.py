@@ -78,6 +78,20 @@ def test_what_a_user_does_to_a_returned_tensor_stays_with_the_user():
     assert pair.reused == 29
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.float32])
+def test_positions_of_any_type_keep_rows_and_calls_apart(dtype):
+    pair = Pair()
+    ids = torch.tensor([piece(19, 1)] * 3)
+    for steps, offsets in (((1, 2, 1), (0, 0, 3)), ((3, 1, 1), (0, 0, 1))):
+        rows = [torch.arange(19) * step + offset for step, offset in zip(steps, offsets, strict=True)]
+        pair.ask({"input_ids": ids, "position_ids": torch.stack(rows).to(dtype)})
+    if dtype.is_floating_point:
+        halves = torch.arange(19).to(dtype) / torch.tensor([[2.0], [3.0], [1.0]])
+        pair.ask({"input_ids": ids, "position_ids": halves})
+    pair.ask({"input_ids": ids})
+    assert pair.reused == (0 if dtype.is_floating_point else 3 * 16), "the first row of one call was as usual"
+
+
 @torch.no_grad()
 def test_rows_without_position_ids_have_those_that_stock_gives_them():
     pair = Pair()
@@ -90,6 +104,18 @@ def test_rows_without_position_ids_have_those_that_stock_gives_them():
     ours = pair.model(more, past_key_values=cache)
     stock = pair.stock(more, past_key_values=stock.past_key_values)
     torch.testing.assert_close(ours.logits, stock.logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [[0], [0, 2], [-1]])
+def test_logits_of_chosen_columns(columns):
+    pair, rows, columns = Pair(), {}, torch.tensor(columns)
+    for model in (pair.stock, pair.model):
+        output = model.generate(torch.tensor([piece(12, 1)]), max_new_tokens=3, return_dict_in_generate=True)
+        more = torch.tensor([[9, 10, 11]])
+        rows[model] = model(more, past_key_values=output.past_key_values, logits_to_keep=columns).logits
+    assert rows[pair.model].shape == rows[pair.stock].shape
+    torch.testing.assert_close(*rows.values(), atol=1e-4, rtol=0)
 
 
 class HookAtStep(LogitsProcessor):

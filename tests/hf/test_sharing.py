@@ -21,10 +21,14 @@ BLOCK_BYTES = BLOCK_SIZE * TOKEN_BYTES
 def patched(family=LLAMA, **overrides):
     """A patched model after its first call, in which it may look at what the model can do."""
     model = patch_model(copy_of(family), **{"block_size": BLOCK_SIZE, **overrides})
+    first_call(model)
+    return model
+
+
+def first_call(model) -> None:
     model.generate(**batch([tokens(3, seed=90)]), do_sample=False, max_new_tokens=1)
     model.paged.clear()
     model.paged.reset_stats()
-    return model
 
 
 @contextlib.contextmanager
@@ -38,7 +42,10 @@ def forwards(model):
         shapes.append(tuple(ids.shape))
         return forward(ids, *args, **kwargs)
 
-    embedding.forward = counting  # not a hook: with one, nothing is reused from earlier calls
+    embedding.forward = counting  # not a hook: with one, nothing is shared
+    if hasattr(model, "paged"):  # which tries anew a model with another forward
+        first_call(model)
+        shapes.clear()
     yield shapes
     del embedding.forward
 

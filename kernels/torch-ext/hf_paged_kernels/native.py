@@ -105,7 +105,7 @@ class NativeKernel:
             call = parts.calls[signature] = self.parts_call(query, keys, values, parts, scale, softcap, records)
         queries, heads, _ = query.shape
         value_dim = values.shape[2] if records is None else records.value_dim
-        out = torch.empty((queries, heads, value_dim), dtype=query.dtype)
+        out = torch.empty((queries, heads, value_dim), dtype=query.dtype, device="cpu")
         self.run(call, query, keys.data_ptr(), values.data_ptr(), out, sinks)
         return out
 
@@ -146,7 +146,7 @@ class NativeKernel:
                 self._row_calls.clear()
             call = self._row_calls[signature] = self.rows_call(query, key, value, scale, softcap)
         rows, heads, _, _ = query.shape
-        out = torch.empty((rows, 1, heads, value.shape[3]), dtype=query.dtype)
+        out = torch.empty((rows, 1, heads, value.shape[3]), dtype=query.dtype, device="cpu")
         self.run(call, query, key.data_ptr(), value.data_ptr(), out, sinks)
         return out
 

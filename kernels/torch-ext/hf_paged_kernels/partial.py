@@ -46,7 +46,7 @@ def attend_partial(
     if softcap is None and query.device.type == "cpu" and query.dtype in _FLASH_DTYPES and dim == value.shape[-1]:
         bias = None
         if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         out, lse = _FLASH_CPU(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     else:
         out, lse = _attend_plain(query, key, value, scale, causal, softcap, mask)
