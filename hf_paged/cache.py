@@ -332,11 +332,8 @@ class PagedCache(Cache):
                 yield None, None, None
             else:
                 layer = self.paged_layers[place]
-                yield (
-                    layer.keys,
-                    layer.values,
-                    None if layer.window is None else torch.tensor(layer.window, device="cpu"),
-                )
+                window = None if layer.window is None else torch.tensor(layer.window, device="cpu")
+                yield layer.keys, layer.values, window
 
     def __len__(self) -> int:
         return len(self.layers)
