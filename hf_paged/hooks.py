@@ -38,9 +38,9 @@ def hooked(tree: Tree, matters: Callable[[Hooks], bool]) -> str | None:
     """Where there are hooks that `matters` holds for, in words; or `None`."""
     if any(map(matters, (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks))):
         return "global forward hooks of torch.nn"
-    for module, attributes in zip(tree.modules, tree.attributes, strict=True):
-        if (hooks := attributes["_forward_hooks"]) and matters(hooks):
-            return f"{type(module).__name__} with a forward hook"
-        if (hooks := attributes["_forward_pre_hooks"]) and matters(hooks):
-            return f"{type(module).__name__} with a forward pre-hook"
+    for kind, each in (("hook", tree.hooks), ("pre-hook", tree.pre_hooks)):
+        if any(each):
+            for module, hooks in zip(tree.modules, each, strict=True):
+                if hooks and matters(hooks):
+                    return f"{type(module).__name__} with a forward {kind}"
     return None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 PLAIN_TENSORS = {torch.Tensor, nn.Parameter}
+_FIELDS = itemgetter("_modules", "_parameters", "_buffers", "training", "_forward_hooks", "_forward_pre_hooks")
+# As functions: in a `map` they take half the time of an attribute in a comprehension.
+_is_meta, _layout, _version = torch.Tensor.is_meta.__get__, torch.Tensor.layout.__get__, torch.Tensor._version.__get__
+_shape, _dtype = torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__
 
 
-@dataclass
+@dataclass(slots=True)
 class Tree:
     """Everything below a model, in the order of a walk. Made anew at each look, so that it keeps nothing alive.
 
@@ -20,42 +26,53 @@ class Tree:
         modules: each under every name it has, the model first.
         attributes: the `__dict__` of each module.
         tensors: parameters and buffers; those behind accelerate's placeholders and inside tensor subclasses.
-        names: of submodules, parameters and buffers, each group followed by the index of the module whose they are.
-        named: what `names` stand for, which may be `None`: submodules, then tensors.
+        names: of submodules, parameters and buffers, and how many of each a module has: six lists.
+        named: what the names stand for, which may be `None`.
+        training: whether each module is in training mode.
+        hooks: the forward hooks of each module, and as `pre_hooks` its forward pre-hooks.
     """
 
     modules: list[nn.Module]
     attributes: list[dict[str, Any]]
     tensors: list[torch.Tensor]
-    names: list[str | int]
+    names: list[list[str] | list[int]]
     named: list[nn.Module | torch.Tensor | None]
+    training: tuple[bool, ...]
+    hooks: tuple[dict[int, Any], ...]
+    pre_hooks: tuple[dict[int, Any], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Tree:
-        """Walks the model: 0.1 ms for 400 modules and 300 tensors."""
-        modules, attributes, names, children, held = [model], [], [], [], []
-        for index, module in enumerate(modules):  # which grows meanwhile
-            own = module.__dict__
-            attributes.append(own)
-            if submodules := own["_modules"]:
-                names += submodules
-                names.append(index)
-                children += submodules.values()
-                modules += [child for child in submodules.values() if child is not None]
-            for tensors in (own["_parameters"], own["_buffers"]):
-                if tensors:
-                    names += tensors
-                    names.append(index)
-                    held += tensors.values()
+        """Walks the model: 0.2 ms for 400 modules and 300 tensors, 0.7 ms right after a forward (Zen 4).
+
+        A level at a time, so that what is done for each module is done by loops in C.
+        """
+        modules, attributes, fields, children, level = [], [], [], [], [model]
+        while level:
+            own = [module.__dict__ for module in level]
+            read = list(map(_FIELDS, own))
+            modules, attributes, fields = modules + level, attributes + own, fields + read
+            below = list(chain.from_iterable([each[0].values() for each in read if each[0]]))
+            children += below
+            level = [module for module in below if module is not None]
+        submodules, parameters, buffers, *watched = zip(*fields, strict=True)
+        names, held = _names(submodules), []
+        for group in (parameters, buffers):
+            names += _names(group)
+            held += chain.from_iterable([each.values() for each in group if each])
         tensors = [tensor for tensor in held if tensor is not None]
-        if not set(map(type, tensors)) <= PLAIN_TENSORS or any(tensor.is_meta for tensor in tensors):
+        if not set(map(type, tensors)) <= PLAIN_TENSORS or any(map(_is_meta, tensors)):
             held = tensors = [part for each in modules for _, tensor in held_tensors(each) for part in parts(tensor)]
-        return cls(modules, attributes, tensors, names, children + held)
+        return cls(modules, attributes, tensors, names, children + held, *watched)
 
     def kinds(self) -> list[Any]:
         """What computes: the class of each module, and the code of each `forward` that was put in its place."""
         own = [each["forward"] for each in self.attributes if "forward" in each]
         return [*map(type, self.modules), *(getattr(each, "__code__", type(each)) for each in own)]
+
+
+def _names(dicts: Iterable[dict[str, Any]]) -> list[list[str] | list[int]]:
+    return [list(chain.from_iterable(filter(None, dicts))), list(map(len, dicts))]
 
 
 def held_tensors(module: nn.Module, from_disk: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,11 +113,16 @@ def unreadable(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or tensor.layout is not torch.strided
 
 
+def any_unreadable(tensors: list[torch.Tensor]) -> bool:
+    """Whether any is `unreadable`."""
+    return any(map(_is_meta, tensors)) or not set(map(_layout, tensors)) <= {torch.strided}
+
+
 def tensor_states(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
     """What changes with ops in place, a new `.data` or dtype; not with `requires_grad`."""
     try:
-        versions = [tensor._version for tensor in tensors]
+        versions = list(map(_version, tensors))
     except RuntimeError:  # those made in inference mode have none
         versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    places, strides = [tensor.data_ptr() for tensor in tensors], [tensor.stride() for tensor in tensors]
-    return versions, places, strides, [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
+    places, strides = map(torch.Tensor.data_ptr, tensors), map(torch.Tensor.stride, tensors)
+    return versions, list(places), list(strides), list(map(_shape, tensors)), list(map(_dtype, tensors))

@@ -127,6 +127,28 @@ def rename_a_module(model):
     own.other = own._modules.pop("o_proj")
 
 
+def hand_a_module_on(model):
+    """From the last of one module to the first of the next: names and objects are in the order that they were in."""
+    layer = model.model.layers[0]
+    moved = layer.self_attn._modules.popitem()
+    layer.mlp._modules = dict([moved, *layer.mlp._modules.items()])
+
+
+def hand_a_buffer_on(model):
+    layer = model.model.layers[0]
+    layer.mlp.up_proj._buffers["extra"] = layer.mlp.gate_proj._buffers.pop("extra")
+
+
+def hand_a_forward_on(model):
+    layer = model.model.layers[0]
+    layer.mlp.up_proj.__dict__["forward"] = layer.mlp.gate_proj.__dict__.pop("forward")
+
+
+def hand_a_config_on(model):
+    layer = model.model.layers[0]
+    layer.mlp.up_proj.__dict__["config"] = layer.mlp.gate_proj.__dict__.pop("config")
+
+
 def remove_a_layer(model):
     del model.model.layers[1]
 
@@ -225,6 +247,7 @@ CHANGES = [
     add_a_bias,
     swap_modules,
     rename_a_module,
+    hand_a_module_on,
     remove_a_layer,
     repeat_a_layer,
     wrap_a_module,
@@ -283,6 +306,19 @@ def test_unchanged_sees_what_needs_no_sample(change):
     assert identity.unchanged() is (change in INVISIBLE)
     assert identity.digest() != digest
     assert identity.unchanged()
+
+
+@by_name("change", [hand_a_buffer_on, hand_a_forward_on, hand_a_config_on])
+def test_things_that_only_come_to_belong_to_another_module(change):
+    model = llama()
+    giver = model.model.layers[0].mlp.gate_proj
+    giver.register_buffer("extra", torch.zeros(1))
+    giver.forward, giver.config = types.MethodType(type(giver).forward, giver), model.config
+    identity = ModelIdentity(model)
+    before = identity.digest()
+    change(model)
+    assert not identity.unchanged()
+    assert identity.digest() != before
 
 
 def test_class_forward_replaced(monkeypatch):
