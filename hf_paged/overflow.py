@@ -81,8 +81,15 @@ class Overflow:
 
     def could_hold(self, error: OutOfBlocks) -> bool:
         """Whether the host is large enough for what was wanted and not available, were nothing but that there."""
-        room = self._host_bytes // sum(pool.block_bytes for pool in self._manager.pools) - len(self)
-        return error.wanted - error.available <= room
+        with self._manager.lock:
+            return self._missing(error) <= self._host_bytes // self._pool.block_bytes - len(self)
+
+    def _missing(self, error: OutOfBlocks) -> int:
+        """Blocks of the group that must go where `error.wanted` blocks are wanted in every group."""
+        manager, pool = self._manager, self._pool
+        wanted_bytes = error.wanted * sum(each.block_bytes for each in manager.pools)
+        by_bytes = -(-(wanted_bytes - manager.budget.free_bytes) // pool.block_bytes)
+        return max(1, by_bytes, error.wanted - pool.free_ids)
 
     # -- down ----------------------------------------------------------------------------------------------------
 
@@ -90,9 +97,7 @@ class Overflow:
         """Move blocks of `tables` to the host, as many as were wanted and not available; whether that was possible."""
         manager = self._manager
         with manager.lock:
-            missing = max(1, error.wanted - error.available)
-            missing_bytes = missing * sum(pool.block_bytes for pool in manager.pools)
-            count = max(missing, -(-missing_bytes // self._pool.block_bytes))
+            count = self._missing(error)
             blocks = movable(manager, tables, self._group)
             if len(blocks) < count or not self._is_open():
                 return False
@@ -172,7 +177,7 @@ class Overflow:
         if len(self):
             blocks = on_host(tables, self._group)
             with self._manager.lock:
-                if 2 * len(blocks) <= self._manager.available:
+                if 2 * len(blocks) <= self._pool.available:
                     self._bring_back(tables, blocks)
 
     def _bring_back(self, tables: Sequence[BlockTable], blocks: Sequence[int]) -> None:

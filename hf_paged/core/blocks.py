@@ -109,8 +109,12 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `take` could hand out, cached ones included."""
-        ids = self.num_blocks - 1 - self._in_use
-        return max(0, min(ids, self._budget.free_bytes // self.block_bytes))
+        return max(0, min(self.free_ids, self._budget.free_bytes // self.block_bytes))
+
+    @property
+    def free_ids(self) -> int:
+        """Ids that no table holds: so many blocks there are, whatever the budget says."""
+        return self.num_blocks - 1 - self._in_use
 
     def oldest_first(self) -> Iterable[tuple[int, int]]:
         """The cached blocks, and when each was last used."""

@@ -94,7 +94,7 @@ class BlockManager:
     @property
     def available(self) -> int:
         """Blocks that tables could take in every group at once."""
-        ids = min(pool.num_blocks - 1 - pool.in_use for pool in self.pools)
+        ids = min(pool.free_ids for pool in self.pools)
         return max(0, min(ids, self.budget.free_bytes // sum(pool.block_bytes for pool in self.pools)))
 
     def new_table(self, root: bytes | None = None) -> BlockTable:

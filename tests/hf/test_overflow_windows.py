@@ -1,0 +1,138 @@
+"""Calls that need more than the device holds, in models with layers of a window: full layers' blocks go to the host."""
+
+import gc
+
+import pytest
+import torch
+from host import as_gpu, hosted
+from pair import Pair, piece
+from prompts import batch
+from spilled import CALLS, Notes, check, continued, generated, on_host, watch
+from windows import PURE, WINDOWED, near, window_pair
+
+from hf_paged import PagedMemoryError, overflow
+from hf_paged.core.capacity import Capacity, group_costs
+from hf_paged.footprint import footprint_of
+
+MIXED = [name for name in WINDOWED if name != PURE]
+WINDOW, BLOCK_SIZE = 20, 8
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch):
+    as_gpu(monkeypatch)
+
+
+def windowed(name, **overrides) -> Pair:
+    return window_pair(name, WINDOW, **overrides)
+
+
+def device_bytes(name: str, rows: int, full_blocks: int) -> int:
+    """Memory for `full_blocks` blocks in full layers, and what `rows` rows hold in the others while they grow."""
+    pair = windowed(name)
+    groups = group_costs(footprint_of(pair.model).layer_bytes, pair.paged.layout().windows)
+    capacity, total = Capacity(groups, BLOCK_SIZE, 2**20), 0
+    for group in groups:
+        blocks = full_blocks if group.window is None else rows * (capacity.blocks(group, 2**20) + 1)
+        total += (1 + blocks) * group.block_bytes(BLOCK_SIZE)
+    return total
+
+
+def full_block_bytes(pair: Pair) -> int:
+    return pair.paged._pool.manager.pools[0].block_bytes
+
+
+def narrow(name: str, rows: int, full_blocks: int, **overrides) -> Pair:
+    return windowed(name, max_memory={0: device_bytes(name, rows, full_blocks), "cpu": "10MiB"}, **overrides)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MIXED)
+def test_a_call_of_three_times_what_full_layers_have_answers_as_stock(name, call, monkeypatch):
+    rows, how, full_blocks = CALLS[call]
+    read = watch(monkeypatch)
+    num_rows = {"samples": 3, "beams": 2}.get(call, len(rows))  # beams have much of a window in common
+    pair = narrow(name, num_rows, full_blocks)
+    pair.ask(rows, **how)
+    check(pair)
+    assert max(read, default=0) > 0
+    pair.ask(rows, **how)
+    check(pair)
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("how", ["assisted", "prompt lookup"])
+def test_guesses_that_are_taken_back(name, how, monkeypatch):
+    """Until they are, window layers keep what falls out."""
+    read = watch(monkeypatch)
+    pair = narrow(name, 2, 6)
+    guess = {"assistant_model": near} if how == "assisted" else {"prompt_lookup_num_tokens": 4, "eos_token_id": 1}
+    pair.ask([piece(40, 1) * 2], max_new_tokens=24, **guess)
+    check(pair)
+    assert max(read) > 3
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_cache_that_comes_back_goes_on(name):
+    pair = narrow(name, 1, 5)
+    first = [generated(model, piece(101, 1)) for model in (pair.stock, pair.model)]
+    assert on_host(pair) > 5
+    then = [continued(*each) for each in zip(first, (pair.stock, pair.model), strict=True)]
+    assert torch.equal(then[0].sequences, then[1].sequences)
+    del first, then
+    check(pair)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_no_more_leaves_than_makes_room_in_all_layers(name, monkeypatch):
+    """A block in all layers is wanted, and the memory of a part of it is free."""
+    function, left = overflow.Overflow.make_room, []
+
+    def watched(self, tables, error):
+        before = len(self)
+        made = function(self, tables, error)
+        wanted_bytes = error.wanted * sum(pool.block_bytes for pool in pair.pool.pools)
+        left.append((len(self) - before, pair.pool.budget.free_bytes - wanted_bytes))
+        return made
+
+    monkeypatch.setattr(overflow.Overflow, "make_room", watched)
+    pair = narrow(name, 2, 6)
+    pair.ask([piece(20, 1), piece(33, 2)], max_new_tokens=60)
+    assert len(left) > 3
+    for moved, surplus_bytes in left:
+        assert moved == 1 or 0 <= surplus_bytes < full_block_bytes(pair)
+    check(pair)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_blocks_come_back_when_there_is_room_for_twice_as_many_of_them(name):
+    """Room in layers with a window is room, too."""
+    pair = narrow(name, 3, 16)
+    rows = [piece(61, 1), piece(61, 2), piece(61, 3)]
+    free = pair.ask(rows, max_new_tokens=30)[:, 61:]
+    notes = Notes(lambda: (on_host(pair), pair.pool.pools[0].available))
+    pair.ask(
+        rows,
+        max_new_tokens=30,
+        eos_token_id=[int(free[row, 4]) for row in (0, 1)],
+        stopping_criteria=lambda model: [notes] if model is pair.model else [],
+    )
+    assert notes.said[0][0] > 0 == notes.said[-1][0]
+    for (left, available), (then, _) in zip(notes.said, notes.said[1:], strict=False):
+        assert not 0 < left <= available / 2 or then < left
+    check(pair)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_layers_with_windows_alone_need_no_host(num_rows):
+    """However long the rows are, they hold a window each; a device that has no room for these is too small."""
+    rows = [piece(150, at) for at in range(num_rows)]
+    pair = hosted(PURE, 5 * num_rows, make=windowed, policy=None)
+    pair.ask(rows, max_new_tokens=40)
+    assert pair.paged._pool.overflow is None
+    small = hosted(PURE, 2 * num_rows, make=windowed, policy=None)
+    with pytest.raises(PagedMemoryError, match=r"Raise max_memory\[0\], shorten"):
+        small.model.generate(**batch(rows), max_new_tokens=40)
+    gc.collect()
+    small.pool.check_integrity()
+    assert small.pool.in_use == 0
