@@ -33,11 +33,11 @@ _FLIP = bytes([1, 0]) + bytes(254)  # for `translate`: the other blocks of a bit
 
 
 class OutOfBlocks(Exception):
-    """Raised when fewer blocks can be had than were asked for; carries the number that could."""
+    """Raised when fewer blocks can be had than were asked for; carries the number that could, and bytes wanted."""
 
-    def __init__(self, wanted: int, available: int):
+    def __init__(self, wanted: int, available: int, wanted_bytes: int):
         super().__init__(f"{wanted} blocks wanted, {available} available")
-        self.wanted, self.available = wanted, available
+        self.wanted, self.available, self.wanted_bytes = wanted, available, wanted_bytes
 
 
 class BlockPool:
@@ -142,7 +142,7 @@ class BlockPool:
         nothing where that is not enough.
         """
         if count > self.available:
-            raise OutOfBlocks(count, self.available)
+            raise OutOfBlocks(count, self.available, count * self.block_bytes)
         self._budget.make_room(count * self.block_bytes)
         self.make_room(count)
         claim = range(0)

@@ -1,21 +1,20 @@
 """Calls that need more than the device holds, in models with layers of a window: full layers' blocks go to the host."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
 from host import as_gpu, hosted
 from pair import Pair, piece
 from prompts import batch
-from spilled import CALLS, Notes, check, continued, generated, on_host, watch
+from spilled import CALLS, Notes, check, continued, generated, narrow, num_rows, on_host, watch
 from windows import PURE, WINDOWED, near, window_pair
 
 from hf_paged import PagedMemoryError, overflow
-from hf_paged.core.capacity import Capacity, group_costs
-from hf_paged.footprint import footprint_of
 
 MIXED = [name for name in WINDOWED if name != PURE]
-WINDOW, BLOCK_SIZE = 20, 8
+WINDOW = 20
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +26,8 @@ def windowed(name, **overrides) -> Pair:
     return window_pair(name, WINDOW, **overrides)
 
 
-def device_bytes(name: str, rows: int, full_blocks: int) -> int:
-    """Memory for `full_blocks` blocks in full layers, and what `rows` rows hold in the others while they grow."""
-    pair = windowed(name)
-    groups = group_costs(footprint_of(pair.model).layer_bytes, pair.paged.layout().windows)
-    capacity, total = Capacity(groups, BLOCK_SIZE, 2**20), 0
-    for group in groups:
-        blocks = full_blocks if group.window is None else rows * (capacity.blocks(group, 2**20) + 1)
-        total += (1 + blocks) * group.block_bytes(BLOCK_SIZE)
-    return total
-
-
 def full_block_bytes(pair: Pair) -> int:
     return pair.paged._pool.manager.pools[0].block_bytes
-
-
-def narrow(name: str, rows: int, full_blocks: int, **overrides) -> Pair:
-    return windowed(name, max_memory={0: device_bytes(name, rows, full_blocks), "cpu": "10MiB"}, **overrides)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -51,8 +35,7 @@ def narrow(name: str, rows: int, full_blocks: int, **overrides) -> Pair:
 def test_a_call_of_three_times_what_full_layers_have_answers_as_stock(name, call, monkeypatch):
     rows, how, full_blocks = CALLS[call]
     read = watch(monkeypatch)
-    num_rows = {"samples": 3, "beams": 2}.get(call, len(rows))  # beams have much of a window in common
-    pair = narrow(name, num_rows, full_blocks)
+    pair = narrow(partial(windowed, name), num_rows(call), full_blocks)
     pair.ask(rows, **how)
     check(pair)
     assert max(read, default=0) > 0
@@ -65,7 +48,7 @@ def test_a_call_of_three_times_what_full_layers_have_answers_as_stock(name, call
 def test_guesses_that_are_taken_back(name, how, monkeypatch):
     """Until they are, window layers keep what falls out."""
     read = watch(monkeypatch)
-    pair = narrow(name, 2, 6)
+    pair = narrow(partial(windowed, name), 2, 6)
     guess = {"assistant_model": near} if how == "assisted" else {"prompt_lookup_num_tokens": 4, "eos_token_id": 1}
     pair.ask([piece(40, 1) * 2], max_new_tokens=24, **guess)
     check(pair)
@@ -74,7 +57,7 @@ def test_guesses_that_are_taken_back(name, how, monkeypatch):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_a_cache_that_comes_back_goes_on(name):
-    pair = narrow(name, 1, 5)
+    pair = narrow(partial(windowed, name), 1, 5)
     first = [generated(model, piece(101, 1)) for model in (pair.stock, pair.model)]
     assert on_host(pair) > 5
     then = [continued(*each) for each in zip(first, (pair.stock, pair.model), strict=True)]
@@ -96,7 +79,7 @@ def test_no_more_leaves_than_makes_room_in_all_layers(name, monkeypatch):
         return made
 
     monkeypatch.setattr(overflow.Overflow, "make_room", watched)
-    pair = narrow(name, 2, 6)
+    pair = narrow(partial(windowed, name), 2, 6)
     pair.ask([piece(20, 1), piece(33, 2)], max_new_tokens=60)
     assert len(left) > 3
     for moved, surplus_bytes in left:
@@ -107,7 +90,7 @@ def test_no_more_leaves_than_makes_room_in_all_layers(name, monkeypatch):
 @pytest.mark.parametrize("name", MIXED)
 def test_blocks_come_back_when_there_is_room_for_twice_as_many_of_them(name):
     """Room in layers with a window is room, too."""
-    pair = narrow(name, 3, 16)
+    pair = narrow(partial(windowed, name), 3, 16)
     rows = [piece(61, 1), piece(61, 2), piece(61, 3)]
     free = pair.ask(rows, max_new_tokens=30)[:, 61:]
     notes = Notes(lambda: (on_host(pair), pair.pool.pools[0].available))
@@ -123,14 +106,14 @@ def test_blocks_come_back_when_there_is_room_for_twice_as_many_of_them(name):
     check(pair)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_layers_with_windows_alone_need_no_host(num_rows):
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_with_windows_alone_need_no_host(count):
     """However long the rows are, they hold a window each; a device that has no room for these is too small."""
-    rows = [piece(150, at) for at in range(num_rows)]
-    pair = hosted(PURE, 5 * num_rows, make=windowed, policy=None)
+    rows = [piece(150, at) for at in range(count)]
+    pair = hosted(PURE, 5 * count, make=windowed, policy=None)
     pair.ask(rows, max_new_tokens=40)
     assert pair.paged._pool.overflow is None
-    small = hosted(PURE, 2 * num_rows, make=windowed, policy=None)
+    small = hosted(PURE, 2 * count, make=windowed, policy=None)
     with pytest.raises(PagedMemoryError, match=r"Raise max_memory\[0\], shorten"):
         small.model.generate(**batch(rows), max_new_tokens=40)
     gc.collect()
