@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from disk import Always
 from host import as_gpu, hosted
-from pair import Pair, piece
+from pair import Pair, evict, piece
 from prompts import batch
-from spilled import CALLS, Notes, check, continued, generated, narrow, num_rows, on_host, watch
+from spilled import CALLS, Notes, check, continued, device_bytes, generated, narrow, num_rows, on_host, watch
 from windows import PURE, WINDOWED, near, window_pair
 
 from hf_paged import PagedMemoryError, overflow
@@ -103,6 +104,30 @@ def test_blocks_come_back_when_there_is_room_for_twice_as_many_of_them(name):
     assert notes.said[0][0] > 0 == notes.said[-1][0]
     for (left, available), (then, _) in zip(notes.said, notes.said[1:], strict=False):
         assert not 0 < left <= available / 2 or then < left
+    check(pair)
+
+
+@pytest.mark.parametrize("disk", [None, "1MiB"])
+def test_all_of_the_host_is_there_for_full_layers(disk):
+    """Two layers of three have windows; what was kept of earlier calls makes way, there as well."""
+    size = device_bytes(windowed("gemma3"), 1, 3)
+    below = {"cpu": 24 * 3 * 1024} | ({} if disk is None else {"disk": disk})
+    pair = windowed("gemma3", max_memory={0: size, **below})
+    pair.paged._current_pool(pair.model).tiers.policy = Always()
+    pair.ask([piece(50, 5)])
+    evict(pair)
+    assert pair.paged.stats().blocks_host > 3
+    said = Notes(lambda: on_host(pair) * full_block_bytes(pair))
+    pair.ask(
+        [piece(200, 1)],
+        max_new_tokens=20,
+        stopping_criteria=lambda model: [said] if model is pair.model else [],
+    )
+    assert max(said.said) > below["cpu"] / 2, "more than a third"
+    check(pair)
+    assert (pair.paged.stats().blocks_disk > 0) == (disk is not None)
+    pair.ask([piece(50, 5)])
+    assert pair.reused == (48 if disk else 0)
     check(pair)
 
 
