@@ -249,5 +249,16 @@ def slab_sizes(budget_bytes: int, record_bytes: int) -> Iterator[int]:
         budget_bytes -= size
 
 
+def lendable_blocks(budget_bytes: int, record_bytes: Sequence[int], group: int) -> int:
+    """Blocks of a group that fit what a host tier can lend, where a record of each group takes `record_bytes`."""
+    shares = [budget_bytes * size // sum(record_bytes) for size in record_bytes]
+    memories = [_SlabMemory(*each) for each in zip(shares, record_bytes, strict=True)]
+    num_slots = min(memory.num_slots for memory in memories)
+    slabs = [
+        len(slots) * memory.record_bytes for memory in memories for slots in memory.slabs() if slots.stop <= num_slots
+    ]
+    return sum(size // record_bytes[group] for size in slabs)
+
+
 def _content(record: Record) -> Content:
     return Content(record.key, record.parent, record.tokens, record.slot)
