@@ -49,9 +49,10 @@ def tokens_equal(device: torch.device, key: str | int, sizes: Sizes) -> Iterator
         "batch": (prompt, {"do_sample": False}),
         "beams": (prompt[:1], {"do_sample": False, "num_beams": 3}),
         "samples": (prompt[:1], {"do_sample": True, "num_return_sequences": 3}),
+        "stock-shaped passes": (prompt, {"do_sample": False, "output_attentions": True}),
     }
     for name, (rows, arguments) in calls.items():
-        new, sequences = sizes.checked_new, len(rows) if name in ("greedy", "batch") else 3
+        new, sequences = sizes.checked_new, 3 if name in ("beams", "samples") else len(rows)
         stored = rows.numel() + sequences * new
         blocks = max(stored // 16 // 3, 2 * sequences)
         torch.manual_seed(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from hf_paged import compat
 from hf_paged.backends import PreparedDecode
 from hf_paged.config import PagedConfig
-from hf_paged.core.plan import Copy, StepPlan, Write, matched_writes
+from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
+from hf_paged.dense import dense_plan
+from hf_paged.dense_host import dense_readers
 from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
@@ -197,7 +200,7 @@ class PagedCache(Cache):
 
         What a prompt has left stays for later calls with the same prompt, what was generated does not.
         """
-        if not self.has_windows or any(layer.record_past for layer in self.paged_layers):
+        if not self.has_windows or self.is_recording:
             return
         manager = self.pool.manager
         if self.root is not None:
@@ -206,6 +209,11 @@ class PagedCache(Cache):
                 self.index_rows(ending, with_tails=False)
         manager.trim(self.tables)
         manager.settle()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether window layers keep what has fallen out, because a `crop` is still to bring some of it back."""
+        return any(layer.record_past for layer in self.paged_layers)
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """A pass has failed: forget its tokens.
@@ -229,9 +237,10 @@ class PagedCache(Cache):
     def release(self) -> None:
         """Give every block back at once; the cache is empty then."""
         self.sequences.free()
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Nothing was seen, and no pass is under way."""
         self.dense_len, self.columns, self.step, self.prepared, self.is_copying = 0, None, None, None, False
         self.finished.clear()
         for layer in self.paged_layers:
@@ -249,10 +258,13 @@ class PagedCache(Cache):
         for layer in self.paged_layers:
             layer.move_to(self.dense_len)
 
-    def begin_dense(self, tokens_per_row: int, new_columns: torch.Tensor | None = None) -> Step:
+    def begin_dense(
+        self, tokens_per_row: int, new_columns: torch.Tensor | None = None, over_host: bool = False
+    ) -> Step:
         """Append `tokens_per_row` columns to every row, as a step whose layers return dense K and V.
 
-        `new_columns [batch, tokens_per_row]` is False at padding, which is not stored. Raises `PagedMemoryError`.
+        `new_columns [batch, tokens_per_row]` is False at padding, which is not stored. With `over_host` blocks of the
+        rows may lie on the host. Raises `PagedMemoryError`.
         """
         columns = None
         if new_columns is not None or self.columns is not None:
@@ -262,34 +274,23 @@ class PagedCache(Cache):
             counts = new_columns.sum(dim=1).tolist()
         else:
             counts = [tokens_per_row] * len(self.tables)
-        growth = self.pool.append_dense(self.tables, counts, self.room_tokens)
+        if over_host:
+            append = self.pool.appending(keeps_past=self.is_recording or self.dense_len > 0)
+            take = partial(append, self.tables, counts, self.room_tokens)
+            growth = self.pool.with_room(self.sequences.movable, take, sum(counts))
+        else:
+            growth = self.pool.append_dense(self.tables, counts, self.room_tokens)
         sources = [range(tokens_per_row)] * len(self.tables)
         if new_columns is not None:
             sources = [row.nonzero().flatten().tolist() for row in new_columns]
-        plans = [self._dense_plan(group, sources, tokens_per_row, each) for group, each in enumerate(growth.copies)]
         self.sequences.pins += growth.pins
-        self.begin(plans, self.dense_len + tokens_per_row, tokens_per_row, self.tables, columns)
         self.is_copying = bool(growth.pins)
+        groups = [dense_plan(self.tables, *each, sources, tokens_per_row) for each in enumerate(growth.copies)]
+        plans, new = zip(*groups, strict=True)
+        dense_len = self.dense_len + tokens_per_row
+        self.begin(plans, dense_len, tokens_per_row, self.tables, columns)
+        self.step.readers = dense_readers(self.pool.overflow, self.tables, new, dense_len, columns)
         return self.step
-
-    def _dense_plan(
-        self, group: int, sources: Sequence[Sequence[int]], tokens_per_row: int, copies: list[Copy]
-    ) -> StepPlan:
-        """Where the newest tokens of each row go: those of the columns `sources[row]`."""
-        writes: list[Write] = []
-        for row, (table, columns) in enumerate(zip(self.tables, sources, strict=True)):
-            runs = table.chains[group].runs(table.num_tokens - len(columns), table.num_tokens)
-            slots = [run.slot + i for run in runs for i in range(run.tokens)]
-            writes += matched_writes([row * tokens_per_row + column for column in columns], slots)
-        return StepPlan(
-            num_queries=len(self.tables) * tokens_per_row,
-            writes=writes,
-            copies=copies,
-            own=[],
-            shared=[],
-            segments=[],
-            kv_len=max(table.num_tokens for table in self.tables),
-        )
 
     def begin(self, plans: Sequence[StepPlan], *args: Any, **kwargs: Any) -> None:
         """Begin a pass with one plan a group; the other arguments are those of `Step`."""

@@ -13,8 +13,11 @@ from hf_paged.dense import DenseView
 def share_equal_rows(cache: PagedCache) -> None:
     """Let rows whose K and V are equal bit by bit, in all layers, hold the same blocks.
 
-    Whatever else their prompts consist of, images or inputs of an encoder, has gone into these. States are left alone.
+    Whatever else their prompts consist of, images or inputs of an encoder, has gone into these. States are left alone,
+    and so are rows with blocks on the host.
     """
+    if any(chain.reaches_host for table in cache.tables for chain in table.chains):
+        return
     num_groups = len(cache.pool.manager.pools)
     views = [DenseView(cache.tables, group, cache.dense_len, cache.columns) for group in range(num_groups)]
     groups: list[list[int]] = [list(range(len(cache.tables)))]

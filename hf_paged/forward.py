@@ -16,6 +16,7 @@ from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.core.planner import plan_decode
+from hf_paged.errors import UnseenLayersError
 
 if TYPE_CHECKING:
     from hf_paged.replay import DecodeGraphs
@@ -208,7 +209,7 @@ def run_decode(
     pool = cache.pool
     foreseen = None if graphs is None else graphs.foreseen(cache)
     append = partial(plan_decode, pool.manager, tables, tokens, cache.room_tokens, foreseen)
-    plans, pins = pool.with_room(cache.tables, append, len(tables))
+    plans, pins = pool.with_room(cache.sequences.movable, append, len(tables))
     cache.sequences.pins += pins
     cache.is_copying = bool(pins)
     backend = pool.over_host(backend, plans)
@@ -266,7 +267,24 @@ def run_padded(request: ModelCall, cache: PagedCache) -> Any:
     # Stock attends to padding where a window holds nothing else, and in falcon where attentions are asked for.
     if request.kwargs.get("output_attentions") or (any(cache.windows) and _has_holes(cache, stored)):
         stored = None
-    cache.begin_dense(request.tokens, stored)
+    try:
+        cache.begin_dense(request.tokens, stored, over_host=True)
+    except UnseenLayersError:
+        _look_at_layers(request, cache)
+        cache.begin_dense(request.tokens, stored, over_host=True)
     outputs = request.call(**request.kwargs)
     cache.finish(stored, request.tokens)
     return outputs
+
+
+def _look_at_layers(request: ModelCall, cache: PagedCache) -> None:
+    """Learn what each layer's K and V look like: the pass, without keeping anything of it.
+
+    Only where a first prompt does not fit the device: its blocks have no place on the host before that is known.
+    """
+    cache.begin_dense(0)
+    cache.step.tokens_per_row, cache.step.keeps_nothing = request.tokens, True
+    try:
+        request.call(**request.kwargs)
+    finally:
+        cache.forget()

@@ -29,10 +29,19 @@ MIN_SLAB_RECORDS = 16
 
 
 class Loan(NamedTuple):
-    """Host memory `[bytes]` uint8, of which copies on the side stream may be under way; to be given back."""
+    """Host memory, to be given back.
+
+    Attributes:
+        memory: `[bytes]` uint8, of which copies on the side stream may be under way.
+        give_back: called when it is not needed any more.
+        group: whose records have lain in it.
+        gone: those that have lost their place.
+    """
 
     memory: torch.Tensor
     give_back: Callable[[], None]
+    group: int
+    gone: list[Content]
 
 
 class HostLevel(Level):
@@ -142,26 +151,30 @@ class HostLevel(Level):
                 whole = [was and self.index.holds(group, load.record) for was, load in zip(whole, loads, strict=True)]
         return whole, written
 
-    def lend(self, group: int) -> tuple[Loan | None, list[Content]]:
-        """A slab for other things than records, the one that holds the fewest; and what has lost its place for it.
+    def lend(self, group: int) -> Loan | None:
+        """A slab for blocks of a group, no records: of the group's own, or else of another one's.
 
-        A tier below may read that until something else is done here. `None` where there is no slab left, or none is to
-        be had from the system.
+        A tier below may read what has lost its place until something else is done here. `None` where there is no slab
+        left, or none is to be had from the system.
         """
-        slabs = [slots for slots in self._memories[group].slabs() if self.index.can_lend(group, slots)]
-        if not slabs:
-            return None, []
-        slots = min(slabs, key=lambda each: self.index.count_in(group, each))
+        others = [other for other in range(len(self._memories)) if other != group]
+        for owner in (group, *others):
+            memory = self._memories[owner]
+            slabs = [slots for slots in memory.slabs() if self.index.can_lend(owner, slots)]
+            large = [each for each in slabs if len(each) * memory.record_bytes >= self._memories[group].record_bytes]
+            if large:
+                return self._lend(owner, min(large, key=partial(self.index.count_in, owner)))
+        return None
+
+    def _lend(self, group: int, slots: range) -> Loan | None:
         try:
             memory = self._memories[group].ensure(slots.start, self._allocate)
         except (RuntimeError, MemoryError) as error:
             self._counters.fall_back(f"host tier: {first_line(error)}")
-            return None, []
+            return None
         gone = [record for record in self.index.lend(group, slots) if not record.is_lost]
         self._leaving = [record.written for record in gone]
-        return Loan(memory.flatten(), partial(self.index.take_back, group, slots)), [
-            _content(record) for record in gone
-        ]
+        return Loan(memory.flatten(), partial(self.index.take_back, group, slots), group, list(map(_content, gone)))
 
     def clear(self) -> None:
         self.close()
@@ -234,6 +247,17 @@ def slab_sizes(budget_bytes: int, record_bytes: int) -> Iterator[int]:
             return
         yield size
         budget_bytes -= size
+
+
+def lendable_blocks(budget_bytes: int, record_bytes: Sequence[int], group: int) -> int:
+    """Blocks of a group that fit what a host tier can lend, where a record of each group takes `record_bytes`."""
+    shares = [budget_bytes * size // sum(record_bytes) for size in record_bytes]
+    memories = [_SlabMemory(*each) for each in zip(shares, record_bytes, strict=True)]
+    num_slots = min(memory.num_slots for memory in memories)
+    slabs = [
+        len(slots) * memory.record_bytes for memory in memories for slots in memory.slabs() if slots.stop <= num_slots
+    ]
+    return sum(size // record_bytes[group] for size in slabs)
 
 
 def _content(record: Record) -> Content:

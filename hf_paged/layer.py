@@ -91,11 +91,17 @@ class PagedLayer(CacheLayerMixin):
             raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
         self._check_tokens(key_states, len(cache.tables) * step.tokens_per_row)
         store = cache.pool.layer(self.index, key_states, value_states)
-        store.write(step.plans[self.index], key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
         self.move_to(self.seen + step.tokens_per_row)
-        dense = step.dense(store.group)
-        keys, values = store.read(lambda memory: dense.of(memory, visible))
+        if step.keeps_nothing:
+            return key_states, value_states
+        reader = step.readers.get(store.group)
+        if reader is not None:
+            keys, values = reader.update(store, step.plans[self.index], key_states, value_states)
+        else:
+            store.write(step.plans[self.index], key_states, value_states)
+            dense = step.dense(store.group)
+            keys, values = store.read(lambda memory: dense.of(memory, visible))
         return (keys.contiguous(), values.contiguous()) if cache.copies_dense else (keys, values)
 
     def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:

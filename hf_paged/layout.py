@@ -133,6 +133,11 @@ class RecordLayout:
         keys, values = (_inside(records, place).transpose(0, 1).flatten(1, 2) for place in self._places[0])
         return keys, values
 
+    def set_tokens(self, records: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill `records` from K and V of the first layer, shaped as `tokens` gives them."""
+        for given, place in zip((keys, values), self._places[0], strict=True):
+            _inside(records, place).copy_(given.unflatten(1, (len(records), -1)).transpose(0, 1))
+
     def _are_scattered(self, blocks: Sequence[int]) -> bool:
         return sum(1 for _ in runs(blocks)) > MAX_STRETCHES
 

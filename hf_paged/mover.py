@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -72,21 +72,28 @@ class BlockMover:
                     self._side.run(ids.send)
                 with self._lock:
                     if number < self._num_at_once:
-                        self._read_part(layout, ids, part, rows)
+                        self._send_part(partial(layout.read_blocks, ids, part), rows)
                     else:
                         done = self._read_part_later(layout, ids, part, rows)
                         self._reading.append(_Reading(group, frozenset(blocks[part.start : part.stop]), done))
         return self._all_given()
 
-    def _read_part(self, layout: RecordLayout, ids: BlockIds, part: range, rows: torch.Tensor) -> None:
+    def send(self, group: int, fill: Callable[[range, torch.Tensor], None], pieces: Sequence[torch.Tensor]) -> None:
+        """Copy records that lie in no block to the rows of `pieces`: `fill` makes a part of them, where it is told."""
+        with torch.no_grad():
+            for part, rows in self._parts(self._layouts[group], pieces):
+                with self._lock:
+                    self._send_part(partial(fill, part), rows)
+
+    def _send_part(self, fill: Callable[[torch.Tensor], None], rows: torch.Tensor) -> None:
         if self._side is None:
-            layout.read_blocks(ids, part, rows)
+            fill(rows)
             return
         stage = self._next_stage()
         if stage.taken is not None:
             stage.taken.hold_current()
         records = stage.records(rows)
-        layout.read_blocks(ids, part, records)
+        fill(records)
         self._side.after_current()
         self._side.run(partial(rows.copy_, records, non_blocking=True))
         stage.taken = self._side.mark()

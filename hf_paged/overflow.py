@@ -14,11 +14,14 @@ from collections.abc import Sequence
 
 from hf_paged.backends import AttentionBackend
 from hf_paged.backends.staged import MAX_PART_TOKENS, StagedBackend, blocks_read_on_host, host_reads
+from hf_paged.core.apart import append_apart, outdated_blocks, whole_new_blocks
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.manager import BlockManager
+from hf_paged.core.manager import BlockManager, Growth
 from hf_paged.core.overflow import HOST_BLOCKS, movable, on_host, relocate
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
+from hf_paged.dense import DenseView, NewElsewhere
+from hf_paged.dense_host import HostLayers, OverHost
 from hf_paged.layout import RecordLayout
 from hf_paged.levels import first_line
 from hf_paged.mover import BlockMover
@@ -33,18 +36,23 @@ STAGE_SHARE = 1 / 64
 STAGE_BYTES = 64 * 2**20
 
 
+class UnseenLayers(OutOfBlocks):
+    """The host has room for new blocks, but what the layers keep is not known before they were seen once."""
+
+
 class Overflow:
     """Blocks that running sequences hold on the host. Bookkeeping is done under the manager's lock.
 
     Args:
         manager: whose sequences these are.
-        group: of the layers that keep all tokens; blocks of windows stay on the device.
+        group: number of that of the layers that keep all tokens; blocks of windows stay on the device.
         stores: of the manager's layers; nothing is moved before those of the group are there.
         side: of the pool's device.
         host_bytes: what the host tier may take.
         counters: told of bytes and faults.
 
     Attributes:
+        group: as given.
         lender: has the host memory.
     """
 
@@ -57,7 +65,7 @@ class Overflow:
         host_bytes: int,
         counters: Counters,
     ):
-        self._manager, self._group, self._all_stores, self._side = manager, group, stores, side
+        self._manager, self.group, self._all_stores, self._side = manager, group, stores, side
         self._host_bytes, self._counters = host_bytes, counters
         self._pool = manager.pools[group]
         self._stores: list[LayerStore] = []
@@ -81,8 +89,13 @@ class Overflow:
 
     def could_hold(self, error: OutOfBlocks) -> bool:
         """Whether the host is large enough for what was wanted and not available, were nothing but that there."""
-        room = self._host_bytes // sum(pool.block_bytes for pool in self._manager.pools) - len(self)
-        return error.wanted - error.available <= room
+        with self._manager.lock:
+            return self._missing(error) <= self._host_bytes // self._pool.block_bytes - len(self)
+
+    def _missing(self, error: OutOfBlocks) -> int:
+        """Blocks of the group that must go for what was wanted; none where there is room by now."""
+        missing_bytes = error.wanted_bytes - self._manager.budget.free_bytes
+        return max(0, -(-missing_bytes // self._pool.block_bytes), error.wanted - self._pool.free_ids)
 
     # -- down ----------------------------------------------------------------------------------------------------
 
@@ -90,18 +103,59 @@ class Overflow:
         """Move blocks of `tables` to the host, as many as were wanted and not available; whether that was possible."""
         manager = self._manager
         with manager.lock:
-            missing = max(1, error.wanted - error.available)
-            missing_bytes = missing * sum(pool.block_bytes for pool in manager.pools)
-            count = max(missing, -(-missing_bytes // self._pool.block_bytes))
-            blocks = movable(manager, tables, self._group)
+            count = max(1, self._missing(error))
+            blocks = movable(manager, tables, self.group)
             if len(blocks) < count or not self._is_open():
                 return False
             return self._move(tables, blocks[:count][::-1])
 
+    def append(self, tables: Sequence[BlockTable], counts: Sequence[int], room_tokens: int, keeps_past: bool) -> Growth:
+        """`BlockManager.append`, with new blocks on the host where the device has no room: such as the tokens fill.
+
+        Unless it `keeps_past`, nothing is kept of a first prompt that falls out of a window with its last token. For
+        passes that put K and V there as they come. Raises `OutOfBlocks`, and `UnseenLayers` before the layers' K and V
+        were seen where the host has room.
+        """
+        with self._manager.lock:
+            try:
+                return self._manager.append(tables, counts, room_tokens)
+            except OutOfBlocks as error:
+                given = self._given(tables, counts, error, keeps_past)
+                if given is None:
+                    raise
+            try:
+                return append_apart(self._manager, tables, counts, room_tokens, given)
+            except BaseException:
+                self._pool.drop([block for each in given for block in each[self.group]])
+                raise
+
+    def _given(
+        self, tables: Sequence[BlockTable], counts: Sequence[int], error: OutOfBlocks, keeps_past: bool
+    ) -> list[list[list[int]]] | None:
+        """By table and group: new blocks that take nothing of the device; `None` where there are none."""
+        spare, pools = list(map(whole_new_blocks, tables, counts)), self._manager.pools
+        given = [[[] for _ in pools] for _ in tables]
+        if not keeps_past:
+            given = [outdated_blocks(self._manager, *each) for each in zip(tables, counts, strict=True)]
+        saved_bytes = sum(
+            len(blocks) * pool.block_bytes for each in given for blocks, pool in zip(each, pools, strict=True)
+        )
+        error = OutOfBlocks(error.wanted, error.available, error.wanted_bytes - saved_bytes)
+        if None in self._all_stores and self.could_hold(error):
+            raise UnseenLayers(error.wanted, error.available, error.wanted_bytes)
+        places = self._take_places(min(sum(spare), self._missing(error))) if any(spare) and self._is_open() else None
+        if places is None:
+            return None
+        blocks = [self._pool.overflow.add(place) for place in places]
+        self._pool.share(blocks)
+        for each, most in zip(given, spare, strict=True):
+            each[self.group], blocks = blocks[:most], blocks[most:]
+        return given
+
     def _is_open(self) -> bool:
         """Whether blocks can be moved; found out when the layers' shapes are known."""
         if self._mover is None:
-            groups = [store for store in self._all_stores if store is None or store.group == self._group]
+            groups = [store for store in self._all_stores if store is None or store.group == self.group]
             if None in groups or len({store.keys.device for store in groups}) > 1:
                 return False
             self._stores = groups
@@ -127,7 +181,7 @@ class Overflow:
         moves = {}
         for block, place in zip(blocks, places, strict=True):
             moves[block] = self._pool.overflow.add(place)
-        relocate(self._manager, tables, self._group, moves)
+        relocate(self._manager, tables, self.group, moves)
         self._counters.add(offloaded_bytes=len(blocks) * self._record_bytes)
         return True
 
@@ -147,7 +201,7 @@ class Overflow:
         return places
 
     def _borrow(self) -> Slab | None:
-        loan = self.lender.lend(self._group)
+        loan = self.lender.lend(self.group)
         if loan is None:
             return None
         slab = Slab(loan.memory, [layout.record_bytes for layout in self._layouts], loan.give_back)
@@ -159,26 +213,26 @@ class Overflow:
     def bring_back_tails(self, tables: Sequence[BlockTable]) -> None:
         """Bring those blocks back that are written to next, because a sequence was cropped. Raises `OutOfBlocks`."""
         if len(self):
-            tails = [table.chains[self._group].blocks[-1] for table in tables if table.tail_tokens]
+            tails = [table.chains[self.group].blocks[-1] for table in tables if table.tail_tokens]
             self._bring_back(tables, [block for block in dict.fromkeys(tails) if block >= HOST_BLOCKS])
 
     def bring_back(self, tables: Sequence[BlockTable]) -> None:
         """Bring all blocks of `tables` back. Raises `OutOfBlocks`."""
         if len(self):
-            self._bring_back(tables, on_host(tables, self._group))
+            self._bring_back(tables, on_host(tables, self.group))
 
     def bring_back_where_ample(self, tables: Sequence[BlockTable]) -> None:
         """The same, where at least as much is free then as comes back: others have ended."""
         if len(self):
-            blocks = on_host(tables, self._group)
+            blocks = on_host(tables, self.group)
             with self._manager.lock:
-                if 2 * len(blocks) <= self._manager.available:
+                if 2 * len(blocks) <= self._pool.available:
                     self._bring_back(tables, blocks)
 
     def _bring_back(self, tables: Sequence[BlockTable], blocks: Sequence[int]) -> None:
         if not blocks:
             return
-        manager, group = self._manager, self._group
+        manager, group = self._manager, self.group
         with manager.lock:
             counts = [len(blocks) if each == group else 0 for each in range(len(manager.pools))]
             taken = manager.take_runs(counts, [0] * len(counts), 0)[group]
@@ -198,7 +252,7 @@ class Overflow:
 
     def over_host(self, backend: AttentionBackend, plans: Sequence[StepPlan]) -> AttentionBackend:
         """The backend of a step with these plans, one a group: `backend` where nothing that they read is here."""
-        plan, size = plans[self._group], self._manager.block_size
+        plan, size = plans[self.group], self._manager.block_size
         blocks = blocks_read_on_host(plan, size) if len(self) else []
         if not blocks:
             return backend
@@ -209,6 +263,16 @@ class Overflow:
         reads = host_reads(plan, blocks, self._part_blocks, size, self._layouts[0].device)
         self._counters.add(fetched_bytes=len(blocks) * self._record_bytes)
         return StagedBackend(backend, plan, self._stores, staging, reads)
+
+    def dense(self, view: DenseView, new: NewElsewhere) -> OverHost:
+        """Reads the rows of a stock-shaped pass, and puts there what of its tokens goes to `new` blocks."""
+        size = self._manager.block_size
+        layers = HostLayers(self._stores, self._layouts, self._mover, self._side, self._part_blocks, size)
+        reader = OverHost(layers, view, new, self._pool.overflow.place)
+        self._counters.add(
+            fetched_bytes=reader.num_fetched * self._record_bytes, offloaded_bytes=reader.num_sent * self._record_bytes
+        )
+        return reader
 
     @property
     def _part_blocks(self) -> int:

@@ -16,14 +16,15 @@ import torch
 from hf_paged.arena import can_give_back
 from hf_paged.backends import AttentionBackend
 from hf_paged.config import PagedConfig
+from hf_paged.core.apart import append_kept
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.capacity import group_costs
 from hf_paged.core.manager import BlockManager, Growth, Pin
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
-from hf_paged.errors import PagedMemoryError
+from hf_paged.errors import PagedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes
-from hf_paged.overflow import Overflow
+from hf_paged.overflow import Overflow, UnseenLayers
 from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
 from hf_paged.streams import SideStream, side_stream
@@ -163,7 +164,8 @@ class KVPool:
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
         fit = error.available * self.block_size
-        return PagedMemoryError(
+        kind = UnseenLayersError if isinstance(error, UnseenLayers) else PagedMemoryError
+        return kind(
             f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
             f"({error.available} blocks) fit beside the {self.manager.in_use} blocks in use: the budget is "
             f"{self.manager.budget.limit_bytes} bytes. Raise {self._raisable()}, shorten the input or "
@@ -212,6 +214,15 @@ class KVPool:
             return self.manager.append(tables, counts, room_tokens)
         except OutOfBlocks as error:
             raise self.memory_error(error, sum(counts)) from None
+
+    def appending(self, keeps_past: bool) -> Callable[[Sequence[BlockTable], Sequence[int], int], Growth]:
+        """`BlockManager.append`, for stock-shaped passes that `dense_readers` give their K and V.
+
+        Unless it `keeps_past`, windows need no room for what falls out of them with the last token of a first prompt.
+        """
+        if self.overflow is not None:
+            return partial(self.overflow.append, keeps_past=keeps_past)
+        return self.manager.append if keeps_past else partial(append_kept, self.manager)
 
     def bring_back(self, tables: Sequence[BlockTable]) -> None:
         """Have all blocks of `tables` on the device, for code that reads them there. Raises `PagedMemoryError`."""

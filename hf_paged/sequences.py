@@ -10,12 +10,22 @@ from hf_paged.pool import KVPool
 
 
 class Sequences:
-    """The tables of a cache and the pool they are in; freed with the cache."""
+    """The tables of a cache and the pool they are in; freed with the cache.
+
+    Attributes:
+        twin: sequences that no pass is under way over while there is one over these, and which hold much of the same.
+    """
 
     def __init__(self, pool: KVPool | None):
         self.pool = pool
         self.tables: list[BlockTable] = []
         self.pins: list[Pin] = []
+        self.twin: Sequences | None = None
+
+    @property
+    def movable(self) -> list[BlockTable]:
+        """Tables whose blocks a pass over these may move."""
+        return self.tables if self.twin is None else [*self.tables, *self.twin.tables]
 
     def unpin(self) -> None:
         """Let go of the blocks that the last pass has copied from."""

@@ -98,6 +98,23 @@ def stretches(places: Sequence[Place]) -> list[Stretch]:
     return found
 
 
+class PartReads(NamedTuple):
+    """Of some slots on the host, those that lie in one part: their indices, and the slots of the part, `[n]` each."""
+
+    index: torch.Tensor
+    inside: torch.Tensor
+
+
+def reads_by_part(slots: torch.Tensor, blocks: Sequence[int], part_blocks: int, block_size: int) -> list[PartReads]:
+    """Where `slots [tokens]` of blocks on the host come to lie, for each part; `blocks` are staged in this order."""
+    known, place = torch.tensor(blocks, device="cpu").sort()
+    at = place[torch.searchsorted(known, slots // block_size)]
+    inside = at % part_blocks * block_size + slots % block_size
+    number = at // part_blocks
+    indices = [(number == part).nonzero().flatten() for part in range(-(-len(blocks) // part_blocks))]
+    return [PartReads(index, inside[index]) for index in indices]
+
+
 class Staging:
     """Two areas of device memory through which the blocks of one step come, a layer after the other.
 

@@ -11,6 +11,7 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.dense import DenseView
+from hf_paged.dense_host import AsComputed, OverHost
 
 
 class UnsupportedAttentionError(Exception):
@@ -31,6 +32,8 @@ class Step:
         backend: reads the blocks; `None`: layers return dense K and V.
         planned: False where the pass began with a layer's `update`, by an unpatched model.
         windows_seen: sliding window of each layer's attention call, by layer.
+        readers: who gives layers dense K and V where the device does not hold all of them, by group.
+        keeps_nothing: whether layers store nothing, and return what they are given.
     """
 
     plans: Sequence[StepPlan]
@@ -42,6 +45,8 @@ class Step:
     reads_rows: bool = False
     planned: bool = True
     windows_seen: dict[int, int | None] = field(default_factory=dict)
+    readers: dict[int, AsComputed | OverHost] = field(default_factory=dict)
+    keeps_nothing: bool = False
     _dense: dict[int, DenseView] = field(default_factory=dict)
 
     @property

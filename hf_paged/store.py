@@ -75,7 +75,7 @@ class LayerStore:
         if kv_format is not None:
             kv_format.check(self.key_dim, self.value_dim)
             self.records = KVRecords(kv_format, self.key_dim, self.value_dim)
-        key, value = self._encoded(key[:1, :, :1], value[:1, :, :1])
+        key, value = self.encoded(key[:1, :, :1], value[:1, :, :1])
         num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
@@ -121,7 +121,7 @@ class LayerStore:
         native_store = self.native if suits else None
         if native_store is not None and native_store.write(key, value, native_writes(plan)):
             return
-        self.write_stored(plan, *self._encoded(key, value))
+        self.write_stored(plan, *self.encoded(key, value))
 
     def write_stored(self, plan: StepPlan, key: torch.Tensor, value: torch.Tensor) -> None:
         """The same with K and V as they are stored, `[batch, kv_heads, tokens, dim or record bytes]`."""
@@ -148,7 +148,8 @@ class LayerStore:
             for memory in (self.keys, self.values):
                 memory[:, copy.target : copy.target + copy.tokens] = memory[:, copy.source : copy.source + copy.tokens]
 
-    def _encoded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encoded(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `[..., dim]` as they are stored, `[..., dim or record bytes]`."""
         if self.records is None:
             return key, value
         return self.records.encode_keys(key), self.records.encode_values(value)

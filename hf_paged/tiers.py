@@ -212,9 +212,9 @@ class Tiers:
         if not levels or not isinstance(levels[0], HostLevel):
             return None
         host, *below = levels
-        loan, gone = host.lend(group)
-        if below and gone:
-            self._try(below[0].name, partial(self._keep, below, group, gone, host.read))
+        loan = host.lend(group)
+        if loan is not None and below and loan.gone:
+            self._try(below[0].name, partial(self._keep, below, loan.group, loan.gone, host.read))
         return loan
 
     # -- up ------------------------------------------------------------------------------------------------------

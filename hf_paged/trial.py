@@ -29,6 +29,7 @@ def try_decode(
     Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
     """
     twin = deepcopy(request.kwargs["past_key_values"])
+    _pair(cache, paged_part(twin))
     try:
         before = _own_states(model)
         outputs = run_padded(request, cache)
@@ -37,7 +38,13 @@ def try_decode(
         request = replace(request, kwargs={**request.kwargs, "past_key_values": twin})
         return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
     finally:
+        cache.sequences.twin = None
         twin.reset()
+
+
+def _pair(cache: PagedCache, twin: PagedCache) -> None:
+    """They hold the same blocks, which either may move."""
+    cache.sequences.twin, twin.sequences.twin = twin.sequences, cache.sequences
 
 
 def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, expected: torch.Tensor) -> str | None:

@@ -14,7 +14,7 @@ from hf_paged.backends.schedule import schedule_for
 from hf_paged.core.chain import Run
 from hf_paged.core.overflow import HOST_BLOCKS
 from hf_paged.core.plan import StepPlan
-from hf_paged.staging import Staging
+from hf_paged.staging import Staging, reads_by_part
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.store import LayerStore, run_slots
 
@@ -94,16 +94,14 @@ def host_reads(
     plan: StepPlan, blocks: Sequence[int], part_blocks: int, block_size: int, device: torch.device
 ) -> list[list[HostReads]]:
     """What the plan's queries read of `blocks` on the host, which are staged in this order, by part."""
-    known, place = torch.tensor(blocks, device="cpu").sort()
     reads: list[list[HostReads]] = [[] for _ in range(0, len(blocks), part_blocks)]
     for piece in plan.shared:
-        slots = run_slots([run for run in piece.runs if _is_on_host(run)], known.device)
+        slots = run_slots([run for run in piece.runs if _is_on_host(run)], torch.device("cpu"))
         if not len(slots):
             continue
-        at = place[torch.searchsorted(known, slots // block_size)]
-        inside = at % part_blocks * block_size + slots % block_size
-        for part in (at // part_blocks).unique().tolist():
-            reads[part].append(HostReads(piece.start, piece.stop, inside[at // part_blocks == part].to(device)))
+        for found, (_, inside) in zip(reads, reads_by_part(slots, blocks, part_blocks, block_size), strict=True):
+            if len(inside):
+                found.append(HostReads(piece.start, piece.stop, inside.to(device)))
     return reads
 
 

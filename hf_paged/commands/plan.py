@@ -10,6 +10,7 @@ from hf_paged.commands.columns import aligned
 from hf_paged.commands.subject import DTYPES, Subject, add_dtype, find_subject
 from hf_paged.config import PagedConfig
 from hf_paged.core.capacity import Capacity, GroupCost, stock_bytes
+from hf_paged.host import lendable_blocks
 from hf_paged.pool import most_slots
 from hf_paged.stats import format_bytes
 from hf_paged_kernels import FORMATS
@@ -103,20 +104,44 @@ def _tiers(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     )
     on_device, below = _split(budget)
     for device in on_device:
-        size = budget[device]
-        capacity = _capacity(subject, device, args)
-        longest, count = capacity.longest(size), capacity.sequences(size, args.length)
-        yield (
-            str(device),
-            format_bytes(size),
-            "any length" if longest is None else f"{longest:,} tokens",
-            f"{count:,}",
-            f"{size // stock_bytes(subject.stock_groups, args.length):,}",
-            *(["yes" if count >= args.batch else "no"] if args.batch > 1 else []),
-        )
+        yield _row(subject, str(device), device, budget, args)
+    if _overflows(subject, budget):
+        yield _row(subject, f"{on_device[0]}+cpu", on_device[0], budget, args, over_host=True)
     for tier in below:
         kept = _capacity(subject, "cpu", args).kept_sequences(budget[tier], args.length)
         yield f"{tier} (kept prefixes)", format_bytes(budget[tier]), "-", f"{kept:,}", "-"
+
+
+def _row(
+    subject: Subject, name: str, device: int | str, budget: Budget, args: argparse.Namespace, over_host: bool = False
+) -> Sequence[str]:
+    """What runs on a device, or there and on the host."""
+    size, capacity = budget[device], _capacity(subject, device, args)
+    host_blocks = _host_blocks(capacity, budget["cpu"]) if over_host else 0
+    longest = capacity.longest(size, host_blocks)
+    count = capacity.sequences(size, args.length, host_blocks)
+    return (
+        name,
+        format_bytes(size + (budget["cpu"] if over_host else 0)),
+        "any length" if longest is None else f"{longest:,} tokens",
+        f"{count:,}",
+        "-" if over_host else f"{size // stock_bytes(subject.stock_groups, args.length):,}",
+        *(["yes" if count >= args.batch else "no"] if args.batch > 1 else []),
+    )
+
+
+def _overflows(subject: Subject, budget: Budget) -> bool:
+    """Whether sequences that fill the device go on with a part of their blocks on the host."""
+    on_device, below = _split(budget)
+    has_full_layers = any(group.window is None for group in subject.groups)
+    return len(on_device) == 1 and "cpu" in below and has_full_layers
+
+
+def _host_blocks(capacity: Capacity, host_bytes: int) -> int:
+    """Blocks of full layers that fit the host."""
+    groups = capacity.groups
+    full = next(number for number, group in enumerate(groups) if group.window is None)
+    return lendable_blocks(host_bytes, [group.block_bytes(capacity.block_size) for group in groups], full)
 
 
 def _split(budget: Budget) -> tuple[list[int | str], list[str]]:
@@ -147,6 +172,11 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
         capacity = _capacity(subject, device, args)
         if capacity.longest(budget[device]) == capacity.most_tokens:
             yield f"{device}: this version keeps {capacity.most_tokens:,} tokens at most, whatever the budget."
+    if _overflows(subject, budget):
+        yield (
+            f"{on_device[0]}+cpu: sequences that fill the device go on with blocks of full layers in cpu, in place of "
+            "prefixes. Each step waits until these were read."
+        )
     for tier in below:
         if refusal := _refusal(tier):
             yield refusal

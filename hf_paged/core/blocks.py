@@ -33,11 +33,11 @@ _FLIP = bytes([1, 0]) + bytes(254)  # for `translate`: the other blocks of a bit
 
 
 class OutOfBlocks(Exception):
-    """Raised when fewer blocks can be had than were asked for; carries the number that could."""
+    """Raised when fewer blocks can be had than were asked for; carries the number that could, and bytes wanted."""
 
-    def __init__(self, wanted: int, available: int):
+    def __init__(self, wanted: int, available: int, wanted_bytes: int):
         super().__init__(f"{wanted} blocks wanted, {available} available")
-        self.wanted, self.available = wanted, available
+        self.wanted, self.available, self.wanted_bytes = wanted, available, wanted_bytes
 
 
 class BlockPool:
@@ -109,8 +109,12 @@ class BlockPool:
     @property
     def available(self) -> int:
         """Blocks that `take` could hand out, cached ones included."""
-        ids = self.num_blocks - 1 - self._in_use
-        return max(0, min(ids, self._budget.free_bytes // self.block_bytes))
+        return max(0, min(self.free_ids, self._budget.free_bytes // self.block_bytes))
+
+    @property
+    def free_ids(self) -> int:
+        """Ids that no table holds: so many blocks there are, whatever the budget says."""
+        return self.num_blocks - 1 - self._in_use
 
     def oldest_first(self) -> Iterable[tuple[int, int]]:
         """The cached blocks, and when each was last used."""
@@ -138,7 +142,7 @@ class BlockPool:
         nothing where that is not enough.
         """
         if count > self.available:
-            raise OutOfBlocks(count, self.available)
+            raise OutOfBlocks(count, self.available, count * self.block_bytes)
         self._budget.make_room(count * self.block_bytes)
         self.make_room(count)
         claim = range(0)

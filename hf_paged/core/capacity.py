@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _ANY_LENGTH = 2**62
+# Full blocks of a running sequence that do not leave the device: the last one, and a new one before that may leave.
+LAST_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -65,24 +67,35 @@ class Capacity:
         """Of the blocks that every pool has beside those of sequences."""
         return sum(group.block_bytes(self.block_size) for group in self.groups)
 
-    def sequences(self, budget_bytes: int, num_tokens: int) -> int:
-        """Sequences of `num_tokens` tokens that a pool with this budget carries at once."""
-        by_bytes = (budget_bytes - self.null_bytes) // self.sequence_bytes(num_tokens)
-        by_ids = min(self._ids(budget_bytes, group) // self.blocks(group, num_tokens) for group in self.groups)
-        return max(0, min(by_bytes, by_ids))
+    def sequences(self, budget_bytes: int, num_tokens: int, host_blocks: int = 0) -> int:
+        """Sequences of `num_tokens` tokens that a pool with this budget carries at once.
 
-    def longest(self, budget_bytes: int) -> int | None:
+        At most `host_blocks` of theirs lie on the host, in layers without a window.
+        """
+        too_many = 1 + (budget_bytes + host_blocks * self.null_bytes) // self.sequence_bytes(num_tokens)
+        return _most(0, too_many, lambda count: self._fit(count, num_tokens, budget_bytes, host_blocks))
+
+    def _fit(self, count: int, num_tokens: int, budget_bytes: int, host_blocks: int) -> bool:
+        """Whether so many sequences do."""
+        free_bytes = budget_bytes - self.null_bytes
+        for group in self.groups:
+            blocks = self.blocks(group, num_tokens)
+            here = count * blocks
+            if group.window is None:
+                here = max(here - host_blocks, count * min(blocks, LAST_BLOCKS))
+            free_bytes -= here * group.block_bytes(self.block_size)
+            if free_bytes < 0 or here > self._ids(budget_bytes, group):
+                return False
+        return True
+
+    def longest(self, budget_bytes: int, host_blocks: int = 0) -> int | None:
         """Tokens of the longest sequence that a pool with this budget carries; `None`: any length."""
-        if self.sequences(budget_bytes, _ANY_LENGTH):
+        if self.sequences(budget_bytes, _ANY_LENGTH, host_blocks):
             return None
-        fits, too_long = 0, self.most_tokens // self.block_size + 1  # in blocks
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if self.sequences(budget_bytes, middle * self.block_size):
-                fits = middle
-            else:
-                too_long = middle
-        return fits * self.block_size
+        too_long = self.most_tokens // self.block_size + host_blocks + 1  # in blocks
+        return self.block_size * _most(
+            0, too_long, lambda blocks: self._fit(1, blocks * self.block_size, budget_bytes, host_blocks)
+        )
 
     def kept_sequences(self, budget_bytes: int, num_tokens: int) -> int:
         """Sequences of `num_tokens` tokens that a lower tier keeps for later calls."""
@@ -92,6 +105,14 @@ class Capacity:
         return max(
             0, min(budget_bytes // group.block_bytes(self.block_size), self.most_tokens // self.block_size + 1) - 1
         )
+
+
+def _most(fits: int, too_many: int, fit: Callable[[int], bool]) -> int:
+    """The largest number that is fit, of which all below are."""
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if fit(middle) else (fits, middle)
+    return fits
 
 
 def stock_bytes(groups: Sequence[GroupCost], num_tokens: int, rows: int = 1) -> int:

@@ -94,7 +94,7 @@ class BlockManager:
     @property
     def available(self) -> int:
         """Blocks that tables could take in every group at once."""
-        ids = min(pool.num_blocks - 1 - pool.in_use for pool in self.pools)
+        ids = min(pool.free_ids for pool in self.pools)
         return max(0, min(ids, self.budget.free_bytes // sum(pool.block_bytes for pool in self.pools)))
 
     def new_table(self, root: bytes | None = None) -> BlockTable:
@@ -193,9 +193,9 @@ class BlockManager:
     def check_room(self, num_blocks: int) -> None:
         """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available."""
         if num_blocks:
-            self._make_room([num_blocks] * len(self.pools))
+            self.make_room([num_blocks] * len(self.pools))
 
-    def _make_room(self, counts: Sequence[int]) -> None:
+    def make_room(self, counts: Sequence[int]) -> None:
         """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
         All at once and before anything else changes, because giving up may take time and be interrupted.
@@ -204,7 +204,7 @@ class BlockManager:
         self.budget.look_up(num_bytes)
         short = any(count > pool.available for count, pool in zip(counts, self.pools, strict=True))
         if short or num_bytes > self.budget.free_bytes:
-            raise OutOfBlocks(max(counts), self.available)
+            raise OutOfBlocks(max(counts), self.available, num_bytes)
         self.budget.make_room(num_bytes)
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
@@ -389,7 +389,7 @@ class BlockManager:
         `room` more blocks are expected behind them. Raises `OutOfBlocks` and changes nothing.
         """
         with self.lock:
-            self._make_room(counts)
+            self.make_room(counts)
             taken = []
             for pool, count, before in zip(self.pools, counts, after, strict=True):
                 blocks, claim = pool.take(count, before or None, room)

@@ -1,8 +1,8 @@
 """Blocks of running sequences that lie in host memory, because the device has no room for them.
 
 Chains name them by ids that no block of the device has, so that tables are forked, cropped and given up as ever. They
-are never indexed or written to: what was indexed is the block that they were copied from, which stays cached as any
-other, and a sequence goes on in blocks of the device.
+are never indexed, and written to by the pass alone that they were made for: what was indexed is the block that they
+were copied from, which stays cached as any other, and a sequence goes on in blocks of the device.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def check(pair: Pair, fallbacks=()) -> None:
             with pair.pool.lock:
                 level.index.check_integrity()
         assert getattr(stats, f"blocks_{level.name}") == len(level)
-    assert all(any(known in reason for known in fallbacks) for reason in pair.paged.stats().fallbacks)
+    unknown = [reason for reason in pair.paged.stats().fallbacks if not any(known in reason for known in fallbacks)]
+    assert not unknown, unknown
 
 
 def rotate(pair: Pair, rows, rounds=2, fallbacks=(), **kwargs) -> list[int]:

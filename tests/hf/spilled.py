@@ -2,12 +2,15 @@
 
 import disk
 import torch
+from disk import Always
 from host import tiers
 from pair import NEW, Pair, piece
 from prompts import batch, tokens
 from transformers import StoppingCriteria
 
 from hf_paged import overflow
+from hf_paged.core.capacity import Capacity, group_costs
+from hf_paged.footprint import footprint_of
 
 SYSTEM = tokens(50, seed=3)
 CALLS = {
@@ -21,6 +24,31 @@ CALLS = {
     "rows that end": ([piece(61, 1), piece(64, 2), piece(40, 3)], {"max_new_tokens": 30, "eos_token_id": [5, 9]}, 9),
     "chunks": ([piece(90, 1), piece(70, 2)], {"prefill_chunk_size": 16}, 9),
 }
+
+
+def device_bytes(pair: Pair, num_rows: int, full_blocks: int) -> int:
+    """Memory for `full_blocks` blocks in full layers, and what `num_rows` rows hold in the others while they grow."""
+    config = pair.paged.config
+    layer_bytes = footprint_of(pair.model, config.kv_format).layer_bytes
+    groups = group_costs(layer_bytes, pair.paged.layout().windows)
+    capacity, total = Capacity(groups, config.block_size, 2**20), 0
+    for group in groups:
+        blocks = full_blocks if group.window is None else num_rows * (capacity.blocks(group, 2**20) + 1)
+        total += (1 + blocks) * group.block_bytes(config.block_size)
+    return total
+
+
+def narrow(make, num_rows: int, full_blocks: int, host="10MiB", **overrides) -> Pair:
+    """A pair that `make` makes, with so much memory and a host below."""
+    size = device_bytes(make(**overrides), num_rows, full_blocks)
+    pair = make(max_memory={0: size, "cpu": host}, **overrides)
+    pair.paged._current_pool(pair.model).tiers.policy = Always()
+    return pair
+
+
+def num_rows(call: str) -> int:
+    """Rows of one of `CALLS`; beams have much of a window in common."""
+    return {"samples": 3, "beams": 2}.get(call, len(CALLS[call][0]))
 
 
 def watch(monkeypatch) -> list[int]:
@@ -37,7 +65,8 @@ def watch(monkeypatch) -> list[int]:
 
 def on_host(pair: Pair) -> int:
     """Blocks that running sequences hold on the host."""
-    return len(pair.paged._pool.overflow)
+    overflow = pair.paged._pool.overflow
+    return 0 if overflow is None else len(overflow)
 
 
 def check(pair: Pair, fallbacks=()) -> None:

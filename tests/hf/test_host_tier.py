@@ -1,6 +1,10 @@
 """Cached prefixes in host memory, below a CPU that is taken for a GPU: found again, and always stock's answer."""
 
 import gc
+import random
+import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from test_sharing import BLOCK_BYTES
 from windows import window_pair
 
 from hf_paged import host, pool, unpatch_model
+from hf_paged.host import HostLevel, lendable_blocks
 from hf_paged.layout import RecordLayout
 from hf_paged.mover import BlockMover
+from hf_paged.stats import Counters
 
 
 @pytest.fixture(autouse=True)
@@ -373,3 +379,24 @@ def test_a_soak_of_random_calls():
     soak.run(30)
     assert min(soak.counts[name] for name in (*WAYS, "tokens reused", "bytes fetched", "blocks evicted")) > 0
     assert soak.growth < 4 * MIB
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_can_be_lent_is_known_beforehand(seed):
+    """Slabs of the group, and then those of others that hold a block of it."""
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, 40) * 16 for _ in range(draw.randint(1, 3))]
+    budget, group = draw.randint(sum(sizes), 40 * sum(sizes)), draw.randrange(len(sizes))
+    level = HostLevel(0, budget, threading.RLock(), None, Counters())
+    layouts = [SimpleNamespace(record_bytes=size) for size in sizes]
+    level.open(layouts, None, 8)
+    loans = list(iter(partial(level.lend, group), None))
+    assert all(len(loan.memory) >= sizes[group] for loan in loans)
+    assert len({loan.memory.data_ptr() for loan in loans}) == len(loans)
+    assert sum(len(loan.memory) for loan in loans) <= budget
+    assert sum(len(loan.memory) // sizes[group] for loan in loans) == lendable_blocks(budget, sizes, group)
+    others = [loan.group != group for loan in loans]
+    assert others == sorted(others)
+    for loan in loans:
+        loan.give_back()
+    assert len(list(iter(partial(level.lend, group), None))) == len(loans)

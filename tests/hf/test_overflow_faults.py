@@ -27,10 +27,10 @@ def _gpu(monkeypatch):
     [{}, {"max_new_tokens": 90}, {"num_beams": 3}, {"output_attentions": True, "return_dict_in_generate": True}],
 )
 def test_a_call_too_large_for_both_is_refused_and_nothing_else_is_lost(kwargs):
-    """The prompt does, at once; or what is generated does, in the midst; or what needs all of it on the device."""
+    """The prompt does, at once, also of a stock-shaped pass; or what is generated does, in the midst."""
     pair = hosted(blocks=6, host=6 * BLOCK_BYTES)
     held = generated(pair.model, piece(9, 5))
-    row = piece(61 if "max_new_tokens" in kwargs or "output_attentions" in kwargs else 121, 1)
+    row = piece(61 if "max_new_tokens" in kwargs else 121, 1)
     with pytest.raises(PagedMemoryError, match=r"tokens need .* max_memory\[0\] or max_memory\['cpu'\]"):
         pair.model.generate(**batch([row]), **{"do_sample": False, "max_new_tokens": NEW, **kwargs})
     assert (pair.paged.stats().offloaded_bytes > 0) == ("max_new_tokens" in kwargs), "else it is known beforehand"

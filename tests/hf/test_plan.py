@@ -9,6 +9,7 @@ import pytest
 import transformers
 from compare import copy_of
 from families import FAMILIES, stock_model
+from host import as_gpu
 from pair import piece
 from prompts import batch
 
@@ -73,6 +74,46 @@ def test_what_is_said_to_fit_fits(capsys, folder, name):
         model.generate(**fitting, do_sample=False, max_new_tokens=stored - 8)  # the last one is not stored
         with pytest.raises(PagedMemoryError):
             model.generate(**inputs, do_sample=False, max_new_tokens=stored - 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "host"),
+    [
+        ("llama", 30_000, 70_000),
+        ("deepseek_v3", 75_000, 90_000),
+        ("gemma3", 32_000, 50_000),
+        ("gemma2", 26_000, 50_000),
+    ],
+)
+def test_what_is_said_to_fit_with_the_host_fits(capsys, folder, name, device, host, monkeypatch):
+    as_gpu(monkeypatch)
+    arguments = ["--length", str(LENGTH), "--block-size", "8", "--dtype", "float32"]
+    output = plan(capsys, folder(name), "--max-memory", f"0={device},cpu={host}", *arguments)
+    assert "- 0+cpu: sequences that fill the device go on" in output
+    _, longest, count, on_stock = row(output, "0+cpu")
+    longest, count = int(longest.removesuffix(" tokens")), int(count)
+    assert on_stock == "-"
+    alone, alone_count = row(output, "0")[1:3]
+    assert longest > int(alone.removesuffix(" tokens"))
+    assert count > int(alone_count)
+    for rows, stored in ((1, longest), (count, LENGTH)):
+        inputs = batch([piece(9, at) for at in range(rows + 1)])
+        model = patch_model(copy_of(FAMILIES[name]), block_size=8, max_memory={0: device, "cpu": host})
+        fitting = {key: value[:rows] for key, value in inputs.items()}
+        model.generate(**fitting, do_sample=False, max_new_tokens=stored - 8)  # the last one is not stored
+        assert model.paged.stats().fetched_bytes > 0
+        beyond = (fitting, stored - 7) if stored == longest else (inputs, stored - 8)
+        with pytest.raises(PagedMemoryError):
+            model.generate(**beyond[0], do_sample=False, max_new_tokens=beyond[1])
+
+
+@pytest.mark.parametrize("budget", ["0=1MiB", "0=1MiB,disk=1MiB", "cpu=1MiB,disk=1MiB", "0=1MiB,1=1MiB,cpu=1MiB"])
+def test_nothing_runs_over_a_host_that_is_not_below_one_gpu(capsys, folder, budget):
+    assert "+cpu" not in plan(capsys, folder("llama"), "--max-memory", budget)
+
+
+def test_layers_with_windows_alone_have_no_use_for_a_host(capsys, folder):
+    assert "+cpu" not in plan(capsys, folder("mistral_sliding"), "--max-memory", "0=1MiB,cpu=1MiB")
 
 
 def test_states_of_a_hybrid_are_left_out(capsys, folder):

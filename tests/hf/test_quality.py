@@ -86,8 +86,8 @@ def test_verify_asks_whether_answers_are_those_of_stock_on_rounded_kv(family):
 
 def test_a_store_that_keeps_something_else_is_noticed(monkeypatch):
     model = patched(copy_of(FAMILIES["llama"]), "int8", verify=True)
-    encoded = LayerStore._encoded
-    monkeypatch.setattr(LayerStore, "_encoded", lambda self, key, value: encoded(self, key * 1.1, value))
+    encoded = LayerStore.encoded
+    monkeypatch.setattr(LayerStore, "encoded", lambda self, key, value: encoded(self, key * 1.1, value))
     monkeypatch.setattr("hf_paged_kernels.NativeStore.write", lambda *_: False)
     with pytest.raises(ValueError, match="verify: the patched model does not answer as stock does"):
         model.generate(**prompts.single(), **GREEDY)

@@ -92,8 +92,9 @@ def test_overflow_is_measured(monkeypatch):
     assert [row["work"] for row in gpu_overflow.overflow(CPU, gpu_overflow.TINY)] == ["overflow"], "a CPU has none"
     as_gpu(monkeypatch)
     *calls, whole, third = gpu_overflow.overflow(CPU, gpu_overflow.TINY)
-    assert len(calls) == 4
+    assert len(calls) == 5
     assert all(row["passed"] for row in calls), calls
+    assert sum(bool(row["fallbacks"]) for row in calls) == 1, "stock-shaped passes say why they are"
     assert third["step_bytes"] > 0 == whole["step_bytes"]
 
 
