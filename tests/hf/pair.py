@@ -14,6 +14,7 @@ from tolerances import TIE
 from hf_paged import patch_model
 from hf_paged.stats import PagedStats
 
+ROUNDED_TIE = 2**-6  # of the largest logit: some steps of bfloat16, in which equal tokens are not promised
 NEW = 6  # new tokens of a usual call
 
 
@@ -106,8 +107,10 @@ class Pair:
         assert set(kwargs) <= {"max_new_tokens", "prefill_chunk_size"}, message
         row, position = min(different, key=lambda place: place[1])
         padding = int((inputs["attention_mask"][row] == 0).sum()) if "attention_mask" in inputs else 0
-        best = self.stock(expected[row : row + 1, padding:position]).logits[0, -1].topk(2).values
-        assert float(best[0] - best[1]) <= TIE, message
+        logits = self.stock(expected[row : row + 1, padding:position]).logits[0, -1]
+        is_rounded = torch.equal(logits, logits.bfloat16().to(logits.dtype))  # under autocast
+        best = logits.topk(2).values
+        assert float(best[0] - best[1]) <= (ROUNDED_TIE * float(logits.abs().max()) if is_rounded else TIE), message
         warnings.warn(f"tie: {message}", stacklevel=3)
 
 
