@@ -181,7 +181,8 @@ fuzz: $(VENV)/.test
 	HF_PAGED_POISON=1 $(BIN)/python tests/hf/fuzz.py --minutes $(MINUTES)
 
 capabilities: $(VENV)/.test
-	HF_PAGED_POISON=1 $(BIN)/python tests/hf/walk.py --write benchmarks/results/capabilities.md
+	HF_PAGED_POISON=1 $(BIN)/python tests/hf/walk.py --write benchmarks/results/capabilities.md \
+		--summary README.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

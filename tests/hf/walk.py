@@ -1,7 +1,7 @@
 """A model asked in the usual ways, stock and patched: what is the same, what is fast, and why not.
 
 `python tests/hf/walk.py --write FILE` does so with every model of `zoo.py` and writes the table between the markers of
-FILE; `make capabilities` calls it.
+FILE, `--summary README` what it says, in short, between those of another one; `make capabilities` calls it.
 """
 
 import argparse
@@ -30,6 +30,12 @@ BLOCK_SIZE = 8
 MODES = ("greedy", "samples", "beams", "next turn")
 SLOW_SECONDS = 90
 MARKERS = ("<!-- capabilities: begin -->", "<!-- capabilities: end -->")
+# Named first where not all can be.
+WELL_KNOWN = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss",
+    "phi3", "deepseek_v3", "qwen3_next", "falcon", "whisper", "bart", "bloom", "mamba", "llama4_text",
+)  # fmt: skip
+MOST_NAMES = 8
 TITLE = "| model types | " + " | ".join(MODES) + " | why not fast |"
 
 
@@ -159,6 +165,9 @@ def main() -> int:
         "--results", type=Path, metavar="JSON", help="add to the results there; types in it are skipped"
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the markers of FILE")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="put what the table says between the markers of FILE"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -171,12 +180,17 @@ def main() -> int:
             if args.results:
                 args.results.write_text(json.dumps(results, default=asdict, indent=1))
     if args.write:
-        text = args.write.read_text()
-        pattern = re.compile(f"(?<={MARKERS[0]}\n).*?(?={MARKERS[1]})", re.DOTALL)
-        args.write.write_text(pattern.sub(lambda _: render(results), text))
+        write_between_markers(args.write, render(results))
+    if args.summary:
+        write_between_markers(args.summary, summarise(results))
     wrong = [name for name, cells in results.items() if not isinstance(cells, str) and any(c.wrong for c in cells)]
     print(f"{len(wrong)} wrong: {' '.join(wrong)}" if wrong else "nothing is wrong")
     return 1 if wrong else 0
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    pattern = re.compile(f"(?<={MARKERS[0]}\n).*?(?={MARKERS[1]})", re.DOTALL)
+    path.write_text(pattern.sub(lambda _: text, path.read_text()))
 
 
 def _read(path: Path | None) -> dict[str, list[Cell] | str]:
@@ -204,23 +218,42 @@ def _brief(cells: list[Cell] | str) -> str:
     return " ".join(cell.way if cell.wrong is None else f"WRONG({cell.wrong})" for cell in cells)
 
 
-def render(results: dict[str, list[Cell] | str]) -> str:
-    """Markdown: a row for each set of models that are alike, most of them first; then those that were not built."""
+def _rows(results: dict[str, list[Cell] | str]) -> list[tuple[tuple[str, ...], str, list[str]]]:
+    """Ways by mode, reason, and the models that these are true of; most models first."""
     alike = defaultdict(list)
     for name, cells in results.items():
         if not isinstance(cells, str):
             reasons = dict.fromkeys(cell.reason for cell in cells if cell.reason)
             ways = tuple(cell.way if cell.wrong is None else f"**wrong**: {cell.wrong}" for cell in cells)
             alike[ways, "; ".join(reasons)].append(name)
+    return [(*key, names) for key, names in sorted(alike.items(), key=lambda item: -len(item[1]))]
+
+
+def summarise(results: dict[str, list[Cell] | str]) -> str:
+    """Markdown: as `render`, with some names of each row and how many there are."""
+    lines = [
+        "| | model types | " + " | ".join(MODES) + " | why not fast |",
+        "| ---: " + "| --- " * (len(MODES) + 2) + "|",
+    ]
+    for ways, reason, names in _rows(results):
+        shown = [*(each for each in WELL_KNOWN if each in names), *(each for each in names if each not in WELL_KNOWN)]
+        more = ", …" if len(names) > MOST_NAMES else ""
+        lines.append(f"| {len(names)} | {', '.join(shown[:MOST_NAMES])}{more} | {' | '.join(ways)} | {reason} |")
+    return "\n".join([*lines, ""])
+
+
+def render(results: dict[str, list[Cell] | str]) -> str:
+    """Markdown: a row for each set of models that are alike, most of them first; then those that were not built."""
+    rows = _rows(results)
     lines = [
         f"transformers {transformers.__version__}, float32, on the CPU.",
         "",
         TITLE,
         "| --- " * (len(MODES) + 2) + "|",
     ]
-    for (ways, reason), names in sorted(alike.items(), key=lambda item: -len(item[1])):
+    for ways, reason, names in rows:
         lines.append(f"| {', '.join(names)} | {' | '.join(ways)} | {reason} |")
-    counts = Counter("; ".join(dict.fromkeys(ways)) for (ways, _), names in alike.items() for _ in names)
+    counts = Counter("; ".join(dict.fromkeys(ways)) for ways, _, names in rows for _ in names)
     lines += [
         "",
         f"{sum(counts.values())} model types: {', '.join(f'{n} {ways}' for ways, n in counts.most_common())}.",
