@@ -275,9 +275,9 @@ class PagedCache(Cache):
         else:
             counts = [tokens_per_row] * len(self.tables)
         if over_host:
-            append = self.pool.appending(keeps_past=self.is_recording or self.dense_len > 0)
-            take = partial(append, self.tables, counts, self.room_tokens)
-            growth = self.pool.with_room(self.sequences.movable, take, sum(counts))
+            append = self.pool.appending(self.is_recording or self.dense_len > 0)
+            append = partial(append, self.tables, counts, self.room_tokens)
+            growth = self.pool.with_room(self.sequences.movable, append, sum(counts))
         else:
             growth = self.pool.append_dense(self.tables, counts, self.room_tokens)
         sources = [range(tokens_per_row)] * len(self.tables)
@@ -286,8 +286,7 @@ class PagedCache(Cache):
         self.sequences.pins += growth.pins
         self.is_copying = bool(growth.pins)
         groups = [dense_plan(self.tables, *each, sources, tokens_per_row) for each in enumerate(growth.copies)]
-        plans, new = zip(*groups, strict=True)
-        dense_len = self.dense_len + tokens_per_row
+        (plans, new), dense_len = zip(*groups, strict=True), self.dense_len + tokens_per_row
         self.begin(plans, dense_len, tokens_per_row, self.tables, columns)
         self.step.readers = dense_readers(self.pool.overflow, self.tables, new, dense_len, columns)
         return self.step

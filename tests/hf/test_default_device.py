@@ -1,10 +1,15 @@
 """`torch.set_default_device` says where a user's tensors are made, not where ours are."""
 
+from functools import partial
+
 import prompts
 import pytest
 import torch
 from disk import tiered
+from host import as_gpu
 from pair import Pair, evict
+from prompts import batch
+from spilled import CALLS, narrow
 
 RAGGED, SHARED, SINGLE = prompts.ragged(), prompts.shared_prefix(), prompts.single()
 
@@ -53,3 +58,12 @@ def test_lower_tiers_and_files(tmp_path):
     assert pair.paged.load(tmp_path) == written > 0
     ask(pair, SINGLE)
     assert pair.reused > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_rotary"])
+def test_calls_that_need_more_than_the_device(name, monkeypatch):
+    """In fast passes and in stock-shaped ones; with copies that are made at once, as nothing else is tested here."""
+    as_gpu(monkeypatch, lambda: None)
+    pair = narrow(partial(Pair, name), 3, 9)
+    ask(pair, batch(CALLS["batch"][0]), max_new_tokens=20)
+    assert pair.paged.stats().fetched_bytes > 0
