@@ -28,6 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
+# What configs say about the K and V of a layer.
+KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 _STATE_LAYERS = (LinearAttentionLayer,)
 _NO_KV = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 _STATE_AND_KV_LAYERS = (
@@ -146,10 +148,21 @@ def is_plain_pair(cache: object) -> bool:
 
 def estimated_kv_elements(config: PreTrainedConfig) -> int:
     """Estimate of the elements of K and V of one token in one layer, from the usual config fields."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or heads * 64) // heads
-    return 2 * kv_heads * dim
+    named = {name: _in_layers(config, name) for name in KV_FIELDS}
+    heads, kv_heads, dim, width = (
+        max((value for value in named[name] if value), default=None)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    )
+    heads = heads or 1
+    return 2 * (kv_heads or heads) * (dim or (width or heads * 64) // heads)
+
+
+def _in_layers(config: PreTrainedConfig, name: str) -> tuple[Any, ...]:
+    """The field's value, or that of each layer where a config says that layers differ in it."""
+    try:
+        return (getattr(config, name, None),)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, which older versions do not have
+        return tuple(getattr(layer, name, None) for layer in config.per_layer_config)
 
 
 def load_config(source: str, **kwargs: Any) -> PreTrainedConfig:
@@ -196,10 +209,9 @@ def build_on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
         return kind(own).eval().to(torch.bfloat16)
 
 
-def kv_shape(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Layers, KV heads and dim, as far as the config names them."""
-    names = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
-    return tuple(getattr(config, name, None) for name in names)
+def kv_shape(config: PreTrainedConfig) -> tuple[tuple[int | None, ...], ...]:
+    """Layers, KV heads and dim, as far as the config names them; several where layers differ."""
+    return tuple(_in_layers(config, name) for name in KV_FIELDS)
 
 
 def compute_device(model: PreTrainedModel) -> torch.device:

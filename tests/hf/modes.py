@@ -360,6 +360,8 @@ def _internals(run: Run, **wanted) -> Outcome:
                 if value is None:
                     outcome.notes.append((name, None))
                     continue
+                if name.endswith("states") and value.dim() == 4:  # gemma3n: several versions of a token, ahead of rows
+                    value = value.movedim(0, -1)
                 queries = value.shape[1] if name.endswith("states") else value.shape[2]
                 real = mask if queries == width and "decoder" not in name else torch.ones(rows, queries).bool()
                 moved = value if name.endswith("states") else value.transpose(1, 2)  # [rows, queries, ...]
