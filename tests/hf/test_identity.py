@@ -321,6 +321,21 @@ def test_things_that_only_come_to_belong_to_another_module(change):
     assert identity.digest() != before
 
 
+def test_things_without_tensors_that_are_replaced_by_their_like():
+    """A module of the same class, and a `forward` of an instance."""
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    forward_on_the_instance(model)
+    identity = ModelIdentity(model)
+    digests = {identity.digest()}
+    mlp.act_fn = type(mlp.act_fn)()
+    digests.add(identity.digest())
+    forward_on_the_instance(model)
+    digests.add(identity.digest())
+    assert len(digests) == 3
+    assert identity.unchanged()
+
+
 def test_class_forward_replaced(monkeypatch):
     model = llama()
     identity = ModelIdentity(model)
@@ -761,6 +776,14 @@ def test_weights_offloaded_to_disk_are_an_obstacle(tmp_path):
     generate(model)
     assert identity.digest() != before, "nobody has looked at the files"
     assert fingerprint(model) == fingerprint(model)
+
+
+def test_weights_without_strides_are_an_obstacle():
+    model = llama()
+    identity = ModelIdentity(model)
+    assert identity.obstacle() is None
+    attention(model).register_buffer("extra", torch.ones(2, 2).to_sparse())
+    assert "strides" in identity.obstacle()
 
 
 def test_accelerate_hooks_are_no_obstacle():
