@@ -1,5 +1,8 @@
 """Calls that need more than the device holds: data, and helpers of their tests."""
 
+import itertools
+from contextlib import contextmanager, suppress
+
 import disk
 import torch
 from disk import Always
@@ -49,6 +52,22 @@ def narrow(make, num_rows: int, full_blocks: int, host="10MiB", **overrides) -> 
 def num_rows(call: str) -> int:
     """Rows of one of `CALLS`; beams have much of a window in common."""
     return {"samples": 3, "beams": 2}.get(call, len(CALLS[call][0]))
+
+
+@contextmanager
+def failing_once(monkeypatch, owner: type, name: str, error: type[BaseException], number: int):
+    """A method of `owner` raises `error` when it is called for time `number`, from 0; gives the count of its calls."""
+    counts, function = itertools.count(), getattr(owner, name)
+
+    def failing(self, *args):
+        if next(counts) == number:
+            raise error("a transfer")
+        return function(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        with suppress(RuntimeError, KeyboardInterrupt):
+            yield counts
 
 
 def watch(monkeypatch) -> list[int]:

@@ -1,8 +1,6 @@
 """Calls too large for device and host together, transfers that fail, and random calls in little memory."""
 
-import contextlib
 import gc
-import itertools
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from host import LateMark, LateSide, as_gpu, hosted
 from pair import NEW, piece
 from prompts import batch
 from soak import Soak
-from spilled import check, continued, generated, on_host, watch
+from spilled import check, continued, failing_once, generated, on_host, watch
 from test_sharing import BLOCK_BYTES
 
 from hf_paged import PagedMemoryError
@@ -74,21 +72,13 @@ def test_a_transfer_that_fails_or_is_interrupted(place, error, number, monkeypat
     owner, name = PLACES[place]
     if owner is RecordLayout:
         as_gpu(monkeypatch, lambda: None)  # on a stream, too, it is the calling thread that meets these errors
-    pair, function, row = hosted(blocks=7), getattr(owner, name), piece(101, 1)
+    pair, row = hosted(blocks=7), piece(101, 1)
     expected = continued(generated(pair.stock, row), pair.stock, 19).sequences
     pair.ask([row])
     pair.paged.clear()
-    counts, answer = itertools.count(), expected
-
-    def failing(self, *args):
-        if next(counts) == number:
-            raise error("a transfer")
-        return function(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, failing)
-        with contextlib.suppress(RuntimeError, KeyboardInterrupt):
-            answer = continued(generated(pair.model, row), pair.model, 19).sequences
+    answer = expected
+    with failing_once(monkeypatch, owner, name, error, number) as counts:
+        answer = continued(generated(pair.model, row), pair.model, 19).sequences
     assert torch.equal(answer, expected)
     assert next(counts) > number or place == "pinning"
     gc.collect()

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 from contextlib import suppress
 from functools import partial
 
@@ -12,7 +11,7 @@ import zoo
 from host import LateMark, LateSide, as_gpu, hosted
 from pair import NEW, Pair, piece
 from prompts import batch
-from spilled import CALLS, check, continued, device_bytes, generated, narrow, num_rows, on_host
+from spilled import CALLS, check, continued, device_bytes, failing_once, generated, narrow, num_rows, on_host
 from test_quantized import RoundingCache
 from transformers import DynamicCache
 
@@ -201,20 +200,12 @@ def test_a_transfer_that_fails_or_is_interrupted(name, place, error, number, mon
     owner, method = PLACES[place]
     if owner is RecordLayout:
         as_gpu(monkeypatch, lambda: None)  # on a stream, too, it is the calling thread that meets these errors
-    pair, function, row = narrow(partial(Pair, name), 1, 6), getattr(owner, method), piece(101, 1)
+    pair, row = narrow(partial(Pair, name), 1, 6), piece(101, 1)
     pair.ask([row])
     expected = pair.stock.generate(**batch([row]), do_sample=False, max_new_tokens=30)
-    counts, answer = itertools.count(), expected
-
-    def failing(self, *args):
-        if next(counts) == number:
-            raise error("a transfer")
-        return function(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, method, failing)
-        with suppress(RuntimeError, KeyboardInterrupt):
-            answer = pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=30)
+    answer = expected
+    with failing_once(monkeypatch, owner, method, error, number) as counts:
+        answer = pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=30)
     assert torch.equal(answer, expected)
     assert number or next(counts) or place == "pinning"
     gc.collect()

@@ -31,6 +31,17 @@ def loud(model, name: str, seed: int) -> None:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
 
 
+def with_two_adapters(pair: Pair) -> list:
+    """The pair's models with adapters "a" and "b"."""
+    models = []
+    for base in (pair.stock, pair.model):
+        model = lora(base, 1, "a")
+        model.add_adapter("b", LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=32))
+        loud(model, "b", 2)
+        models.append(model.eval())
+    return models
+
+
 @pytest.mark.parametrize("first", ["patch", "adapter"])
 def test_either_may_come_first(first):
     stock = lora(FAMILIES["llama"].build())
@@ -49,12 +60,7 @@ def test_either_may_come_first(first):
 
 def test_each_adapter_has_prefixes_of_its_own_and_they_outlive_a_switch():
     pair = Pair()
-    models = []
-    for base in (pair.stock, pair.model):
-        model = lora(base, 1, "a")
-        model.add_adapter("b", LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=32))
-        loud(model, "b", 2)
-        models.append(model.eval())
+    models = with_two_adapters(pair)
     answers, reused = {}, []
     for name in ("a", "b", "a", "b", None, "a"):
         if name is not None:
@@ -120,12 +126,7 @@ def test_files_of_adapter_and_model_are_stocks(tmp_path):
 def test_a_batch_of_several_adapters(first):
     """PEFT tells its layers by a hook which row is whose."""
     pair = Pair()
-    models = []
-    for base in (pair.stock, pair.model):
-        model = lora(base, 1, "a")
-        model.add_adapter("b", LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=32))
-        loud(model, "b", 2)
-        models.append(model.eval())
+    models = with_two_adapters(pair)
     names = ["a", "b", "__base__"]
 
     def mixed(**kwargs):
