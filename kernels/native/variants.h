@@ -75,10 +75,17 @@ namespace avx512 {
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// Older compilers do not know the instructions, or not how to ask for them.
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 11
+#define HFP_HAS_BF16
+#if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), \
                              apply_to = function)
 #else
-#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prefer-vector-width=512")
 #endif
@@ -98,6 +105,7 @@ namespace avx512_bf16 {
 #else
 #pragma GCC pop_options
 #endif
+#endif
 #undef HFP_F16C
 
 static bool has_avx2() {
@@ -107,13 +115,17 @@ static bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#if defined(HFP_HAS_BF16)
 static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 static const Variant kVariants[] = {
     {"portable", 4, always, &portable::kKernel},
     {"avx2", 8, has_avx2, &avx2::kKernel},
     {"avx512", 16, has_avx512, &avx512::kKernel},
+#if defined(HFP_HAS_BF16)
     {"avx512_bf16", 16, has_avx512_bf16, &avx512_bf16::kKernel},
+#endif
 #if defined(HFP_TEST_WIDE)
     {"wide", 16, has_avx2, &wide::kKernel},
 #endif
