@@ -77,7 +77,8 @@ def test_no_more_leaves_than_makes_room_in_all_layers(name, monkeypatch):
         before = len(self)
         made = function(self, tables, error)
         wanted_bytes = error.wanted * sum(pool.block_bytes for pool in pair.pool.pools)
-        left.append((len(self) - before, pair.pool.budget.free_bytes - wanted_bytes))
+        if made:  # else a prompt goes on in shorter stretches
+            left.append((len(self) - before, pair.pool.budget.free_bytes - wanted_bytes))
         return made
 
     monkeypatch.setattr(overflow.Overflow, "make_room", watched)
