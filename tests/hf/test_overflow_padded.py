@@ -48,6 +48,8 @@ def ask(pair: Pair, call: str) -> None:
 @pytest.mark.parametrize("name", PADDED)
 def test_a_call_of_three_times_the_device_answers_as_stock(name, call):
     pair = narrow(partial(Pair, name), num_rows(call), CALLS[call][2])
+    if call == "chunks":
+        pair.skip_where_stock_refuses(CALLS[call][0], **CALLS[call][1])  # lfm2 in transformers 5.8
     ask(pair, call)
     stats = pair.paged.stats()
     assert min(stats.offloaded_bytes, stats.fetched_bytes) > 0
@@ -218,6 +220,8 @@ def test_a_transfer_that_fails_or_is_interrupted(name, place, error, number, mon
 def test_a_pass_that_fails_before_it_begins_leaves_no_tail_that_was_yet_to_be_copied(monkeypatch):
     pair = narrow(partial(Pair, "deepseek_v3"), 1, 14)
     others = generated(pair.model, piece(40, 2))
+    if not pair.paged.stats().fallbacks:
+        pytest.skip("deepseek_v3 of this transformers has no stock-shaped passes")
     outputs = [generated(model, piece(101, 1)) for model in (pair.stock, pair.model)]
     del others
     gc.collect()

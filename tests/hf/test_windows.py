@@ -178,9 +178,11 @@ ROWS = ((50,), (9, 50))
 )
 def test_going_on_from_a_returned_cache(name, how, window, lengths, block_size):
     pair, rows = window_pair(name, window, block_size=block_size), [piece(length, length) for length in lengths]
-    # Chunks change nothing; but stock 5.8 answers otherwise where it goes on in chunks, without windows too.
-    as_stock = {name: value for name, value in how.items() if name != "prefill_chunk_size"}
-    expected, actual = conversation(pair.stock, rows, **as_stock), conversation(pair.model, rows, **how)
+    actual = conversation(pair.model, rows, **how)
+    if not pair.paged.stats().fallbacks:
+        # Chunks change nothing; but stock 5.8 answers otherwise where it goes on in chunks, without windows too.
+        how = {name: value for name, value in how.items() if name != "prefill_chunk_size"}
+    expected = conversation(pair.stock, rows, **how)
     for turn, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
         assert torch.equal(got, wanted), f"answer {turn}\n  stock   {wanted.tolist()}\n  patched {got.tolist()}"
     assert_blocks_given_back(pair.model)
