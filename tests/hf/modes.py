@@ -533,6 +533,7 @@ STOCK_MAY_REFUSE: list[tuple[str, str, str]] = [
     ("recurrent", ASSISTED, "a recurrent state cannot be cropped"),
     ("lfm2", f"{CHUNKS} {CONTINUE} static_cache", "a conv layer cannot continue with several tokens in old versions"),
     ("qwen3_next", "static_cache", "no static cache for linear attention in old versions"),
+    ("llama4", "static_cache", "masks of chunks did not take what a static cache asks for around 5.17"),
     ("falcon_alibi", "static_cache", "Falcon's alibi expects a 2-D mask"),
     ("*", "early_exit", "early exit edits num_hidden_layers of the config, which many families read elsewhere"),
     ("sliding", ASSISTED, "cropping a sliding window was broken around 5.17"),

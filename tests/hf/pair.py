@@ -76,8 +76,9 @@ class Pair:
 
     def skip_where_stock_refuses(self, rows, **kwargs) -> None:
         """Some versions of some models cannot answer at all."""
+        given = {name: value(self.stock) if callable(value) else value for name, value in kwargs.items()}
         try:
-            self.stock.generate(**batch(rows), **{"do_sample": False, "max_new_tokens": NEW, **kwargs})
+            self.stock.generate(**batch(rows), **{"do_sample": False, "max_new_tokens": NEW, **given})
         except Exception as error:
             pytest.skip(f"stock refuses: {type(error).__name__}: {error}")
 

@@ -52,6 +52,7 @@ def test_guesses_that_are_taken_back(name, how, monkeypatch):
     read = watch(monkeypatch)
     pair = narrow(partial(windowed, name), 2, 6)
     guess = {"assistant_model": near} if how == "assisted" else {"prompt_lookup_num_tokens": 4, "eos_token_id": 1}
+    pair.skip_where_stock_refuses([piece(40, 1) * 2], max_new_tokens=24, **guess)  # transformers 5.17
     pair.ask([piece(40, 1) * 2], max_new_tokens=24, **guess)
     check(pair)
     assert max(read) > 3
