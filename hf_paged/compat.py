@@ -27,9 +27,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-# Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
+# Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
 _STATE_LAYERS = (LinearAttentionLayer,)
 _NO_KV = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 _STATE_AND_KV_LAYERS = (

@@ -250,9 +250,10 @@ def _obstacle(tree: Tree) -> str | None:
     hooks = hooked(tree, meddle)
     if hooks is not None:
         return hooks
-    for module, is_training in zip(tree.modules, tree.training, strict=True):
-        if is_training and type(module) is not nn.Identity:
-            return f"{type(module).__name__} in training mode; call model.eval()"
+    if any(tree.training):
+        for module, is_training in zip(tree.modules, tree.training, strict=True):
+            if is_training and type(module) is not nn.Identity:
+                return f"{type(module).__name__} in training mode; call model.eval()"
     if any(_rope_depends_on_length(each["rope_type"]) for each in tree.attributes if "rope_type" in each):
         return "rotary embedding that depends on the length of the sequence"
     if any_unreadable(tree.tensors):

@@ -1,4 +1,4 @@
-"""CUDA graphs for tests without a GPU."""
+"""CUDA graphs for tests without a GPU, and what reads the sample of weights."""
 
 import pytest
 
@@ -38,3 +38,18 @@ def quick(driver, monkeypatch):
     }.items():
         monkeypatch.setattr(f"hf_paged.backends.triton.{name}", tape.launch(function))
     return driver
+
+
+@pytest.fixture(params=["native", "torch"])
+def reader(request, monkeypatch) -> str:
+    """What reads the sample: the native library whatever it takes, or torch everything."""
+    import torch
+
+    import hf_paged.sample
+    from hf_paged_kernels import takes
+
+    if request.param == "torch":
+        monkeypatch.setattr(hf_paged.sample, "takes", lambda tensor: False)
+    elif not takes(torch.zeros(1)):
+        pytest.skip("the native library was not built")
+    return request.param

@@ -1,9 +1,11 @@
 """Calls that need more than the device holds: data, and helpers of their tests."""
 
+import gc
 import itertools
 from contextlib import contextmanager, suppress
 
 import disk
+import pytest
 import torch
 from disk import Always
 from host import tiers
@@ -11,7 +13,7 @@ from pair import NEW, Pair, piece
 from prompts import batch, tokens
 from transformers import StoppingCriteria
 
-from hf_paged import overflow
+from hf_paged import PagedMemoryError, overflow
 from hf_paged.core.capacity import Capacity, group_costs
 from hf_paged.footprint import footprint_of
 
@@ -52,6 +54,24 @@ def narrow(make, num_rows: int, full_blocks: int, host="10MiB", **overrides) -> 
 def num_rows(call: str) -> int:
     """Rows of one of `CALLS`; beams have much of a window in common."""
     return {"samples": 3, "beams": 2}.get(call, len(CALLS[call][0]))
+
+
+def refused(pair: Pair, kwargs: dict, reasons=()) -> int:
+    """A call too large for device and host: it ends with an error, nothing else is lost. Gives the bytes it moved."""
+    held = generated(pair.model, piece(9, 5))
+    row = piece(61 if "max_new_tokens" in kwargs else 121, 1)
+    with pytest.raises(PagedMemoryError, match=r"tokens need .* max_memory\[0\] or max_memory\['cpu'\]"):
+        pair.model.generate(**batch([row]), **{"do_sample": False, "max_new_tokens": NEW, **kwargs})
+    moved_bytes = pair.paged.stats().offloaded_bytes
+    gc.collect()
+    assert on_host(pair) == 0
+    assert pair.pool.in_use == 2
+    pair.pool.check_integrity()
+    assert torch.equal(held.sequences, generated(pair.stock, piece(9, 5)).sequences)
+    del held
+    pair.ask([piece(61, 2)])
+    check(pair, reasons)
+    return moved_bytes
 
 
 @contextmanager
