@@ -8,9 +8,12 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+# Attributes that are compared by value.
+PLAIN_KINDS = (bool, int, float, str, np.generic, type(None))
 PLAIN_TENSORS = {torch.Tensor, nn.Parameter}
 _FIELDS = itemgetter("_modules", "_parameters", "_buffers", "training", "_forward_hooks", "_forward_pre_hooks")
 # As functions: in a `map` they take half the time of an attribute in a comprehension.
@@ -26,6 +29,7 @@ class Tree:
         modules: each under every name it has, the model first.
         attributes: the `__dict__` of each module.
         tensors: parameters and buffers; those behind accelerate's placeholders and inside tensor subclasses.
+        looked_behind: whether there are such.
         names: of submodules, parameters and buffers, and how many of each a module has: six lists.
         named: what the names stand for, which may be `None`.
         training: whether each module is in training mode.
@@ -40,6 +44,7 @@ class Tree:
     training: tuple[bool, ...]
     hooks: tuple[dict[int, Any], ...]
     pre_hooks: tuple[dict[int, Any], ...]
+    looked_behind: bool
 
     @classmethod
     def of(cls, model: nn.Module) -> Tree:
@@ -61,9 +66,10 @@ class Tree:
             names += _names(group)
             held += chain.from_iterable([each.values() for each in group if each])
         tensors = [tensor for tensor in held if tensor is not None]
-        if not set(map(type, tensors)) <= PLAIN_TENSORS or any(map(_is_meta, tensors)):
+        looks_behind = not set(map(type, tensors)) <= PLAIN_TENSORS or any(map(_is_meta, tensors))
+        if looks_behind:
             held = tensors = [part for each in modules for _, tensor in held_tensors(each) for part in parts(tensor)]
-        return cls(modules, attributes, tensors, names, children + held, *watched)
+        return cls(modules, attributes, tensors, names, children + held, *watched, looks_behind)
 
     def kinds(self) -> list[Any]:
         """What computes: the class of each module, and the code of each `forward` that was put in its place."""
@@ -118,11 +124,15 @@ def any_unreadable(tensors: list[torch.Tensor]) -> bool:
     return any(map(_is_meta, tensors)) or not set(map(_layout, tensors)) <= {torch.strided}
 
 
-def tensor_states(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What changes with ops in place, a new `.data` or dtype; not with `requires_grad`."""
+def tensor_places(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What changes with ops in place and with another `.data`."""
     try:
         versions = list(map(_version, tensors))
     except RuntimeError:  # those made in inference mode have none
         versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-    places, strides = map(torch.Tensor.data_ptr, tensors), map(torch.Tensor.stride, tensors)
-    return versions, list(places), list(strides), list(map(_shape, tensors)), list(map(_dtype, tensors))
+    return versions, list(map(torch.Tensor.data_ptr, tensors))
+
+
+def tensor_layouts(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What changes with another `.data` in the same memory; not with `requires_grad`."""
+    return list(map(torch.Tensor.stride, tensors)), list(map(_shape, tensors)), list(map(_dtype, tensors))

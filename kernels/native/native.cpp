@@ -1,10 +1,11 @@
-// Attention over paged KV, the store of new tokens and a look at weights, for the CPU, as a plain C library: no Python,
-// no torch.
+// Attention over paged KV, the store of new tokens and looks at a model, for the CPU, as a plain C library: built and
+// linked without Python and torch.
 //
 //   attend   cuts the parts of a call into strips, one piece of work per strip and KV head, and merges their partial
 //            results by log-sum-exp as soon as the last one of a query is done
 //   store    copies new tokens to their slots, or encodes them there
 //   sample   compares elements of tensors with those it has kept
+//   entries  compares what stands in the dicts of modules with what stood there
 //
 // Work is spread over the OpenMP threads that torch has loaded: Python hands over their entry point, so that nothing is
 // linked and there is never a second pool of threads. Every call checks its sizes before it reads through a pointer.
@@ -14,6 +15,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "entries.h"
 #include "sample.h"
 #include "variants.h"
 // Encodes with the vectors of the portable variant.
@@ -313,3 +315,8 @@ HFP_PUBLIC int64_t hf_paged_sample_begin(const hfp::SampleCall *call, int64_t th
 
 // Waits for the reads that are left; 1 where any of what they found is not as kept.
 HFP_PUBLIC int64_t hf_paged_sample_end(void *look) { return hfp::end_look((hfp::SampleLook *)look); }
+
+// Counts, records or compares what the modules below `root` hold, with Python's lock held. Their number, or -1.
+HFP_PUBLIC int64_t hf_paged_entries(const hfp::EntriesCall *call, hfp::Object *root, int64_t look) {
+    return hfp::look_through(*call, root, (hfp::Look)look);
+}

@@ -17,8 +17,6 @@ from identity_changes import (
 )
 from torch import nn
 
-import hf_paged.identity
-import hf_paged.sample
 from hf_paged.identity import ModelIdentity
 
 pytestmark = pytest.mark.usefixtures("reader")
@@ -144,26 +142,15 @@ def test_no_look_is_begun_with_tensors_that_are_gone():
     assert identity.begin_look() is None
 
 
-def test_holds_is_unchanged_and_no_obstacle():
+def test_holds_until_a_change_or_an_obstacle():
     model = llama()
     identity = ModelIdentity(model)
     digest = identity.digest()
     assert identity.holds(digest)
     assert not identity.holds(b"of another thread")
     handle = hook_a_module(model)
-    assert identity.unchanged(digest)
     assert not identity.holds(digest)
     handle.remove()
     assert identity.holds(digest)
     add_in_place(model)
     assert not identity.holds(digest)
-
-
-@by_name("ask", [ModelIdentity.look, lambda identity: identity.holds(b"")])
-def test_one_walk_each(ask, monkeypatch):
-    model, walks = llama(), []
-    identity = ModelIdentity(model)
-    original = hf_paged.identity.Tree.of
-    monkeypatch.setattr("hf_paged.identity.Tree.of", lambda model: walks.append(model) or original(model))
-    ask(identity)
-    assert len(walks) == 1

@@ -1,5 +1,6 @@
 """Attention over paged KV: formats it is stored in, plain-torch operations, a native CPU kernel where it was built."""
 
+from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
 from .native import NativeKernel, Part, Parts, kernel_for, native
 from .native_library import NativeError
@@ -13,6 +14,7 @@ __all__ = [
     "FORMATS",
     "KVFormat",
     "KVRecords",
+    "ModuleEntries",
     "NativeError",
     "NativeKernel",
     "NativeSample",
