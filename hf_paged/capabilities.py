@@ -39,6 +39,11 @@ class Capabilities:
         self._found[key] = found
         return found, True
 
+    def seen_bytes(self, model: PreTrainedModel) -> tuple[int, ...] | None:
+        """Bytes of one token's K and V in each layer of the model as it is now, if they have been seen."""
+        found = self._found.get(circumstances(model, self._config))
+        return None if found is None else found.layer_bytes
+
     def may_have_gaps(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability) -> bool:
         """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""
         views = known.views

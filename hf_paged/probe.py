@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Capability:
         whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
             token depends on the highest position in the pass.
         views: whether dense K and V may have gaps, on the padded path.
+        layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
     """
 
     obstacle: str | None
@@ -85,6 +86,7 @@ class Capability:
     whole_batches: bool = False
     unfit: str | None = None
     views: Views = field(default_factory=Views)
+    layer_bytes: tuple[int, ...] | None = None
 
 
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
@@ -105,22 +107,29 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> Capability:
     """Compare a packed pass and a decode step with a stock forward of the same tokens, on the model's own weights."""
+    stock = None
     try:
+        rows, obstacle = _prompts(_plain_tokens(model), compat.compute_device(model)), None
         if not compat.takes_position_ids(model):
-            alone = _prompts(_plain_tokens(model), compat.compute_device(model))[:1]
-            return Capability("model takes no position ids", unfit=_stock(model, call, alone)[1])
-        return _compare(model, call, settings)
+            rows, obstacle = rows[:1], "model takes no position ids"
+        stock = _stock(model, call, rows)
+        obstacle = stock.unfit or obstacle
+        found = Capability(obstacle) if obstacle else _compare(model, call, settings, rows, stock.logits)
     except UnsupportedAttentionError as error:
-        return Capability(str(error))
+        found = Capability(str(error))
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
-        return Capability(in_one_line(error))
+        found = Capability(in_one_line(error))
+    return found if stock is None else replace(found, unfit=stock.unfit, layer_bytes=stock.layer_bytes)
 
 
-def _compare(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> Capability:
-    rows = _prompts(_plain_tokens(model), compat.compute_device(model))
-    expected, unfit = _stock(model, call, rows)
-    if unfit is not None:
-        return Capability(unfit, unfit=unfit)
+def _compare(
+    model: PreTrainedModel,
+    call: Callable[..., Any],
+    settings: PagedConfig,
+    rows: list[torch.Tensor],
+    expected: list[torch.Tensor],
+) -> Capability:
+    """What the fast path makes of the tokens that stock has made `expected` of."""
     keeps_logits = compat.takes_logits_to_keep(model)
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))
@@ -165,29 +174,43 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], settings: PagedCo
     )
 
 
-def _stock(
-    model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], str | None]:
-    """What stock makes of `rows`, the first of which is the longest, in one pass.
+@dataclass(frozen=True, slots=True)
+class _Stock:
+    """What stock makes of some rows.
 
-    Returns the logits `[2, vocabulary]` of the last two tokens of each row, and why K and V of this model are not those
-    of its tokens, or `None`: cpmant puts a prompt of its own before them. Shorter rows are filled up behind their end,
-    where none of their tokens looks.
+    Attributes:
+        logits: `[2, vocabulary]` of the last two tokens of each row.
+        layer_bytes: of one token's K and V in each layer that keeps any.
+        unfit: why the model's K and V are not those of the tokens, or `None`: cpmant puts a prompt of its own before.
+    """
+
+    logits: list[torch.Tensor]
+    layer_bytes: tuple[int, ...]
+    unfit: str | None
+
+
+def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Tensor]) -> _Stock:
+    """One pass over `rows`, the first of which is the longest.
+
+    Shorter ones are filled up behind their end, where none of their tokens looks.
     """
     longest = rows[0]
     tokens = torch.stack([torch.cat([row, longest[len(row) :]]) for row in rows])
-    cache = compat.stock_cache(model.config)
+    config = model.config.get_text_config(decoder=True)
+    cache = compat.stock_cache(config)
     arguments = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
     if compat.takes_position_ids(model):  # told as `generate` does
         arguments["position_ids"] = torch.arange(len(longest), device=tokens.device).expand(tokens.shape)
     logits = call(**arguments).logits
     last_two = [each[len(row) - 2 : len(row)].float() for each, row in zip(logits, rows, strict=True)]
-    kept = max(compat.kept_tokens(cache), default=0)
-    if kept == 0:
-        return last_two, CACHE_UNUSED
-    given = len(longest)
-    unfit = None if kept <= given else f"the model keeps K and V of {kept} tokens where it was given {given}"
-    return last_two, unfit
+    layer_bytes, kept, given = tuple(compat.token_bytes(cache)), compat.kept_tokens(cache), len(longest)
+    if max(kept, default=0) == 0:
+        unfit = CACHE_UNUSED
+    elif max(kept) > given:
+        unfit = f"the model keeps K and V of {max(kept)} tokens where it was given {given}"
+    else:
+        unfit = compat.idle_layer(compat.cache_layout(config).places, layer_bytes)
+    return _Stock(last_two, layer_bytes, unfit)
 
 
 @torch.no_grad()

@@ -206,16 +206,19 @@ class PagedRuntime:
         """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
         return self._layout.of(self._model().config.get_text_config(decoder=True))
 
-    def cache_obstacle(self) -> str | None:
-        """Why the model's K and V cannot be kept in a `PagedCache`, or `None`."""
+    def unfit(self, call: Callable[..., Any]) -> str | None:
+        """Why the model cannot be run on blocks at all, or `None`. `call`: its stock `__call__`."""
         try:
             layout = self.layout()
         except ValueError as error:
             return str(error)
+        if self._prompt_obstacle() is None:
+            found = self.capability(call)
+            if found.unfit is not None or found.layer_bytes is not None:
+                return found.unfit
         if self._looked_at is None or self._looked_at[0] is not layout:
             sizes = footprint_of(self._model()).layer_bytes
-            idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
-            self._looked_at = layout, idle
+            self._looked_at = layout, compat.idle_layer(layout.places, sizes)
         return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
@@ -245,8 +248,11 @@ class PagedRuntime:
 
     def _make_pool(self, model: PreTrainedModel, config: PagedConfig | None = None) -> KVPool:
         config = config or self.config
-        layer_bytes = footprint_of(model, config.kv_format).layer_bytes
-        return KVPool(config, self.layout().windows, layer_bytes, compat.compute_device(model))
+        windows = self.layout().windows
+        layer_bytes = None if config.kv_format else self._capabilities.seen_bytes(model)
+        if layer_bytes is None or len(layer_bytes) != len(windows):
+            layer_bytes = footprint_of(model, config.kv_format).layer_bytes
+        return KVPool(config, windows, layer_bytes, compat.compute_device(model))
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -254,10 +260,6 @@ class PagedRuntime:
         if is_news and found.obstacle is not None and found.unfit is None:
             self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         return found
-
-    def unfit(self, call: Callable[..., Any]) -> str | None:
-        """Why the model cannot be run on blocks at all, or `None`."""
-        return None if self._prompt_obstacle() else self.capability(call).unfit
 
     def hand_over(self, reason: str) -> None:
         """Count a `generate` that is left to stock, and say so once."""

@@ -1,19 +1,22 @@
 """What a patched model is asked before its first call: how many passes that takes, when, and what each of them finds
 out."""
 
+import copy
 import functools
 
 import prompts
 import pytest
 import torch
-from families import FAMILIES
+from compare import every_family
+from families import FAMILIES, stock_model
 from pair import Pair
 from transformers import BloomForCausalLM, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from hf_paged import patch_model
+from hf_paged import footprint, patch_model
 
+FAST = every_family(lambda family: family.packed)
 TRIAL, VIEWS = 4, 3  # passes: what the fast path does; whether dense K and V may have gaps
 
 
@@ -24,8 +27,7 @@ def recorded(monkeypatch, kind):
 
     @functools.wraps(forward)
     def recording(self, input_ids=None, **kwargs):
-        if input_ids.device.type != "meta":
-            shapes.append(tuple(input_ids.shape))
+        shapes.append(tuple(input_ids.shape))
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(kind, "forward", recording)
@@ -39,6 +41,7 @@ def passes_of_a_call(model, shapes, inputs) -> int:
 
 
 def test_the_first_call_asks_in_few_passes_and_the_first_padded_one_in_some_more(monkeypatch):
+    footprint._measure.cache_clear()  # nothing but these passes, with weights or without, is needed
     shapes = recorded(monkeypatch, LlamaForCausalLM)
     model = patch_model(FAMILIES["llama"].build(), block_size=8)
     calls = [prompts.single(), prompts.ragged(), prompts.right_padded(), prompts.right_padded(), prompts.single()]
@@ -75,6 +78,18 @@ def test_hooks_that_came_later_are_shown_no_trial(monkeypatch, asked_before):
     assert passes_of_a_call(model, shapes, prompts.single()) == 1
     handle.remove()
     assert passes_of_a_call(model, shapes, prompts.right_padded()) == (1 if asked_before else VIEWS + 1)
+
+
+@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bytes_seen_are_those_stored(family, autocast):
+    """The pool is made for them before it has K and V of its own."""
+    model = patch_model(copy.deepcopy(stock_model(family.name)), block_size=8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.generate(**prompts.single(), max_new_tokens=2)
+        seen = model.paged._capabilities.seen_bytes(model)
+    stores = model.paged._pool.stores
+    assert list(seen) == [store.bytes_per_token for store in stores]
 
 
 # Models that are other than stock in one of the passes, and only there
