@@ -14,7 +14,7 @@ from transformers import BloomForCausalLM, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from hf_paged import footprint, patch_model
+from hf_paged import footprint, patch_model, probe
 
 FAST = every_family(lambda family: family.packed)
 TRIAL, VIEWS = 4, 3  # passes: what the fast path does; whether dense K and V may have gaps
@@ -127,6 +127,24 @@ def test_neighbours_in_the_pass_show_in_the_packed_prompt(monkeypatch):
     assert [reason[:20] for reason in pair.paged.stats().fallbacks] == ["packed logits differ"]
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_what_only_the_last_logits_of_one_prompt_depend_on_shows(monkeypatch, row):
+    """K and V are right, and so is the step after: one position only is predicted from all that is in the pass."""
+    forward, last = LlamaModel.forward, probe._ROW_TOKENS[row] - 1
+
+    @functools.wraps(forward)
+    def summing(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        hidden, is_last = outputs.last_hidden_state, (kwargs["position_ids"] == last).unsqueeze(-1)
+        outputs.last_hidden_state = hidden + is_last * hidden.sum(dim=1, keepdim=True)
+        return outputs
+
+    monkeypatch.setattr(LlamaModel, "forward", summing)
+    pair = Pair()
+    pair.ask(prompts.shared_prefix())
+    assert [reason[:20] for reason in pair.paged.stats().fallbacks] == ["packed logits differ"]
+
+
 def test_the_yardstick_is_the_pass_that_generate_makes(monkeypatch):
     """A pass without a cache may be another: nobody is asked about that one."""
 
@@ -168,3 +186,14 @@ def test_k_and_v_have_no_gaps_where_a_model_that_is_fast_otherwise_cannot_have_t
         answers.append(model.generate(**more, do_sample=False, max_new_tokens=4).sequences)
     assert torch.equal(*answers)
     assert pair.paged.stats().fallbacks == {"argument output_attentions": 1}
+
+
+@pytest.mark.parametrize("fewer", [1, 3])
+def test_a_model_that_is_told_to_use_other_layers_later(fewer):
+    """What was seen of its layers is then that of others."""
+    pair = Pair.of(FAMILIES["llama"].build(num_hidden_layers=4))
+    pair.ask(prompts.ragged())
+    pair.both(lambda model: setattr(model.config, "num_hidden_layers", fewer))
+    pair.ask(prompts.ragged())
+    pair.both(lambda model: setattr(model.config, "num_hidden_layers", 4))
+    pair.ask(prompts.ragged())
