@@ -8,6 +8,7 @@ new token with a prompt of their own. What the process knows of the model's conf
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def round_of(dtype: torch.dtype, prompts: list[torch.Tensor], patched: bool) -> 
 
 
 def _wrapped(forward: Callable[..., object]) -> Callable[..., object]:
-    return lambda *args, **kwargs: forward(*args, **kwargs)
+    return functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
 
 
 def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
