@@ -5,6 +5,7 @@
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
 #   make bench-identity  what a call takes to see that the model is as it was
+#   make bench-first-call  what the first call of a patched model takes, and that after a new forward
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
@@ -54,7 +55,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
-.PHONY: bench-identity bench-gpu bench-own bench-quantized compile-gpu
+.PHONY: bench-identity bench-first-call bench-gpu bench-own bench-quantized compile-gpu
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
 help:
@@ -108,6 +109,9 @@ bench-dialogues: $(VENV)/.demo
 
 bench-identity: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.identity $(BENCH)
+
+bench-first-call: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.first_call $(BENCH)
 
 bench-disk: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.disk $(BENCH)

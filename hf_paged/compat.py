@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,18 @@ def local_tokens(model: PreTrainedModel, text: str) -> list[int] | None:
 def kept_tokens(cache: DynamicCache) -> list[int]:
     """Number of tokens whose K and V each layer holds, of those that hold any."""
     return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def token_bytes(cache: DynamicCache) -> list[int]:
+    """Bytes of one token's K and V, as attention takes them, in each layer that is made to hold some."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    ones = [[] if layer.keys is None else [layer.keys[:1, :, :1], layer.values[:1, :, :1]] for layer in layers]
+    return [sum(tensor.nbytes for tensor in as_attended(*one)) if one else 0 for one in ones]
+
+
+def idle_layer(places: list[int | None], layer_bytes: Sequence[int]) -> str | None:
+    """Which layer keeps no K and V although it is made to, or `None`. `places` are those of a `CacheLayout`."""
+    return f"layer {places.index(layer_bytes.index(0))} keeps no K and V of text" if 0 in layer_bytes else None
 
 
 def keeps_state(layer: object) -> bool:

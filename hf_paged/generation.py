@@ -140,7 +140,7 @@ class PagedGenerationMixin:
             return "model keeps a cache of its own"
         if "prepare_inputs_for_generation" in self.__dict__:
             return "prepare_inputs_for_generation was replaced on the instance"
-        return self.paged.cache_obstacle() or self.paged.unfit(super().__call__)
+        return self.paged.unfit(super().__call__)
 
     def _prefill(
         self,

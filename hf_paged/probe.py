@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.backends import backend_for
+from hf_paged.backends import AttentionBackend, backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, run_decode, run_padded
@@ -55,6 +55,13 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
+@dataclass(slots=True)
+class Views:
+    """Whether dense K and V may have gaps, as views of the blocks have; `None` until a padded pass needs to know."""
+
+    may_have_gaps: bool | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Capability:
     """What the fast path does for a model.
@@ -68,7 +75,8 @@ class Capability:
         unfit: why not even the padded path can be used, or `None`.
         whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
             token depends on the highest position in the pass.
-        reads_views: whether dense K and V may have gaps, on the padded path.
+        views: whether dense K and V may have gaps, on the padded path.
+        layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
     """
 
     obstacle: str | None
@@ -77,7 +85,8 @@ class Capability:
     prompt_obstacle: str | None = None
     whole_batches: bool = False
     unfit: str | None = None
-    reads_views: bool = False
+    views: Views = field(default_factory=Views)
+    layer_bytes: tuple[int, ...] | None = None
 
 
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
@@ -96,34 +105,35 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    """Compare a packed pass and a decode step with stock forwards of the same tokens, on the model's own weights."""
-    found = _found(model, call, pool, settings)
-    return found if found.unfit else replace(found, reads_views=_reads_views(model, call, pool, settings))
-
-
-def _found(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
+def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> Capability:
+    """Compare a packed pass and a decode step with a stock forward of the same tokens, on the model's own weights."""
+    stock = None
     try:
+        rows, obstacle = _prompts(_plain_tokens(model), compat.compute_device(model)), None
         if not compat.takes_position_ids(model):
-            return Capability("model takes no position ids", unfit=_unfit(model, call))
-        return _compare(model, call, pool, settings)
+            rows, obstacle = rows[:1], "model takes no position ids"
+        stock = _stock(model, call, rows)
+        obstacle = stock.unfit or obstacle
+        found = Capability(obstacle) if obstacle else _compare(model, call, settings, rows, stock.logits)
     except UnsupportedAttentionError as error:
-        return Capability(str(error))
+        found = Capability(str(error))
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
-        return Capability(in_one_line(error))
+        found = Capability(in_one_line(error))
+    return found if stock is None else replace(found, unfit=stock.unfit, layer_bytes=stock.layer_bytes)
 
 
-def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> Capability:
-    rows = _prompts(_plain_tokens(model), compat.compute_device(model))
-    expected = [_stock_logits(call, row) for row in rows]
-    unfit = _unfit(model, call)
-    if unfit is not None:
-        return Capability(unfit, unfit=unfit)
+def _compare(
+    model: PreTrainedModel,
+    call: Callable[..., Any],
+    settings: PagedConfig,
+    rows: list[torch.Tensor],
+    expected: list[torch.Tensor],
+) -> Capability:
+    """What the fast path makes of the tokens that stock has made `expected` of."""
     keeps_logits = compat.takes_logits_to_keep(model)
 
     backend = backend_for(settings.attention_backend, compat.compute_device(model))
-    cache = PagedCache(model.config, pool=pool, settings=settings)
-    cache.ensure_rows(len(rows))
+    cache = _cache(model, settings, len(rows))
     cache.prefilling = True
     longest = max(_ROW_TOKENS)
     inputs = torch.stack([torch.cat([row.new_zeros(longest + 1 - len(row)), row]) for row in rows])
@@ -139,7 +149,7 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
         "use_cache": True,
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
-    tolerance = _tolerance(model, pool)
+    tolerance = _tolerance(model, cache.pool)
     for row, reference in enumerate(expected):
         error = difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
         if not error <= tolerance:
@@ -151,7 +161,10 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
         if windows.get(layer) != window
     ]
     cache.release()
-    counts = _counts_positions(model, call, pool, settings, rows[0][:-1], expected[0][0], tolerance)
+    again = ModelCall(
+        call, {**prompt, "input_ids": inputs[:1, :-1], "position_ids": positions[:1]}, inputs[:1, :-1], None, True
+    )
+    counts = _counts_positions(again, cache, backend, keeps_logits, expected[0][0], tolerance)
     return Capability(
         None,
         keeps_logits,
@@ -161,81 +174,95 @@ def _compare(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, set
     )
 
 
-def _reads_views(model: PreTrainedModel, call: Callable[..., Any], pool: KVPool, settings: PagedConfig) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Stock:
+    """What stock makes of some rows.
+
+    Attributes:
+        logits: `[2, vocabulary]` of the last two tokens of each row.
+        layer_bytes: of one token's K and V in each layer that keeps any.
+        unfit: why the model's K and V are not those of the tokens, or `None`: cpmant puts a prompt of its own before.
+    """
+
+    logits: list[torch.Tensor]
+    layer_bytes: tuple[int, ...]
+    unfit: str | None
+
+
+def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Tensor]) -> _Stock:
+    """One pass over `rows`, the first of which is the longest.
+
+    Shorter ones are filled up behind their end, where none of their tokens looks.
+    """
+    longest = rows[0]
+    tokens = torch.stack([torch.cat([row, longest[len(row) :]]) for row in rows])
+    config = model.config.get_text_config(decoder=True)
+    cache = compat.stock_cache(config)
+    arguments = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
+    if compat.takes_position_ids(model):  # told as `generate` does
+        arguments["position_ids"] = torch.arange(len(longest), device=tokens.device).expand(tokens.shape)
+    logits = call(**arguments).logits
+    last_two = [each[len(row) - 2 : len(row)].float() for each, row in zip(logits, rows, strict=True)]
+    layer_bytes, kept, given = tuple(compat.token_bytes(cache)), compat.kept_tokens(cache), len(longest)
+    if max(kept, default=0) == 0:
+        unfit = CACHE_UNUSED
+    elif max(kept) > given:
+        unfit = f"the model keeps K and V of {max(kept)} tokens where it was given {given}"
+    else:
+        unfit = compat.idle_layer(compat.cache_layout(config).places, layer_bytes)
+    return _Stock(last_two, layer_bytes, unfit)
+
+
+@torch.no_grad()
+def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> bool:
     """Whether the padded path is right where dense K and V are views of the blocks: gpt_neox_japanese calls `view`."""
-    cache = PagedCache(model.config, pool=pool, settings=settings)
+    cache = _cache(model, settings, len(_ROW_TOKENS))
     cache.copies_dense = False
     try:
         tokens = torch.stack([row[: min(_ROW_TOKENS)] for row in _prompts(_plain_tokens(model), cache.pool.device)])
         expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
-        cache.ensure_rows(len(tokens))
         for part in (tokens[:, :-1], tokens[:, -1:]):
             given = {"input_ids": part, "past_key_values": cache, "use_cache": True}
             outputs = run_padded(ModelCall(call, given, part, None, False), cache)
-        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, pool)
+        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
     except Exception:  # whatever a model does with what it did not expect, copies are right
         return False
     finally:
         cache.release()
 
 
-def _stock_logits(call: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[2, vocabulary]` of the last two of `tokens`, told their positions as `generate` does."""
-    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
-    outputs = call(input_ids=tokens.unsqueeze(0), position_ids=positions, use_cache=False)
-    return outputs.logits[0, -2:].float()
-
-
-def _unfit(model: PreTrainedModel, call: Callable[..., Any]) -> str | None:
-    """Why K and V of this model are not those of its tokens, or `None`: cpmant puts a prompt of its own before them."""
-    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0].unsqueeze(0)
-    cache = compat.stock_cache(model.config)
-    positions = {"position_ids": torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)}
-    call(
-        input_ids=tokens,
-        past_key_values=cache,
-        use_cache=True,
-        **(positions if compat.takes_position_ids(model) else {}),
-    )
-    kept = max(compat.kept_tokens(cache), default=0)
-    if kept == 0:
-        return CACHE_UNUSED
-    given = tokens.shape[1]
-    return None if kept <= given else f"the model keeps K and V of {kept} tokens where it was given {given}"
-
-
 def _counts_positions(
-    model: PreTrainedModel,
-    call: Callable[..., Any],
-    pool: KVPool,
-    settings: PagedConfig,
-    tokens: torch.Tensor,
+    request: ModelCall,
+    cache: PagedCache,
+    backend: AttentionBackend,
+    keeps_logits: bool,
     expected: torch.Tensor,
     tolerance: float,
 ) -> bool:
-    """Whether the model looks at the length of the cache although it is told the positions of `tokens`.
+    """Whether the model looks at the length of the cache although it is told the positions of one row's tokens.
 
     In a packed pass that length is no token's position. With few tokens this need not show: llama4 scales its queries
     by one step every 8,192 tokens. So the same tokens come again, with a cache that claims to be long.
     """
-    cache = PagedCache(model.config, pool=pool, settings=settings)
     cache.ensure_rows(1)
     cache.dense_len = _FAR_COLUMNS
     for layer in cache.paged_layers:
         layer.seen = _FAR_COLUMNS
-    positions = torch.arange(len(tokens), device=tokens.device).unsqueeze(0)
-    inputs = tokens.unsqueeze(0)
-    prompt = {"input_ids": inputs, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-    backend = backend_for(settings.attention_backend, tokens.device)
     try:
-        outputs, *_ = run_packed(
-            ModelCall(call, prompt, inputs, None, True), cache, backend, compat.takes_logits_to_keep(model)
-        )
+        outputs, *_ = run_packed(request, cache, backend, keeps_logits)
         return not difference(outputs.logits[0, -1], expected) <= tolerance
     except Exception:  # of a table of positions that is not that long, for one
         return True
-    finally:
-        cache.release()
+
+
+def _cache(model: PreTrainedModel, settings: PagedConfig, rows: int) -> PagedCache:
+    """An empty cache of so many rows on a pool of its own, whose only bound is its number of slots."""
+    layout = compat.cache_layout(model.config.get_text_config(decoder=True))
+    same_bytes = [1] * len(layout.windows)
+    pool = KVPool(settings, layout.windows, same_bytes, compat.compute_device(model), PROBE_SLOTS)
+    cache = PagedCache(model.config, pool=pool, settings=settings, layout=layout)
+    cache.ensure_rows(rows)
+    return cache
 
 
 def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:

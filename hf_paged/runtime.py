@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import backend_for, plain_torch_reason
 from hf_paged.cache import PagedCache
+from hf_paged.capabilities import Capabilities
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
@@ -35,7 +36,7 @@ from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
-from hf_paged.probe import PROBE_SLOTS, Capability, circumstances, probe
+from hf_paged.probe import Capability, circumstances
 from hf_paged.replay import DecodeGraphs
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
@@ -67,7 +68,7 @@ class PagedRuntime:
         self._pool_key: tuple[Any, ...] | None = None
         self._layout = compat.LayoutMemo()
         self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
-        self._capabilities: dict[tuple[Any, ...], Capability] = {}
+        self._capabilities = Capabilities(config)
         self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
@@ -205,16 +206,19 @@ class PagedRuntime:
         """What each layer keeps; `ValueError` where that cannot be kept in a `PagedCache`."""
         return self._layout.of(self._model().config.get_text_config(decoder=True))
 
-    def cache_obstacle(self) -> str | None:
-        """Why the model's K and V cannot be kept in a `PagedCache`, or `None`."""
+    def unfit(self, call: Callable[..., Any]) -> str | None:
+        """Why the model cannot be run on blocks at all, or `None`. `call`: its stock `__call__`."""
         try:
             layout = self.layout()
         except ValueError as error:
             return str(error)
+        if self._prompt_obstacle() is None:
+            found = self.capability(call)
+            if found.unfit is not None or found.layer_bytes is not None:
+                return found.unfit
         if self._looked_at is None or self._looked_at[0] is not layout:
             sizes = footprint_of(self._model()).layer_bytes
-            idle = f"layer {layout.places.index(sizes.index(0))} keeps no K and V of text" if 0 in sizes else None
-            self._looked_at = layout, idle
+            self._looked_at = layout, compat.idle_layer(layout.places, sizes)
         return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
@@ -242,37 +246,20 @@ class PagedRuntime:
         self._evicted_before -= self._pool.manager.evicted
         self._pool = self._pool_key = None
 
-    def _make_pool(
-        self, model: PreTrainedModel, max_slots: int | None = None, config: PagedConfig | None = None
-    ) -> KVPool:
+    def _make_pool(self, model: PreTrainedModel, config: PagedConfig | None = None) -> KVPool:
         config = config or self.config
-        layer_bytes = footprint_of(model, config.kv_format).layer_bytes
-        return KVPool(config, self.layout().windows, layer_bytes, compat.compute_device(model), max_slots)
+        windows = self.layout().windows
+        layer_bytes = None if config.kv_format else self._capabilities.seen_bytes(model)
+        if layer_bytes is None or len(layer_bytes) != len(windows):
+            layer_bytes = footprint_of(model, config.kv_format).layer_bytes
+        return KVPool(config, windows, layer_bytes, compat.compute_device(model))
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
-        model = self._model()
-        key = (*others, hooks) = circumstances(model, self.config)
-        found = self._capabilities.get(key)
-        if found is None:
-            found = self._capabilities.get((*others, None)) or self._try(model, call)
-            if hooks is not None:
-                found = replace(found, obstacle=hooks)
-            self._capabilities[key] = found
-            if found.obstacle is not None and found.unfit is None:
-                self._warn("takes the padded path, right but not faster than stock", found.obstacle)
+        found, is_news = self._capabilities.of(self._model(), call)
+        if is_news and found.obstacle is not None and found.unfit is None:
+            self._warn("takes the padded path, right but not faster than stock", found.obstacle)
         return found
-
-    def _try(self, model: PreTrainedModel, call: Callable[..., Any]) -> Capability:
-        exact = self.config
-        if exact.kv_format is not None:
-            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
-            exact = replace(exact, kv_cache_dtype="auto", verify=False, offload_folder=None)
-        return probe(model, call, self._make_pool(model, PROBE_SLOTS, exact), exact)
-
-    def unfit(self, call: Callable[..., Any]) -> str | None:
-        """Why the model cannot be run on blocks at all, or `None`."""
-        return None if self._prompt_obstacle() else self.capability(call).unfit
 
     def hand_over(self, reason: str) -> None:
         """Count a `generate` that is left to stock, and say so once."""
@@ -309,7 +296,7 @@ class PagedRuntime:
             both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
             config = replace(self.config, kv_cache_dtype=cache.settings.kv_cache_dtype)
-            cache.sequences.pool = self._make_pool(model, config=config)
+            cache.sequences.pool = self._make_pool(model, config)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
@@ -358,7 +345,6 @@ class PagedRuntime:
                 return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
             capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
-        cache.copies_dense = not capability.reads_views
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         if obstacle is None and request.tokens > 1:
             obstacle = capability.prompt_obstacle
@@ -377,6 +363,7 @@ class PagedRuntime:
                 cache.roll_back(lengths)
             self._check_not_lost(cache, lengths, obstacle)
         self._note_padded(cache, obstacle)
+        cache.copies_dense = not self._capabilities.may_have_gaps(self._model(), request.call, capability)
         return run_padded(request, cache), request.real_tokens, 0
 
     def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:

@@ -1,5 +1,7 @@
 """Vision-language models: images in the prompt, text without any, and what must never be shared between the two."""
 
+import functools
+
 import more_models
 import prompts
 import pytest
@@ -104,6 +106,23 @@ def test_a_long_prompt_in_chunks(name):
 
 def test_layers_that_read_images_stay_on_stock():
     """Mllama's cross-attention layers keep the K and V of image tokens, in layers of the same cache."""
+    pair = Pair.of(more_models.build("mllama"))
+    pair.ask(prompts.batch([plain_tokens(20), plain_tokens(12, 2)]), max_new_tokens=NEW)
+    assert pair.paged.stats().fallbacks == {"stock generate: layer 1 keeps no K and V of text": 1}
+
+
+def test_layers_that_read_images_stay_on_stock_where_the_model_refuses_to_be_tried(monkeypatch):
+    """It is tried without an attention mask; what each layer keeps is then foreseen."""
+    kind = type(more_models.build("mllama"))
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def refusing(self, *args, **kwargs):
+        if kwargs.get("attention_mask") is None:
+            raise ValueError("attention_mask is required")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", refusing)
     pair = Pair.of(more_models.build("mllama"))
     pair.ask(prompts.batch([plain_tokens(20), plain_tokens(12, 2)]), max_new_tokens=NEW)
     assert pair.paged.stats().fallbacks == {"stock generate: layer 1 keeps no K and V of text": 1}

@@ -187,5 +187,5 @@ def test_padded_passes_copy_k_and_v_only_where_the_model_needs_it(model_type, co
     """gpt_neox_japanese calls `view` on them, which needs them without gaps; nobody else is to pay for that."""
     model = patch_model(zoo.build(model_type), block_size=8)
     asked = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
-    out = model.generate(**prompts.shared_prefix(), **asked)
+    out = model.generate(**prompts.right_padded(), **asked)
     assert out.past_key_values.copies_dense is copies

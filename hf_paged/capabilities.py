@@ -1,0 +1,52 @@
+"""What is known of what the fast path does for a model, and when that is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_paged.config import PagedConfig
+from hf_paged.probe import Capability, Views, circumstances, probe, reads_views
+
+
+class Capabilities:
+    """Of one model: each answer is found out by trying, once, when it is first needed."""
+
+    def __init__(self, config: PagedConfig):
+        self._config, self._exact = config, config
+        if config.kv_format is not None:
+            # Whether passes are put together right has nothing to do with how exactly K and V are stored.
+            self._exact = replace(config, kv_cache_dtype="auto", verify=False, offload_folder=None)
+        self._found: dict[tuple[Any, ...], Capability] = {}
+
+    def of(self, model: PreTrainedModel, call: Callable[..., Any]) -> tuple[Capability, bool]:
+        """What the fast path does for the model as it is now, and whether that is news. `call`: stock's `__call__`."""
+        key = (*others, hooks) = circumstances(model, self._config)
+        found = self._found.get(key)
+        if found is not None:
+            return found, False
+        found = self._found.get((*others, None))
+        if found is None:
+            found = probe(model, call, self._exact)
+        elif hooks is not None and found.views.may_have_gaps is None:
+            # Hooks that have come since are shown the passes of calls, and none that only try something out.
+            found = replace(found, views=Views(False))
+        if hooks is not None:
+            found = replace(found, obstacle=hooks)
+        self._found[key] = found
+        return found, True
+
+    def seen_bytes(self, model: PreTrainedModel) -> tuple[int, ...] | None:
+        """Bytes of one token's K and V in each layer of the model as it is now, if they have been seen."""
+        found = self._found.get(circumstances(model, self._config))
+        return None if found is None else found.layer_bytes
+
+    def may_have_gaps(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability) -> bool:
+        """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""
+        views = known.views
+        if views.may_have_gaps is None:
+            views.may_have_gaps = reads_views(model, call, self._exact)
+        return views.may_have_gaps
