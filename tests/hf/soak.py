@@ -8,8 +8,6 @@ the budget must hold after each call, and the process's memory must not grow.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import random
 import sys
@@ -22,16 +20,15 @@ if __name__ == "__main__":  # otherwise pytest's conftest does it
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil
 import torch
 import transformers
 from disk import NAMES, check, disk, files_of, tiered
 from families import PAD
 from pair import Pair, distinct_pieces, evict
 from prompts import tokens
+from resident import MIB, resident
 from test_sharing import BLOCK_BYTES
 
-MIB = 2**20
 BLOCKS = 26  # of 8 tokens: fewer than the prompts of two calls take
 MEASURE_EVERY = 10  # calls
 WAYS = {
@@ -43,15 +40,6 @@ WAYS = {
     "salt": {"salt": "a"},
     "sample, other salt": {"salt": "b", "do_sample": True},
 }
-
-_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)
-
-
-def resident() -> int:
-    """The process's memory, in bytes, without garbage and without what the heap keeps for itself."""
-    gc.collect()
-    _trim_heap(0)
-    return psutil.Process().memory_info().rss
 
 
 class Soak:

@@ -12,7 +12,8 @@ from disk import NAMES, Always, Never, ask_from_threads, ask_through_failures, c
 from host import LateMark, LateSide, as_gpu, hosted, side, tiers
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
-from soak import MIB, WAYS, Soak
+from resident import MIB
+from soak import WAYS, Soak
 from test_quantized import RoundingCache
 from test_sharing import BLOCK_BYTES
 from windows import window_pair
