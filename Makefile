@@ -18,7 +18,7 @@
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
 #   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
 #   make lint       ruff; `make format` repairs what it can
-#   make soak       500 random calls on little memory with a disk below, each against stock
+#   make soak       500 random calls on little memory with a disk below, each against stock; SOAK="--below host"
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
 #

@@ -1,4 +1,4 @@
-"""A long series of random calls on little memory with a disk below. ``make soak`` runs 500; a few are in the suite.
+"""A long series of random calls on little memory with tiers below. ``make soak`` runs 500; a few are in the suite.
 
 Prompts are shared, within a batch and with earlier calls; now and then everything is forgotten or released, blocks are
 evicted, files are cut short and weights are edited. Every answer must be stock's, every block must be in one place and
@@ -20,10 +20,12 @@ if __name__ == "__main__":  # otherwise pytest's conftest does it
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 import transformers
 from disk import NAMES, check, disk, files_of, tiered
 from families import PAD
+from host import as_gpu, hosted
 from pair import Pair, distinct_pieces, evict
 from prompts import tokens
 from resident import MIB, resident
@@ -40,6 +42,11 @@ WAYS = {
     "salt": {"salt": "a"},
     "sample, other salt": {"salt": "b", "do_sample": True},
 }
+
+
+def hosted_pairs() -> list[Pair]:
+    """One of each of `NAMES`, on a CPU that is taken for a GPU, with a host tier and a disk below."""
+    return [hosted(name, BLOCKS, host="48KiB", disk="300KiB", policy=None) for name in NAMES]
 
 
 class Soak:
@@ -111,12 +118,18 @@ def main() -> int:
     """Print what was done and how memory moved; the exit status is 1 where memory grew."""
     parser = argparse.ArgumentParser(prog="python tests/hf/soak.py", description=__doc__)
     parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument(
+        "--below", choices=["disk", "host"], default="disk", help="host: and a disk, on a CPU that is taken for a GPU"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growth", type=float, default=4, help="MiB that the process may grow by (default 4)")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    soak, begin = Soak(options.seed), time.monotonic()
+    if options.below == "host":
+        as_gpu(pytest.MonkeyPatch())
+    pairs = hosted_pairs() if options.below == "host" else None
+    soak, begin = Soak(options.seed, pairs), time.monotonic()
     soak.run(options.calls)
     seconds = time.monotonic() - begin
     for name, count in sorted(soak.counts.items()):
