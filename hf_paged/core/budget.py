@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Memory grows by so much before it is asked again how much is free (60 us a time, on Linux).
 GROWTH_STEP_BYTES = 2**26
 # Free blocks that running sequences keep are such a part of those in use, at most. With none of them a step of 4 beams
-# on 100 tokens takes 1.6 % longer (SmolLM2, one thread of a Zen 3); on 1,000 tokens nothing shows.
+# on 100 tokens takes 1.6 % longer (SmolLM2, one thread of a Zen 4); on 1,000 tokens nothing shows.
 SPARE_SHARE = 1 / 64
 
 
