@@ -133,7 +133,7 @@ def test_running_sequences_hold_little_more_than_their_blocks(name, kwargs, no_p
 def test_reserved_memory_never_passes_the_budget(name, no_poison):
     """At every step; eviction, windows and groups that need each other's memory included."""
     pair = Pair(name) if name == "llama" else window_pair(name, 8)
-    budget = 150 * pair.paged._make_pool(pair.model, 64).token_bytes
+    budget = 150 * pair.paged._make_pool(pair.model).token_bytes
     patch_model(pair.model, block_size=8, max_memory={"cpu": budget})
     seen = []
 
