@@ -18,7 +18,7 @@
 #   make fuzz       random calls of random models against stock for MINUTES=30; a failing case is printed, made small
 #   make capabilities  what is fast with which model: every text model of transformers, into benchmarks/results
 #   make lint       ruff; `make format` repairs what it can
-#   make soak       500 random calls on little memory with a disk below, each against stock
+#   make soak       500 random calls on little memory with a disk below, each against stock; SOAK="--below host"
 #   make sanitize   the native kernel under sanitizers, with random calls (needs g++)
 #   make wheel      a wheel with the native kernel in build/wheel; make wheel-check, make clean
 #
@@ -36,8 +36,8 @@ SOAK ?=
 # other packages or the real model.
 # Of the families × modes each of the two runs one half (--pairs), every family and every mode in it; the newest runs all.
 # `make test-5.8.1 OLDER_TESTS=tests/hf` runs everything.
-BOOKKEEPING := capacity free_memory memory memory_meanwhile plan prepared disk_faults disk_tier host_tier \
-	reuse_stale reuse_traps reuse_walk windows_memory windows_walk
+BOOKKEEPING := capacity free_memory memory memory_limits memory_meanwhile plan prepared disk_faults disk_tier \
+	host_tier reuse_stale reuse_traps reuse_walk windows_memory windows_walk
 ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
 OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py) --pairs $(PAIRS)
 test-5.8.1: PAIRS := 1/2

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.errors import PagedMemoryError
+from hf_paged.errors import RefusedMemoryError
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -74,7 +74,7 @@ class Arena:
         try:
             return _map(num_bytes)
         except OSError as error:
-            raise PagedMemoryError(
+            raise RefusedMemoryError(
                 f"the system refuses {num_bytes} bytes of address space for K or V of one layer ({error}); "
                 "lower max_memory"
             ) from error

@@ -13,6 +13,7 @@ from hf_paged import compat
 from hf_paged.backends import AttentionBackend, backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.config import PagedConfig
+from hf_paged.errors import is_refusal
 from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.hooks import hooked, see_shapes
 from hf_paged.identity import rotary_depends_on_length
@@ -106,7 +107,10 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> Capability:
-    """Compare a packed pass and a decode step with a stock forward of the same tokens, on the model's own weights."""
+    """Compare a packed pass and a decode step with a stock forward of the same tokens, on the model's own weights.
+
+    Where memory is refused, that is raised: it says nothing about the model, which is tried again.
+    """
     stock = None
     try:
         rows, obstacle = _prompts(_plain_tokens(model), compat.compute_device(model)), None
@@ -118,6 +122,8 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfi
     except UnsupportedAttentionError as error:
         found = Capability(str(error))
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
+        if is_refusal(error):
+            raise
         found = Capability(in_one_line(error))
     return found if stock is None else replace(found, unfit=stock.unfit, layer_bytes=stock.layer_bytes)
 
@@ -225,7 +231,9 @@ def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: Page
             given = {"input_ids": part, "past_key_values": cache, "use_cache": True}
             outputs = run_padded(ModelCall(call, given, part, None, False), cache)
         return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
-    except Exception:  # whatever a model does with what it did not expect, copies are right
+    except Exception as error:  # whatever a model does with what it did not expect, copies are right
+        if is_refusal(error):
+            raise
         return False
     finally:
         cache.release()
@@ -251,7 +259,9 @@ def _counts_positions(
     try:
         outputs, *_ = run_packed(request, cache, backend, keeps_logits)
         return not difference(outputs.logits[0, -1], expected) <= tolerance
-    except Exception:  # of a table of positions that is not that long, for one
+    except Exception as error:  # of a table of positions that is not that long, for one
+        if is_refusal(error):
+            raise
         return True
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.encdec import paged_part
-from hf_paged.errors import PagedMemoryError
+from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.probe import difference, in_one_line, tolerance_of
 from hf_paged.step import UnsupportedAttentionError
@@ -53,11 +53,11 @@ def _obstacle(request: ModelCall, cache: PagedCache, backend: AttentionBackend, 
     windows: dict[int, int | None] = {}
     try:
         fast = run_decode(request, cache, backend, windows).logits
-    except PagedMemoryError:
-        raise
     except UnsupportedAttentionError as error:
         return str(error)
     except Exception as error:  # whatever a model does with what it did not expect, the padded path is right
+        if isinstance(error, PagedMemoryError) or is_refusal(error):
+            raise
         return in_one_line(error)
     if any(windows.get(layer) != window for layer, window in enumerate(cache.windows)):
         return "sliding window that attention is not told of"

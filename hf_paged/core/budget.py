@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 # Memory grows by so much before it is asked again how much is free (60 us a time, on Linux).
 GROWTH_STEP_BYTES = 2**26
+# Free blocks that running sequences keep are such a part of those in use, at most. With none of them a step of 4 beams
+# on 100 tokens takes 1.6 % longer (SmolLM2, one thread of a Zen 4); on 1,000 tokens nothing shows.
+SPARE_SHARE = 1 / 64
 
 
 class Budget:
@@ -123,13 +126,13 @@ class Budget:
         return given_back
 
     def settle(self, num_sequences: int) -> None:
-        """Blocks have become free: their memory goes back, beside a block for each of the sequences that are left.
+        """Blocks have become free: their memory goes back, beside a little for the sequences that are left.
 
-        These are about to need a block more, and beams give up and take as much at every step.
+        These are about to need a block more, and beams give up and take some at every step.
         """
         if not num_sequences:
             self.expire()
-        if any(pool.settled_idle + num_sequences < pool.idle for pool in self._pools):
+        if any(pool.settled_idle + _spare(pool, num_sequences) < pool.idle for pool in self._pools):
             self.give_back()
 
     def make_room(self, num_bytes: int) -> None:
@@ -163,6 +166,11 @@ class Budget:
     def _oldest_first(self) -> Iterator[tuple[BlockPool, int]]:
         for _, pool, block in merge(*map(_stamped, self._pools), key=lambda each: each[0]):
             yield pool, block
+
+
+def _spare(pool: BlockPool, num_sequences: int) -> int:
+    """Free blocks to keep beside those in use: no more than a sequence needs next, and never much."""
+    return min(num_sequences, max(1, int(pool.in_use * SPARE_SHARE)))
 
 
 def _stamped(pool: BlockPool) -> Iterable[tuple[int, BlockPool, int]]:

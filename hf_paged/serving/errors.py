@@ -6,12 +6,11 @@ import logging
 import traceback
 from typing import Any
 
-import torch
 from fastapi import HTTPException
 from jinja2 import TemplateError
 from pydantic import ValidationError
 
-from hf_paged.errors import PagedMemoryError
+from hf_paged.errors import PagedMemoryError, is_refusal
 
 # Code that no argument of a request is read by: an error that passes through it is the server's own.
 _SERVERS_OWN = ("hf_paged.", "torch.nn.", "transformers.cli.serving.model_manager")
@@ -36,7 +35,7 @@ def explained(error: Exception) -> HTTPException:
         return HTTPException(499, "the client hung up")
     if isinstance(error, PagedMemoryError):
         return HTTPException(507, str(error), headers={"x-should-retry": "false"})  # read by OpenAI's clients
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_refusal(error):
         return HTTPException(503, "the server is short of memory")
     if is_of_request(error):
         return HTTPException(400, str(error))

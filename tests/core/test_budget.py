@@ -61,3 +61,23 @@ def test_a_budget_is_filled_to_the_last_block_whatever_shares_its_pages():
         append(manager, table, 44)
     append(manager, table, 40)
     manager.check_integrity()
+
+
+@pytest.mark.parametrize(("num_rows", "row_blocks", "kept"), [(1, 9, 1), (8, 1, 1), (8, 40, 5), (4, 80, 4)])
+def test_running_sequences_keep_few_free_blocks_beside_their_own(num_rows, row_blocks, kept):
+    """One each at most, and no more than a 64th of those in use; one at least. The rest goes back."""
+    manager = BlockManager(1000, 4, (None,), (1,), 1000)
+    given_back = []
+    manager.budget.on_give_back = lambda group, runs: given_back.extend(runs)
+    tables = [manager.new_table(ROOT) for _ in range(num_rows + 2)]
+    for first, table in enumerate(tables[:-1]):
+        append(manager, table, 4 * (row_blocks if first < num_rows else kept), first * 1000)
+    manager.free(tables[-2])
+    manager.settle()
+    assert (manager.pools[0].idle, given_back) == (kept, [])
+    append(manager, tables[-1], 4 * (kept + 1), 9000)
+    manager.free(tables[-1])
+    manager.settle()
+    assert manager.pools[0].idle == 0
+    assert given_back
+    manager.check_integrity()

@@ -1,4 +1,4 @@
-"""CUDA graphs for tests without a GPU, and what reads the sample of weights."""
+"""CUDA graphs for tests without a GPU, what reads the sample of weights, and memory without poison."""
 
 import pytest
 
@@ -60,3 +60,12 @@ def reader(request, monkeypatch) -> str:
     elif not takes(torch.zeros(1)):
         pytest.skip("the native library was not built")
     return request.param
+
+
+@pytest.fixture
+def no_poison(monkeypatch):
+    """Poison touches every page, so memory is looked at without it."""
+    from hf_paged import pool, store
+
+    monkeypatch.setattr(store, "POISON", False)
+    monkeypatch.setattr(pool, "POISON", False)

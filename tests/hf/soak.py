@@ -1,4 +1,4 @@
-"""A long series of random calls on little memory with a disk below. ``make soak`` runs 500; a few are in the suite.
+"""A long series of random calls on little memory with tiers below. ``make soak`` runs 500; a few are in the suite.
 
 Prompts are shared, within a batch and with earlier calls; now and then everything is forgotten or released, blocks are
 evicted, files are cut short and weights are edited. Every answer must be stock's, every block must be in one place and
@@ -8,8 +8,6 @@ the budget must hold after each call, and the process's memory must not grow.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import os
 import random
 import sys
@@ -22,16 +20,17 @@ if __name__ == "__main__":  # otherwise pytest's conftest does it
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil
+import pytest
 import torch
 import transformers
 from disk import NAMES, check, disk, files_of, tiered
 from families import PAD
+from host import as_gpu, hosted
 from pair import Pair, distinct_pieces, evict
 from prompts import tokens
+from resident import MIB, resident
 from test_sharing import BLOCK_BYTES
 
-MIB = 2**20
 BLOCKS = 26  # of 8 tokens: fewer than the prompts of two calls take
 MEASURE_EVERY = 10  # calls
 WAYS = {
@@ -44,14 +43,10 @@ WAYS = {
     "sample, other salt": {"salt": "b", "do_sample": True},
 }
 
-_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)
 
-
-def resident() -> int:
-    """The process's memory, in bytes, without garbage and without what the heap keeps for itself."""
-    gc.collect()
-    _trim_heap(0)
-    return psutil.Process().memory_info().rss
+def hosted_pairs() -> list[Pair]:
+    """One of each of `NAMES`, on a CPU that is taken for a GPU, with a host tier and a disk below."""
+    return [hosted(name, BLOCKS, host="48KiB", disk="300KiB", policy=None) for name in NAMES]
 
 
 class Soak:
@@ -123,12 +118,18 @@ def main() -> int:
     """Print what was done and how memory moved; the exit status is 1 where memory grew."""
     parser = argparse.ArgumentParser(prog="python tests/hf/soak.py", description=__doc__)
     parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument(
+        "--below", choices=["disk", "host"], default="disk", help="host: and a disk, on a CPU that is taken for a GPU"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growth", type=float, default=4, help="MiB that the process may grow by (default 4)")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    soak, begin = Soak(options.seed), time.monotonic()
+    if options.below == "host":
+        as_gpu(pytest.MonkeyPatch())
+    pairs = hosted_pairs() if options.below == "host" else None
+    soak, begin = Soak(options.seed, pairs), time.monotonic()
     soak.run(options.calls)
     seconds = time.monotonic() - begin
     for name, count in sorted(soak.counts.items()):

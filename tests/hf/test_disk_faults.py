@@ -10,7 +10,8 @@ import subprocess
 import pytest
 from disk import ask_from_threads, ask_through_failures, check, failing_now_and_then, files_of, rotate, tiered
 from pair import Pair, distinct_pieces, evict
-from soak import MIB, WAYS, Soak
+from resident import MIB
+from soak import WAYS, Soak
 from test_sharing import BLOCK_BYTES
 
 from hf_paged import unpatch_model

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 
@@ -232,6 +233,22 @@ def test_a_held_cache_outlives_the_files(tmp_path):
         held.sequences, past_key_values=held.past_key_values, do_sample=False, max_new_tokens=60
     )
     assert torch.equal(actual, expected)
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    """A file of the tier is records of the blocks' size, and what is saved is safetensors."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    pair = tiered(offload_folder=tmp_path)
+    assert min(rotate(pair, distinct_pieces(3, 61))) == 56
+    (file,) = files_of(pair)
+    assert file.stat().st_size == pair.paged.stats().blocks_disk * BLOCK_BYTES
+    pair.paged.save(tmp_path / "saved")
+    assert Pair("llama").paged.load(tmp_path / "saved") > 0
 
 
 SCRIPT = """

@@ -12,7 +12,8 @@ from disk import NAMES, Always, Never, ask_from_threads, ask_through_failures, c
 from host import LateMark, LateSide, as_gpu, hosted, side, tiers
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
-from soak import MIB, WAYS, Soak
+from resident import MIB
+from soak import WAYS, Soak, hosted_pairs
 from test_quantized import RoundingCache
 from test_sharing import BLOCK_BYTES
 from windows import window_pair
@@ -374,8 +375,7 @@ def test_threads_share_the_host():
 
 
 def test_a_soak_of_random_calls():
-    pairs = [hosted(name, 26, host="48KiB", disk="300KiB", policy=None) for name in NAMES]
-    soak = Soak(seed=2, pairs=pairs)
+    soak = Soak(seed=2, pairs=hosted_pairs())
     soak.run(30)
     assert min(soak.counts[name] for name in (*WAYS, "tokens reused", "bytes fetched", "blocks evicted")) > 0
     assert soak.growth < 4 * MIB

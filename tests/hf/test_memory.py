@@ -1,92 +1,18 @@
 """The process's own memory: it grows with the blocks that are used, and falls when they are not needed any more."""
 
-import ctypes
-import gc
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from families import VOCAB
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from resident import MIB, NOISE, TOKEN_BYTES, Watch, ask, patched, resident, wide_model
+from transformers import StoppingCriteria
 from windows import MIXED, PURE, window_pair
 
-from hf_paged import PagedCache, PagedMemoryError, arena, free_memory, patch_model, pool, store
+from hf_paged import PagedCache, PagedMemoryError, arena, free_memory, patch_model, pool
 from hf_paged.core.budget import GROWTH_STEP_BYTES
-
-MIB = 2**20
-# What the process's memory moves by without us: at most 0.5 MiB in 20 calls of this kind, once glibc has given back
-# what it keeps of the heap that torch has freed (up to 64 MiB, more after larger tensors).
-NOISE = MIB
-
-
-@pytest.fixture
-def no_poison(monkeypatch):
-    """Poison touches every page, so memory is looked at without it."""
-    monkeypatch.setattr(store, "POISON", False)
-    monkeypatch.setattr(pool, "POISON", False)
-
-
-def wide_model() -> LlamaForCausalLM:
-    """A model of wide heads, 64 KiB of KV a token, so that KV stands out of the process's memory."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=256,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
-TOKEN_BYTES = 4 * 2 * 8 * 256 * 4
-
-
-def patched(**overrides):
-    """A patched model that has answered once, so that what only the first call takes is there."""
-    model = patch_model(wide_model(), **overrides)
-    ask(model, 600)
-    model.paged.clear()
-    return model
-
-
-def ask(model, num_tokens: int, seed: int = 1, new: int = 4, **kwargs):
-    return model.generate(**batch([tokens(num_tokens, seed=seed)]), do_sample=False, max_new_tokens=new, **kwargs)
-
-
-_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: None)
-
-
-def resident_now() -> int:
-    """The process's memory, in bytes, without what the heap keeps for itself."""
-    _trim_heap(0)
-    return psutil.Process().memory_info().rss
-
-
-def resident() -> int:
-    """The same, without garbage."""
-    gc.collect()
-    return resident_now()
-
-
-class Watch(StoppingCriteria):
-    """Notes the process's memory and the runtime's figures after each step, and never stops anything."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.seen.append((resident_now(), self.model.paged.stats()))
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
 
 # The process's memory
 
@@ -207,7 +133,7 @@ def test_running_sequences_hold_little_more_than_their_blocks(name, kwargs, no_p
 def test_reserved_memory_never_passes_the_budget(name, no_poison):
     """At every step; eviction, windows and groups that need each other's memory included."""
     pair = Pair(name) if name == "llama" else window_pair(name, 8)
-    budget = 150 * pair.paged._make_pool(pair.model, 64).token_bytes
+    budget = 150 * pair.paged._make_pool(pair.model).token_bytes
     patch_model(pair.model, block_size=8, max_memory={"cpu": budget})
     seen = []
 

@@ -127,7 +127,13 @@ def break_after(monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("secret"), 500), (RuntimeError("secret"), 500), (MemoryError("secret"), 503)]
+    ("error", "status"),
+    [
+        (ValueError("secret"), 500),
+        (RuntimeError("secret"), 500),
+        (MemoryError("secret"), 503),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: secret"), 503),
+    ],
 )
 def test_a_fault_of_the_server_is_no_bad_request(service, break_after, monkeypatch, error, status, stream):
     break_after(0, error)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .formats import KVFormat, KVRecords
-from .native_library import CPU, DTYPES, ERRORS, LIBRARY, SWITCH, NativeError, load
+from .native_library import CPU, DTYPES, LIBRARY, SWITCH, NativeError, error_of, load
 from .native_store import NativeStore
 
 # Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
@@ -175,7 +175,7 @@ class NativeKernel:
         """Carry out a call on a query that looks as it did then, K and V at these addresses.
 
         `out [..., heads, value_dim]` is contiguous. Only the sinks are checked: what lies at the addresses must look as
-        it did, too.
+        it did, too. `MemoryError` where the library gets none.
         """
         sinks_at = 0
         if sinks is not None:
@@ -188,7 +188,7 @@ class NativeKernel:
             call, query.data_ptr(), key_at, value_at, out.data_ptr(), sinks_at, torch.get_num_threads()
         )
         if error:
-            raise NativeError(ERRORS[error])
+            raise error_of(error)
 
     def _lay_out(
         self,

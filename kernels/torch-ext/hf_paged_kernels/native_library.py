@@ -19,18 +19,24 @@ SWITCH = "HF_PAGED_NATIVE"
 
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NO_MEMORY = 5
 ERRORS = {
     1: "a size or dim is out of range",
     2: "a run reaches beyond the slots",
     3: "a part names queries or runs that do not exist",
     4: "the variant does not do this dtype or dim on this CPU",
-    5: "out of memory",
+    NO_MEMORY: "out of memory",
     6: "a write or copy reaches beyond the slots or the new tokens",
 }
 
 
 class NativeError(ValueError):
     """The library has refused a call."""
+
+
+def error_of(code: int) -> Exception:
+    """What to raise where the library has returned `code`, one of `ERRORS`."""
+    return MemoryError(ERRORS[code]) if code == NO_MEMORY else NativeError(ERRORS[code])
 
 
 @functools.cache

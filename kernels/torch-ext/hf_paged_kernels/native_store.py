@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .formats import KVRecords
-from .native_library import CPU, DTYPES, ERRORS, NativeError, load
+from .native_library import CPU, DTYPES, NativeError, error_of, load
 
 # As `StoreCall` in native.h.
 _STORE = Struct("=Q6qQ6q6q")
@@ -81,7 +81,7 @@ class NativeStore:
         """Carry out a call on K and V that look as they did then; `where` is `Writes.pointers`, slot and step."""
         error = self._store(call, key.data_ptr(), value.data_ptr(), *where)
         if error:
-            raise NativeError(ERRORS[error])
+            raise error_of(error)
 
     def _takes(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         if self._records is not None:
