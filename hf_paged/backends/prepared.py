@@ -7,7 +7,7 @@ all: the calls are checked and laid out, the tensors made. What is left to a lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from hf_paged.backends.native import kernel_of_store, parts_for
 from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore, native_writes, span_view
-from hf_paged_kernels import NativeKernel
+from hf_paged_kernels import NativeKernel, place_from
 
 if TYPE_CHECKING:
     from hf_paged.step import Step
@@ -56,7 +56,7 @@ class PreparedDecode:
         layer, self._layers[index] = self._layers[index], None
         if layer is None:
             return None
-        layer.store.native.run(layer.write, key, value, *layer.where)
+        layer.write(layer.call, key, value)
         return layer.keys, layer.values
 
     def _prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -78,31 +78,30 @@ class PreparedDecode:
         attention: _Attention,
     ) -> _Layer | None:
         kernel = kernel_of_store(store)
-        write = None if kernel is None or plan.order is not None else store.native.call_for(key, value)
-        if write is None:
+        call = None if kernel is None or plan.order is not None else store.native.call_for(key, value)
+        if call is None:
             return None
         span = plan.span if self._step.reads_rows else None
         if span is not None:
             keys, values = span_view(store.keys, span), span_view(store.values, span)
-            where = (0, 0, 0, 0, span.slot + span.tokens - 1, span.step or 1)
+            place = place_from(span.slot + span.tokens - 1, span.step or 1)
             at = keys.data_ptr(), values.data_ptr()
         else:
             keys = PagedKV(key, self._step, store, index, False)
             values = PagedKV(value, self._step, store, index, True)
-            where = (*native_writes(plan).pointers, 0, 1)
+            place = native_writes(plan).place
             at = store.keys.data_ptr(), store.values.data_ptr()
         seen = PreparedLayer(attention, kernel, plan, store, span, at)
         for each in (keys, values):
             setattr(each, PREPARED, seen)
-        return _Layer(store, write, where, keys, values)
+        return _Layer(store.native.run, call + place, keys, values)
 
 
 class _Layer(NamedTuple):
     """What `PreparedDecode.update` does in a layer, and what it returns."""
 
-    store: LayerStore
-    write: bytes
-    where: tuple[int, ...]
+    write: Callable[[bytes, torch.Tensor, torch.Tensor], None]
+    call: bytes
     keys: torch.Tensor
     values: torch.Tensor
 

@@ -294,13 +294,11 @@ HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *q
     return error ? error : hfp::attend(attention);
 }
 
-// Without `writes`, all new tokens go to `slot, slot + step, ...`.
-HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, const char *value,
-                                  const hfp::Write *writes, const hfp::Copy *copies, int64_t num_writes,
-                                  int64_t num_copies, int64_t slot, int64_t step) {
-    const hfp::Write all = {0, call->num_tokens, slot, step};
-    if (!writes) writes = &all, num_writes = 1;
-    return hfp::store({*call, {key, value}, writes, copies, num_writes, num_copies});
+HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, const char *value) {
+    hfp::Store store = {*call, {key, value}};
+    const hfp::Write all = {0, call->num_tokens, call->slot, call->step};
+    if (!store.writes) store.writes = &all, store.num_writes = 1;
+    return hfp::store(store);
 }
 
 // Begins to keep what the reads find where `is_recording`, and to compare it with what was kept elsewhere. Reads and

@@ -87,14 +87,14 @@ struct StoreCall {
     StoreSide sides[2];
     int64_t dtype, storage;  // of new tokens and of memory; where these are equal, bytes are copied
     int64_t heads, num_slots, row_tokens, num_tokens;
+    const Write *writes;  // null: all new tokens go to `slot, slot + step, ...`
+    const Copy *copies;
+    int64_t num_writes, num_copies, slot, step;
 };
 
-// The same with what differs from layer to layer and step to step.
+// The same with the new tokens of K and V.
 struct Store : StoreCall {
     const char *fresh[2];
-    const Write *writes;
-    const Copy *copies;
-    int64_t num_writes, num_copies;
 };
 
 // The largest head dim, and the most tokens that are scored before their values are read.

@@ -299,7 +299,8 @@ static bool store_is_right() {
                          write.slot >= 0 && write.step >= 1 && write.slot + (write.tokens - 1) * write.step < slots &&
                          copy.tokens >= 1 && copy.source >= 0 && copy.target >= 0 &&
                          copy.source + copy.tokens <= slots && copy.target + copy.tokens <= slots;
-    const int64_t error = hf_paged_store(&call, fresh[0].data(), fresh[1].data(), &write, &copy, 1, 1, 0, 1);
+    call.writes = &write, call.copies = &copy, call.num_writes = call.num_copies = 1;
+    const int64_t error = hf_paged_store(&call, fresh[0].data(), fresh[1].data());
     if (is_good != (error == kOk)) return false;
     if (!is_good || copy.target <= write.slot + (write.tokens - 1) * write.step) return true;
     const int64_t head = upto(heads), source = write.source, bytes = call.sides[1].token_bytes;
@@ -351,7 +352,8 @@ static bool encodes_right() {
         call.sides[side] = {memory[side].data(), dim, bytes, call.num_slots * bytes, row, dim * size, dim * size};
     }
     const int64_t slot = upto(call.num_slots);
-    if (hf_paged_store(&call, fresh[0].data(), fresh[1].data(), nullptr, nullptr, 0, 0, slot, 1)) return false;
+    call.slot = slot, call.step = 1;
+    if (hf_paged_store(&call, fresh[0].data(), fresh[1].data())) return false;
     for (int side = 0; side < 2; ++side)
         for (int64_t head = 0; head < call.heads; ++head) {
             const int64_t dim = call.sides[side].dim;
@@ -369,7 +371,7 @@ static bool encodes_right() {
     StoreSide &side = damaged.sides[upto(2)];
     int64_t *const fields[] = {&damaged.dtype, &damaged.storage, &side.dim, &side.token_bytes};
     *fields[upto(4)] = one_of<int64_t>({-1, INT64_MIN, INT64_MAX, kStorages, 3000});
-    return hf_paged_store(&damaged, fresh[0].data(), fresh[1].data(), nullptr, nullptr, 0, 0, slot, 1) != kOk;
+    return hf_paged_store(&damaged, fresh[0].data(), fresh[1].data()) != kOk;
 }
 
 static int64_t sample(const SampleCall &call, int64_t threads, bool is_recording, int64_t *differs) {

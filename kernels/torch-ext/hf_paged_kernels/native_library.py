@@ -57,7 +57,7 @@ def load() -> ctypes.CDLL:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     library.hf_paged_attend.argtypes = (ctypes.c_char_p, *[address] * 5, integer)
     library.hf_paged_attend.restype = ctypes.c_int64
-    library.hf_paged_store.argtypes = (ctypes.c_char_p, *[address] * 4, *[integer] * 4)
+    library.hf_paged_store.argtypes = (ctypes.c_char_p, address, address)
     library.hf_paged_store.restype = ctypes.c_int64
     library.hf_paged_sample_begin.argtypes = (ctypes.c_char_p, integer, integer, ctypes.POINTER(ctypes.c_void_p))
     library.hf_paged_sample_begin.restype = ctypes.c_int64

@@ -12,8 +12,8 @@ import torch
 from .formats import KVRecords
 from .native_library import CPU, DTYPES, NativeError, error_of, load
 
-# As `StoreCall` in native.h.
-_STORE = Struct("=Q6qQ6q6q")
+# As `StoreCall` in native.h: what a layer's memory and new tokens look like, and where the tokens go.
+_LOOK, _PLACE = Struct("=Q6qQ6q6q"), Struct("=2Q4q")
 # New tokens are encoded so many numbers at a time.
 _ENCODED_LANES = 4
 
@@ -24,14 +24,24 @@ class Writes:
     Args:
         writes: `(source, tokens, slot, step)`: new tokens `[source, source + tokens)` go to `slot, slot + step, ...`.
         copies: `(source, target, tokens)`: slots that are copied after that, in order.
+
+    Attributes:
+        place: the end of a call.
     """
 
-    __slots__ = ("_copies", "_writes", "pointers")
+    __slots__ = ("_copies", "_writes", "place")
 
     def __init__(self, writes: Sequence[tuple[int, int, int, int]], copies: Sequence[tuple[int, int, int]]):
         self._writes = array("q", [x for write in writes for x in write])
         self._copies = array("q", [x for copy in copies for x in copy])
-        self.pointers = (self._writes.buffer_info()[0], self._copies.buffer_info()[0], len(writes), len(copies))
+        self.place = _PLACE.pack(
+            self._writes.buffer_info()[0], self._copies.buffer_info()[0], len(writes), len(copies), 0, 1
+        )
+
+
+def place_from(slot: int, step: int) -> bytes:
+    """The end of a call without copies, token `i` to slot `slot + i * step`."""
+    return _PLACE.pack(0, 0, 0, 0, slot, step)
 
 
 class NativeStore:
@@ -55,21 +65,24 @@ class NativeStore:
 
         Returns False, having done nothing, where a token's elements do not lie side by side or cannot be encoded here.
         """
-        return self._write(key, value, *writes.pointers, 0, 1)
+        return self._write(key, value, writes.place)
 
     def write_rows(self, key: torch.Tensor, value: torch.Tensor, slot: int, step: int) -> bool:
         """The same without copies, token `i` to slot `slot + i * step`."""
-        return self._write(key, value, 0, 0, 0, 0, slot, step)
+        return self._write(key, value, place_from(slot, step))
 
-    def _write(self, key: torch.Tensor, value: torch.Tensor, *where: int) -> bool:
+    def _write(self, key: torch.Tensor, value: torch.Tensor, place: bytes) -> bool:
         call = self.call_for(key, value)
         if call is None:
             return False
-        self.run(call, key, value, *where)
+        self.run(call + place, key, value)
         return True
 
     def call_for(self, key: torch.Tensor, value: torch.Tensor) -> bytes | None:
-        """The call for `run`, the same for all K and V that look like these; `None` where `write` returns False."""
+        """The begin of a call for `run`, the same for all K and V that look like these; a place makes it whole.
+
+        `None` where `write` returns False.
+        """
         seen = (key.shape, key.stride(), key.dtype, key.device, value.shape, value.stride(), value.dtype, value.device)
         last, call = self._last
         if seen != last:
@@ -77,9 +90,9 @@ class NativeStore:
             self._last = seen, call
         return call
 
-    def run(self, call: bytes, key: torch.Tensor, value: torch.Tensor, *where: int) -> None:
-        """Carry out a call on K and V that look as they did then; `where` is `Writes.pointers`, slot and step."""
-        error = self._store(call, key.data_ptr(), value.data_ptr(), *where)
+    def run(self, call: bytes, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Carry out a whole call on K and V that look as they did then."""
+        error = self._store(call, key.data_ptr(), value.data_ptr())
         if error:
             raise error_of(error)
 
@@ -93,7 +106,7 @@ class NativeStore:
         return key.stride(3) == value.stride(3) == 1
 
     def _lay_out(self, key: torch.Tensor, value: torch.Tensor) -> bytes:
-        """`StoreCall` without what changes from call to call."""
+        """`StoreCall` without where new tokens go."""
         heads, slots, _ = self._keys.shape
         rows, _, tokens, _ = key.shape
         if value.shape[:3] != key.shape[:3]:
@@ -102,7 +115,7 @@ class NativeStore:
         key_bytes, value_bytes = (None, None) if records is None else (records.key_bytes, records.value_bytes)
         sides = _side(self._keys, key, key_bytes) + _side(self._values, value, value_bytes)
         kinds = (0, 0) if records is None else (DTYPES[key.dtype], records.kv_format.storage)
-        return _STORE.pack(*sides, *kinds, heads, slots, tokens, rows * tokens)
+        return _LOOK.pack(*sides, *kinds, heads, slots, tokens, rows * tokens)
 
 
 def _side(memory: torch.Tensor, new: torch.Tensor, record_bytes: int | None) -> tuple[int, ...]:
