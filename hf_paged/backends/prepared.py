@@ -17,7 +17,7 @@ from hf_paged.backends.native import kernel_of_store, parts_for
 from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore, native_writes, span_view
-from hf_paged_kernels import NativeKernel, place_from
+from hf_paged_kernels import NativeKernel, place_at, place_from
 
 if TYPE_CHECKING:
     from hf_paged.step import Step
@@ -118,7 +118,7 @@ class PreparedLayer:
         at: addresses of what is read of K and of V: the span, or all of the memory.
     """
 
-    __slots__ = ("_at", "_attention", "_kernel", "_plan", "_span", "_store")
+    __slots__ = ("_at", "_attention", "_kernel", "_place", "_plan", "_span", "_store")
 
     def __init__(
         self,
@@ -131,6 +131,7 @@ class PreparedLayer:
     ):
         self._attention, self._kernel, self._plan, self._store = attention, kernel, plan, store
         self._span, self._at = span, at  # and not the tensors, which refer to this object
+        self._place = place_at(*at)
 
     def attend(self, query: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
         """Attention of `query [rows, heads, 1, dim]`; `[rows, 1, heads, value_dim]`, contiguous.
@@ -148,7 +149,10 @@ class PreparedLayer:
         if laid_out is None:
             return None
         out = attention.next_out(query, self._store.value_dim)
-        self._kernel.run(laid_out, query, *self._at, out, call.sinks)
+        if call.sinks is None:
+            self._kernel.run_whole(laid_out + self._place, query, out)
+        else:
+            self._kernel.run(laid_out, query, *self._at, out, call.sinks)
         return out
 
     def _lay_out(self, query: torch.Tensor, call: AttentionCall) -> bytes | None:

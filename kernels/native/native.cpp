@@ -286,9 +286,8 @@ HFP_PUBLIC const char *hf_paged_variant(int64_t index, int64_t *lanes) {
     return variant.name;
 }
 
-HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *query, const void *keys,
-                                   const void *values, void *out, const float *sinks, int64_t threads) {
-    const hfp::Attention attention = {*call, query, keys, values, out, sinks, threads};
+HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *query, void *out) {
+    const hfp::Attention attention = {*call, query, out};
     if (!call->parts) return hfp::attend_rows(attention);
     const hfp::Error error = hfp::check(attention);
     return error ? error : hfp::attend(attention);

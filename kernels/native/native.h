@@ -56,14 +56,15 @@ struct AttentionCall {
     int64_t query_stride, query_head_stride, key_head_stride, value_head_stride;
     int64_t num_slots, row_tokens, row_step;
     double scale, softcap;  // softcap 0: none
-};
-
-// The same with what differs from layer to layer.
-struct Attention : AttentionCall {
-    const void *query, *keys, *values;
-    void *out;
+    const void *keys, *values;
     const float *sinks;
     int64_t threads;
+};
+
+// The same with what goes in and out.
+struct Attention : AttentionCall {
+    const void *query;
+    void *out;
 };
 
 // New tokens `[source, source + tokens)`, numbered row by row, go to slots `slot, slot + step, ...`.

@@ -2,7 +2,7 @@
 
 from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
-from .native import NativeKernel, Part, Parts, kernel_for, native
+from .native import NativeKernel, Part, Parts, kernel_for, native, place_at
 from .native_library import NativeError
 from .native_store import NativeStore, Writes, place_from
 from .partial import attend_all, attend_partial, merge_partial
@@ -29,6 +29,7 @@ __all__ = [
     "merge_partial",
     "native",
     "paged_attention_reference",
+    "place_at",
     "place_from",
     "rotated",
     "takes",

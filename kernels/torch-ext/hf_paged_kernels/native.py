@@ -24,8 +24,8 @@ from .native_store import NativeStore
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
 _MEASURED = ("avx512_bf16", "avx512", "avx2")
 
-# As `AttentionCall` in native.h.
-_ATTENTION = Struct("=3q2Q14q2d")
+# As `AttentionCall` in native.h: what a call looks like, and where K and V are.
+_LOOK, _PLACE = Struct("=3q2Q14q2d"), Struct("=3Qq")
 # Laid out calls that a kernel keeps: those of a few steps of a few models.
 _MAX_CALLS = 64
 # `first` of a part whose queries see all of its tokens, and `window` of one without.
@@ -184,9 +184,11 @@ class NativeKernel:
             if sinks.shape != (heads,) or sinks.device != CPU:
                 raise NativeError(f"sinks must be [{heads}] on the CPU, got {tuple(sinks.shape)} on {sinks.device}")
             sinks_at = sinks.data_ptr()
-        error = self._attend(
-            call, query.data_ptr(), key_at, value_at, out.data_ptr(), sinks_at, torch.get_num_threads()
-        )
+        self.run_whole(call + place_at(key_at, value_at, sinks_at), query, out)
+
+    def run_whole(self, call: bytes, query: torch.Tensor, out: torch.Tensor) -> None:
+        """The same with a call that says where K and V are."""
+        error = self._attend(call, query.data_ptr(), out.data_ptr())
         if error:
             raise error_of(error)
 
@@ -201,7 +203,7 @@ class NativeKernel:
         softcap: float | None,
         records: KVRecords | None,
     ) -> bytes:
-        """`AttentionCall` without its pointers; `extent` is slots, tokens of a row and the step between rows."""
+        """`AttentionCall` without where K and V are; `extent` is slots, tokens of a row and the step between rows."""
         queries, heads, key_dim = query.shape
         kv_heads, _, value_size = values.shape
         query_stride, head_stride, last = query.stride()
@@ -220,11 +222,16 @@ class NativeKernel:
             raise NativeError(f"query has dim {key_dim}, keys have {dims[0]}, or records are of other dims")
         if not (query.device == keys.device == values.device == CPU):
             raise NativeError("query, keys or values are not on the CPU")
-        return _ATTENTION.pack(
+        return _LOOK.pack(
             self._index, DTYPES[dtype], storage, *parts,
             queries, kv_heads, heads // kv_heads, *dims,
             query_stride, head_stride, key_stride[0], value_stride[0], *extent, scale, softcap or 0.0,
         )  # fmt: skip
+
+
+def place_at(key_at: int, value_at: int, sinks_at: int = 0) -> bytes:
+    """What makes a call whole: addresses, and as many threads as torch uses now."""
+    return _PLACE.pack(key_at, value_at, sinks_at, torch.get_num_threads())
 
 
 def _look_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...]:

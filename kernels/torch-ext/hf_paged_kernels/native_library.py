@@ -55,7 +55,7 @@ def load() -> ctypes.CDLL:
     """The library, whatever the switch says. Raises `OSError` where it cannot be loaded."""
     library = ctypes.CDLL(str(LIBRARY))
     address, integer = ctypes.c_void_p, ctypes.c_int64
-    library.hf_paged_attend.argtypes = (ctypes.c_char_p, *[address] * 5, integer)
+    library.hf_paged_attend.argtypes = (ctypes.c_char_p, address, address)
     library.hf_paged_attend.restype = ctypes.c_int64
     library.hf_paged_store.argtypes = (ctypes.c_char_p, address, address)
     library.hf_paged_store.restype = ctypes.c_int64
