@@ -78,7 +78,7 @@ def clocked(clocks: Clocks) -> Iterator[None]:
         mock.patch.object(
             attention, "paged_attention_forward", clocks.around("attention", attention.paged_attention_forward)
         ),
-        mock.patch.object(NativeKernel, "run", clocks.around("kernel", NativeKernel.run)),
+        mock.patch.object(NativeKernel, "run_whole", clocks.around("kernel", NativeKernel.run_whole)),
     ):
         yield
 

@@ -56,7 +56,7 @@ struct Entries {
         for (; call.python.next(dict, &position, &key, &value); ++size) {
             keep(key), keep(value);
             if (!holds_modules || value == call.none) continue;
-            __builtin_prefetch(value);
+            fetch_module(value);
             if (num_modules < call.max_modules) call.modules[num_modules++] = value;
             else is_same = false;
         }
@@ -67,6 +67,12 @@ struct Entries {
         Object *type = call.python.type_of(value);
         call.python.release(type);  // `value` keeps it
         return type;
+    }
+
+    // Where a module leads to its `__dict__` lies at its begin or, from Python 3.11 on, right before it.
+    static void fetch_module(Object *module) {
+        __builtin_prefetch(module);
+        __builtin_prefetch((char *)module - 3 * sizeof(Object *));
     }
 
     bool is_dict(Object *value) {
