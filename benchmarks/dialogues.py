@@ -208,7 +208,7 @@ def look_up_seconds() -> float:
         parent = root
         for at in range(0, LOOKED_UP_TOKENS, 16):
             block += 1
-            parent = index.add(parent, pack_tokens(prompt[at : at + 16]), block)
+            parent = index.add(parent, pack_tokens(prompt[at : at + 16]), [block])
     if len(index) != INDEXED_BLOCKS:
         raise AssertionError(f"{len(index)} blocks indexed")
     seconds = []
