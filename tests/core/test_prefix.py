@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from benchmarks import dialogues
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.prefix import PrefixIndex, chain_key, pack_tokens, root_key
 
@@ -260,3 +261,8 @@ def test_what_a_long_sequence_leaves_in_a_window_is_connected_to_its_root():
     assert leave(manager, list(range(41))) == 40
     manager.budget.evict(manager.cached)
     assert len(manager.index) == 0
+
+
+def test_the_benchmark_of_a_large_index_runs():
+    """It sees for itself that all of its prompts are found."""
+    assert dialogues.look_up_seconds() > 0
