@@ -74,7 +74,7 @@ class Remembered:
         )
         if is_same and obstacle is None and self._restless < _MAX_RESTLESS:
             self._restless += 1
-            self._standstill = _standstill(tree, obstacle)
+            self._standstill = _standstill(tree, None)
         return is_same
 
     def _current_values(self, tree: Tree) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ class Standstill:
         values = [value for each in tree.attributes for value in each.values()]
         self._held = [*set().union(*tree.attributes), *filter(None, tree.names)]
         self._held += [value for value in values if isinstance(value, PLAIN_KINDS)]
-        self._ropes = [each["rope_type"] for each in tree.attributes if type(each.get("rope_type")) is dict]
+        self._ropes = [each["rope_type"] for each in tree.attributes if isinstance(each.get("rope_type"), dict)]
         self._configs = list(map(weakref.ref, distinct_configs(tree).values()))
         self._settings = copy.deepcopy(self._current_settings())
         self._classes = list(dict.fromkeys(map(type, tree.modules)))

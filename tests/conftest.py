@@ -1,6 +1,7 @@
 """Shared set-up of every test: seeds, threads, poisoned memory, and the import path of the test helpers."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def _threads():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def native_library():
+    """What the tests of the native library need. Where there is a compiler, there must be a library: a source that does
+    not compile is left out by the installation, and would otherwise only leave out its tests."""
+    from hf_paged_kernels.native_library import LIBRARY, SWITCH, library
+
+    if os.environ.get(SWITCH) == "off":
+        pytest.skip(f"{SWITCH}=off")
+    if library() is None:
+        assert shutil.which("c++") is None, f"{LIBRARY.name} was not built, or cannot be loaded: pip install -v -e ."
+        pytest.skip("there is no C++ compiler, so that the package has no native library")
 
 
 @pytest.fixture(autouse=True)

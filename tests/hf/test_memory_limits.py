@@ -25,6 +25,7 @@ def peak() -> int:
 
 
 def forget_peak() -> None:
+    """Only Linux can, where `/proc` may be written to; some sandboxes do not let anybody."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
@@ -63,6 +64,7 @@ def test_growing_and_shrinking_copy_nothing_and_take_no_memory_twice(no_poison):
     assert [each.data_ptr() for store in model.paged._pool.stores for each in (store.keys, store.values)] == memory
 
 
+# `RLIMIT_AS` is what the test is made with: macOS takes it and does not keep to it, Windows has no such thing.
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the address space of a process has no limit")
 @pytest.mark.parametrize("below", ["nothing", "disk"])
 def test_memory_that_the_system_refuses_half_way_through_a_batch(below, tmp_path):
@@ -98,8 +100,8 @@ def test_memory_refused_while_a_model_is_tried_says_nothing_about_it(what, error
             raise error
         return real(*args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(module, function, refused)
+    with monkeypatch.context() as refusing:
+        refusing.setattr(module, function, refused)
         with pytest.raises(type(error), match=str(error)):
             pair.model.generate(**batch([row]), do_sample=False, max_new_tokens=12)
     for each in (usual, pair):

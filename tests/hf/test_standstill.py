@@ -6,7 +6,6 @@ import sys
 import weakref
 
 import pytest
-import torch
 from families import FAMILIES, stock_model
 from identity_changes import CHANGES, INVISIBLE, attention, by_name, generate, llama, weight
 from torch import nn
@@ -16,9 +15,8 @@ from hf_paged import paged
 from hf_paged.identity import ModelIdentity
 from hf_paged.standstill import Standstill
 from hf_paged.weights import Tree
-from hf_paged_kernels import takes
 
-pytestmark = pytest.mark.skipif(not takes(torch.zeros(1)), reason="the native library was not built")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture
@@ -172,17 +170,8 @@ def test_a_restless_model_is_walked_without_more(walks, monkeypatch):
     assert not walks
 
 
-def test_one_attribute_set_late_costs_one_walk(walks):
-    model = llama()
-    identity, digest = looked_at(model)
-    attention(model).seen = []
-    assert identity.digest() == digest
-    walks.clear()
-    assert identity.digest() == digest
-    assert not walks
-
-
 def test_a_model_that_rests_in_between_is_not_restless(walks):
+    """An attribute that is set costs one walk, however often in the life of a model."""
     model = llama()
     identity, digest = looked_at(model)
     for seen in [[step] for step in range(10)]:

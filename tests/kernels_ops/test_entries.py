@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_paged_kernels import ModuleEntries, takes
+from hf_paged_kernels import ModuleEntries
 
-pytestmark = pytest.mark.skipif(not takes(torch.zeros(1)), reason="the native library was not built")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 class Scaled(nn.Module):

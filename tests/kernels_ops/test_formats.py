@@ -130,7 +130,7 @@ def memory_of(records: KVRecords, heads: int, slots: int) -> list[torch.Tensor]:
     return [torch.zeros(heads, slots, size, dtype=torch.uint8) for size in (records.key_bytes, records.value_bytes)]
 
 
-@pytest.mark.skipif(not VARIANTS, reason="the native kernel was not built")
+@pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", [(64, 48), (16, 256), (96, 80)])
@@ -151,9 +151,8 @@ def test_the_native_store_encodes_bit_for_bit_as_torch(name, dtype, dims):
 @pytest.mark.parametrize(
     ("name", "dims"), [("int8", (30, 64)), ("int8", (4, 64)), ("int8", (264, 64)), ("int4", (272, 64))]
 )
+@pytest.mark.usefixtures("native_library")
 def test_what_the_native_store_does_not_encode_is_left_to_torch(name, dims):
-    if not VARIANTS:
-        pytest.skip("the native kernel was not built")
     records = KVRecords(FORMATS[name], *dims)
     memory = memory_of(records, 1, 9)
     new = [torch.ones(1, 1, 2, dim) for dim in dims]

@@ -12,7 +12,7 @@ from hf_paged_kernels import NativeError, NativeKernel, NativeStore, Part, Parts
 from hf_paged_kernels.native import _look, variants
 
 VARIANTS = variants()
-pytestmark = pytest.mark.skipif(not VARIANTS, reason="the native kernel was not built")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 # Largest difference to float64, relative to the largest value.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -27,7 +27,7 @@ DTYPES = [
 # Elements and how far apart: fewer than are fetched ahead, one piece, several, and adjacent ones.
 SHAPES = [(1, 1), (1, 7), (31, 3), (33, 1), (577, 5), (PIECE, 1), (PIECE + 1, 2), (3 * PIECE, 3)]
 
-pytestmark = pytest.mark.skipif(not takes(torch.zeros(1)), reason="the native library was not built")
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture(params=[1, 3])

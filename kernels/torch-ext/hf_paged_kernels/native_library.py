@@ -1,6 +1,6 @@
 """Finds and loads the native library.
 
-The library (`kernels/native`, loaded with ctypes) knows neither Python nor torch. It is built when the package is
+The library (`kernels/native`, loaded with ctypes) is made without Python and torch, when the package is
 installed, where there is a compiler.
 """
 
