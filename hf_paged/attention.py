@@ -10,6 +10,7 @@ import torch
 
 from hf_paged import compat
 from hf_paged.backends import PREPARED, AttentionCall, attend_rows
+from hf_paged.compat import CACHE_NAME
 from hf_paged.cross import attend_shared
 from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
@@ -57,7 +58,7 @@ _KNOWN = frozenset(
         "cache_position",
         "position_embeddings",
         "use_cache",
-        "past_key_values",
+        CACHE_NAME,
         "past_key_value",
         "output_attentions",
         "output_hidden_states",

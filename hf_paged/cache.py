@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from hf_paged import compat
 from hf_paged.backends import PreparedDecode
+from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
@@ -133,7 +134,7 @@ class PagedCache(Cache):
             self.tables.extend(self.pool.manager.new_table(root) for _ in range(batch_size))
         elif len(self.tables) != batch_size:
             raise ValueError(
-                f"past_key_values holds {len(self.tables)} rows, the input has {batch_size}: pass as many rows as the "
+                f"{CACHE_NAME} holds {len(self.tables)} rows, the input has {batch_size}: pass as many rows as the "
                 "cache was made with, or match them with batch_select_indices / batch_repeat_interleave"
             )
 
@@ -360,7 +361,7 @@ class PagedCache(Cache):
             keep = 0
         if keep < 0:
             raise ValueError(
-                f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that past_key_values holds"
+                f"crop({tokens_to_remove}) removes more tokens than the {self.dense_len} that {CACHE_NAME} holds"
             )
         if keep < self.dense_len:
             self._go_back(tokens_to_remove, keep)
@@ -375,8 +376,8 @@ class PagedCache(Cache):
         manager = self.pool.manager
         if not all(map(manager.reaches, self.tables, counts)):
             raise ValueError(
-                f"crop({tokens_to_remove}): the sliding-window layers of past_key_values have given up what lay before "
-                "their window; call past_key_values.activate_past_recording() before the tokens that are to be removed"
+                f"crop({tokens_to_remove}): the sliding-window layers of {CACHE_NAME} have given up what lay before "
+                f"their window; call {CACHE_NAME}.activate_past_recording() before the tokens that are to be removed"
             )
         for table, count in zip(self.tables, counts, strict=True):
             manager.crop(table, count)
@@ -403,7 +404,7 @@ class PagedCache(Cache):
             return
         count = len(self.tables)
         if not all(-count <= row < count for row in rows):
-            raise ValueError(f"indices {list(rows)} reach beyond the {count} rows that past_key_values holds")
+            raise ValueError(f"indices {list(rows)} reach beyond the {count} rows that {CACHE_NAME} holds")
         rows = [row % count for row in rows]
         if rows == list(range(len(self.tables))):
             return

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.backends.fixed import UncapturableError
+from hf_paged.compat import CACHE_NAME
 from hf_paged.forward import TOKEN_TYPES, ModelCall
 from hf_paged.weights import PLAIN_TENSORS, Tree
 
 # Tensors that may be other ones in every step; with one column, and a row for each row of the call or for all.
 _INPUTS = frozenset(("input_ids", "position_ids", *TOKEN_TYPES))
 # What a captured pass is given in its own way.
-_REPLACED = frozenset(("past_key_values", "attention_mask"))
+_REPLACED = frozenset((CACHE_NAME, "attention_mask"))
 
 
 def model_obstacle(model: PreTrainedModel, device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.backends.fixed import FixedStep, UncapturableError
 from hf_paged.cache import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.core.plan import StepPlan
 from hf_paged.forward import ModelCall
 from hf_paged.graphs import GraphDriver
@@ -84,7 +85,7 @@ class CapturedStep:
             logits = everyone.index_copy_(0, self._active[:queries].long(), logits)
         else:
             logits = logits.clone()  # the next step writes where these are
-        return self._kind(logits=logits, past_key_values=request.kwargs["past_key_values"])
+        return self._kind(logits=logits, **{CACHE_NAME: request.kwargs[CACHE_NAME]})
 
     def _fill(self, step: FixedStep, tensors: dict[str, torch.Tensor]) -> None:
         if self._sent is not step:
@@ -108,7 +109,7 @@ class CapturedStep:
         plans = step.fixed_plans(self._numbers)
         stand_in = PagedCache(cache.model_config, pool=cache.pool, settings=cache.settings, layout=cache.layout)
         mask = paged_mask(request.inputs.device)
-        kwargs = {**constants, **self._inputs, request.names.mask: mask, "past_key_values": stand_in}
+        kwargs = {**constants, **self._inputs, request.names.mask: mask, CACHE_NAME: stand_in}
 
         def forward_at(length: int) -> ModelOutput:
             _begin(stand_in, plans, length, backend)
@@ -117,9 +118,9 @@ class CapturedStep:
         expected = self._driver.warm_up(lambda: forward_at(cache.dense_len)).logits
         # Captured at a length that is not the sequences': who computes with it, in Python, comes out different.
         outputs, self._run = self._driver.capture(lambda: forward_at(cache.dense_len - 1))
-        if not isinstance(outputs, ModelOutput) or outputs.get("past_key_values") is not stand_in:
+        if not isinstance(outputs, ModelOutput) or outputs.get(CACHE_NAME) is not stand_in:
             raise UncapturableError("outputs of another kind")
-        others = outputs.keys() - {"logits", "past_key_values"}
+        others = outputs.keys() - {"logits", CACHE_NAME}
         if others:
             raise UncapturableError(f"outputs {', '.join(sorted(others))}")
         self._kind, self._logits = type(outputs), outputs.logits

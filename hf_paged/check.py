@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_paged import compat
+from hf_paged.compat import CACHE_NAME
 from hf_paged.probe import difference, in_one_line, tolerance_of
 from hf_paged.quality import rounding_cache
 from hf_paged.stats import PagedStats
@@ -106,7 +107,7 @@ def _questions(model: Any, length: int) -> Iterator[Question]:
 def _ask_stock(model: Any, question: Question, kv_format: KVFormat | None) -> Any:
     given = {"cache_implementation": "dynamic"}
     if kv_format is not None:
-        given = {"past_key_values": rounding_cache(model.config, kv_format)}
+        given = {CACHE_NAME: rounding_cache(model.config, kv_format)}
     try:
         return _ask(model, question, **given)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -26,7 +26,13 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils.deprecation import deprecate_kwarg
 
+# What models and their outputs call the cache: the second until transformers 5.24, which takes it with a warning.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
@@ -36,6 +42,13 @@ _STATE_AND_KV_LAYERS = (
     LinearAttentionAndFullAttentionLayer,
     *filter(None, [getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None)]),
 )
+
+
+def takes_old_cache_name(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is told the cache by name, to be told it by an older name, too: with stock's own warning."""
+    for name in CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]:
+        method = deprecate_kwarg(name, "5.40.0", new_name=CACHE_NAME)(method)
+    return method
 
 
 def can_generate(model: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from hf_paged import compat
+from hf_paged.compat import CACHE_NAME
 from hf_paged_kernels import FORMATS, KVFormat
 
 _MEASURED_DTYPE = torch.bfloat16  # the one in which every operation has a form for tensors without memory
@@ -126,9 +127,10 @@ def _measure(build: _Build) -> _Sizes:
     cache = DynamicCache(config=decoder)
     if model.config.is_encoder_decoder:
         both = EncoderDecoderCache(cache, DynamicCache(config=decoder))
-        model(input_ids=one, decoder_input_ids=one, past_key_values=both, use_cache=True)
+        given = {"decoder_input_ids": one, CACHE_NAME: both}
     else:
-        model(input_ids=one, attention_mask=one + 1, past_key_values=cache, use_cache=True)
+        given = {"attention_mask": one + 1, CACHE_NAME: cache}
+    model(input_ids=one, **given, use_cache=True)
     elements, fixed_bytes, shapes = [], [], []
     layers = zip(cache.layers, compat.cache_layout(decoder).places, strict=True)
     for layer in (layer for layer, place in layers if place is not None):

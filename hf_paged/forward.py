@@ -15,6 +15,7 @@ import torch
 from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.core.planner import plan_decode
 from hf_paged.errors import UnseenLayersError
 
@@ -28,7 +29,7 @@ _KNOWN_ARGUMENTS = frozenset(
         "inputs_embeds",
         "attention_mask",
         "position_ids",
-        "past_key_values",
+        CACHE_NAME,
         "use_cache",
         "return_dict",
         "logits_to_keep",

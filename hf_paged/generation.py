@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig, GenerationMixin, Generatio
 
 from hf_paged import compat
 from hf_paged.cache import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.identity import Sampling
 from hf_paged.probe import CACHE_UNUSED
@@ -63,8 +64,9 @@ class PagedGenerationMixin:
         """The runtime: settings, statistics, memory."""
         return self.__dict__[RUNTIME_ATTRIBUTE]
 
+    @compat.takes_old_cache_name
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = paged_part(kwargs.get("past_key_values"))
+        cache = paged_part(kwargs.get(CACHE_NAME))
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
         if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
             return type(self).__call__(self, *args, **kwargs)
@@ -90,7 +92,8 @@ class PagedGenerationMixin:
     def _leaves_weights_alone(self, kwargs: dict[str, Any]) -> bool:
         """Whether stock's own code alone runs from here to `_prepare_cache_for_generation`, if it gets there."""
         is_stock = self._hf_paged_original.generate is GenerationMixin.generate
-        return is_stock and kwargs.get("past_key_values") is None and not kwargs.get("custom_generate")
+        is_given = any(kwargs.get(name) is not None for name in compat.CACHE_NAMES)
+        return is_stock and not is_given and not kwargs.get("custom_generate")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         salt = model_kwargs.pop("cache_salt", None)
@@ -109,25 +112,25 @@ class PagedGenerationMixin:
         model_kwargs.pop("cache_salt", None)
         salt = _SALT.get()
         chosen = (
-            model_kwargs.get("past_key_values") is not None
+            model_kwargs.get(CACHE_NAME) is not None
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
         )
         arguments = (generation_config, model_kwargs, generation_mode, *args)
         if chosen:
-            if isinstance(model_kwargs.get("past_key_values"), PagedCache):
-                self.paged.check_root(model_kwargs["past_key_values"], salt)
+            if isinstance(model_kwargs.get(CACHE_NAME), PagedCache):
+                self.paged.check_root(model_kwargs[CACHE_NAME], salt)
             return super()._prepare_cache_for_generation(*arguments, **kwargs)
         result, obstacle = None, self._paged_obstacle()
         if obstacle is not None or self.config.is_encoder_decoder:
             result = super()._prepare_cache_for_generation(*arguments, **kwargs)
-            if obstacle is None and not compat.is_plain_pair(model_kwargs.get("past_key_values")):
+            if obstacle is None and not compat.is_plain_pair(model_kwargs.get(CACHE_NAME)):
                 obstacle = "model keeps a cache of its own"
         if obstacle is not None:
             self.paged.hand_over(obstacle)
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-        model_kwargs["past_key_values"] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
+        model_kwargs[CACHE_NAME] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             paged_part(cache).activate_past_recording()  # guesses will be taken back
         if self.config.is_encoder_decoder:
@@ -150,7 +153,7 @@ class PagedGenerationMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        cache = paged_part(model_kwargs.get("past_key_values"))
+        cache = paged_part(model_kwargs.get(CACHE_NAME))
         if cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         try:
@@ -185,7 +188,7 @@ class PagedGenerationMixin:
 
     @wraps(GenerationMixin._sample)
     def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-        cache, config = paged_part(kwargs.get("past_key_values")), kwargs["generation_config"]
+        cache, config = paged_part(kwargs.get(CACHE_NAME)), kwargs["generation_config"]
         criteria = kwargs["stopping_criteria"]
         ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if cache is not None and ends_rows and not config.return_dict_in_generate and not cache.held_by_user:
@@ -204,7 +207,7 @@ class PagedGenerationMixin:
         self, decode: Callable[..., Any], input_ids: torch.LongTensor, kwargs: dict[str, Any], assisted: bool = False
     ) -> Any:
         """Run a decoding loop; whatever happens in it, no block stays behind unless the caller holds the cache."""
-        given, config = kwargs.get("past_key_values"), kwargs["generation_config"]
+        given, config = kwargs.get(CACHE_NAME), kwargs["generation_config"]
         cache = paged_part(given)
         if cache is None:
             return decode(input_ids, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_paged import compat
+from hf_paged.compat import CACHE_NAME
 from hf_paged.dense import DenseView
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore
@@ -67,7 +68,7 @@ class PagedLayer(CacheLayerMixin):
         """
         if (key_states.requires_grad or value_states.requires_grad) and torch.is_grad_enabled():
             raise ValueError(
-                "past_key_values: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
+                f"{CACHE_NAME}: a PagedCache carries no gradients; call the model under torch.no_grad(), or train "
                 "with use_cache=False or a DynamicCache"
             )
         key_states, value_states = compat.as_attended(key_states, value_states)
@@ -88,7 +89,7 @@ class PagedLayer(CacheLayerMixin):
             cache.begin_unplanned(key_states)
             step = cache.step
         elif not step.planned and self.seen + step.tokens_per_row != cache.dense_len:
-            raise ValueError(f"layer {self.index} of past_key_values has seen {self.seen} of {cache.dense_len} tokens")
+            raise ValueError(f"layer {self.index} of {CACHE_NAME} has seen {self.seen} of {cache.dense_len} tokens")
         self._check_tokens(key_states, len(cache.tables) * step.tokens_per_row)
         store = cache.pool.layer(self.index, key_states, value_states)
         visible, _ = self.get_mask_sizes(step.tokens_per_row)
@@ -108,7 +109,7 @@ class PagedLayer(CacheLayerMixin):
         given = key_states.shape[0] * key_states.shape[2]
         if given != expected:
             raise ValueError(
-                f"layer {self.index} of past_key_values is given K and V of {given} tokens in a pass over {expected}; "
+                f"layer {self.index} of {CACHE_NAME} is given K and V of {given} tokens in a pass over {expected}; "
                 "a PagedCache keeps those of the sequence only, a DynamicCache takes any"
             )
 
@@ -232,7 +233,7 @@ class PagedLayer(CacheLayerMixin):
         elif cache.pending[self.done] != key:
             raise ValueError(
                 f"layers of a PagedCache move together: layer {self.index} was asked for {key}, others for "
-                f"{cache.pending[self.done]}; call the method on past_key_values instead"
+                f"{cache.pending[self.done]}; call the method on {CACHE_NAME} instead"
             )
         self.done += 1
         if all(layer.done == len(cache.pending) for layer in cache.paged_layers):

@@ -15,6 +15,7 @@ import torch
 
 from hf_paged.arena import can_give_back
 from hf_paged.backends import AttentionBackend
+from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.core.apart import append_kept
 from hf_paged.core.blocks import OutOfBlocks
@@ -147,7 +148,7 @@ class KVPool:
             raise ValueError(
                 f"key_states of layer {index} have {key.shape[1]} KV heads of dim {key.shape[3]} in {key.dtype} on "
                 f"{key.device}; this PagedCache holds {store.keys.shape[0]} heads of dim {store.key_dim} in "
-                f"{store.dtype} on {store.keys.device}. Was past_key_values made for another model? Make a new "
+                f"{store.dtype} on {store.keys.device}. Was {CACHE_NAME} made for another model? Make a new "
                 "PagedCache(model.config)."
             )
         return store

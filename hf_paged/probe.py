@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.backends import AttentionBackend, backend_for
 from hf_paged.cache import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.errors import is_refusal
 from hf_paged.forward import ModelCall, run_decode, run_padded
@@ -145,13 +146,13 @@ def _compare(
     inputs = torch.stack([torch.cat([row.new_zeros(longest + 1 - len(row)), row]) for row in rows])
     real = torch.stack([torch.arange(longest, device="cpu") >= longest - tokens for tokens in _ROW_TOKENS])
     positions = (real.cumsum(dim=1) - 1).clamp(min=0).to(inputs.device)
-    prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, "past_key_values": cache, "use_cache": True}
+    prompt = {"input_ids": inputs[:, :-1], "position_ids": positions, CACHE_NAME: cache, "use_cache": True}
     windows: dict[int, int | None] = {}
     outputs, *_ = run_packed(ModelCall(call, prompt, inputs[:, :-1], real, True), cache, backend, keeps_logits, windows)
     decode = {
         "input_ids": inputs[:, -1:],
         "position_ids": positions[:, -1:] + 1,
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "use_cache": True,
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
@@ -204,7 +205,7 @@ def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Te
     tokens = torch.stack([torch.cat([row, longest[len(row) :]]) for row in rows])
     config = model.config.get_text_config(decoder=True)
     cache = compat.stock_cache(config)
-    arguments = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
+    arguments = {"input_ids": tokens, CACHE_NAME: cache, "use_cache": True}
     if compat.takes_position_ids(model):  # told as `generate` does
         arguments["position_ids"] = torch.arange(len(longest), device=tokens.device).expand(tokens.shape)
     logits = call(**arguments).logits
@@ -228,7 +229,7 @@ def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: Page
         tokens = torch.stack([row[: min(_ROW_TOKENS)] for row in _prompts(_plain_tokens(model), cache.pool.device)])
         expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
         for part in (tokens[:, :-1], tokens[:, -1:]):
-            given = {"input_ids": part, "past_key_values": cache, "use_cache": True}
+            given = {"input_ids": part, CACHE_NAME: cache, "use_cache": True}
             outputs = run_padded(ModelCall(call, given, part, None, False), cache)
         return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
     except Exception as error:  # whatever a model does with what it did not expect, copies are right

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_paged import compat
+from hf_paged.compat import CACHE_NAME
 from hf_paged.footprint import formats_for
 from hf_paged.probe import in_one_line
 from hf_paged_kernels import KVFormat
@@ -102,7 +103,7 @@ def _answers(
         given = {name: tokens[chunk.start : chunk.stop].unsqueeze(0)}
         if model.config.is_encoder_decoder:
             given["input_ids"] = tokens[:chunk_tokens].unsqueeze(0)
-        yield chunk, [model(**given, past_key_values=cache, use_cache=True).logits[0] for cache in caches]
+        yield chunk, [model(**{**given, CACHE_NAME: cache}, use_cache=True).logits[0] for cache in caches]
 
 
 def check_quality(model: Any, kv_format: KVFormat) -> Quality:

@@ -18,6 +18,7 @@ from hf_paged import compat
 from hf_paged.backends import backend_for, plain_torch_reason
 from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
+from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
@@ -284,7 +285,7 @@ class PagedRuntime:
         model = self._model()
         if args and "input_ids" not in kwargs:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        both = kwargs["past_key_values"]
+        both = kwargs[CACHE_NAME]
         names = ENCODER_DECODER if isinstance(both, PagedEncoderDecoderCache) else DECODER_ONLY
         inputs = kwargs.get(names.ids)
         if inputs is None:
@@ -327,13 +328,13 @@ class PagedRuntime:
         if cache.owner is None:
             if compat.kv_shape(cache.model_config) != compat.kv_shape(model.config.get_text_config(decoder=True)):
                 raise ValueError(
-                    "past_key_values is a PagedCache for a model of another shape; make one with "
+                    f"{CACHE_NAME} is a PagedCache for a model of another shape; make one with "
                     "PagedCache(model.config) of the model that generates"
                 )
             cache.owner = weakref.ref(model)
         elif cache.owner() is not model:
             raise ValueError(
-                "past_key_values is a PagedCache that another model has filled; its K and V mean nothing to this "
+                f"{CACHE_NAME} is a PagedCache that another model has filled; its K and V mean nothing to this "
                 "one. Pass a cache that this model returned, or none"
             )
 
@@ -394,7 +395,7 @@ class PagedRuntime:
     def _check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
         """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
         if lengths and not cache.tables:
-            raise RuntimeError(f"past_key_values was lost: {obstacle}, in the middle of a pass") from None
+            raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass") from None
 
     def _share_equal_rows(self, cache: PagedCache) -> None:
         """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import ModelCall, run_decode, run_padded
@@ -28,14 +29,14 @@ def try_decode(
 
     Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
     """
-    twin = deepcopy(request.kwargs["past_key_values"])
+    twin = deepcopy(request.kwargs[CACHE_NAME])
     _pair(cache, paged_part(twin))
     try:
         before = _own_states(model)
         outputs = run_padded(request, cache)
         if _differ(before, _own_states(model)):
             return outputs, "modules that keep a state of their own"
-        request = replace(request, kwargs={**request.kwargs, "past_key_values": twin})
+        request = replace(request, kwargs={**request.kwargs, CACHE_NAME: twin})
         return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
     finally:
         cache.sequences.twin = None

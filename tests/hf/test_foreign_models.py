@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_paged import patch_model
 from hf_paged.attention import PagedName
+from hf_paged.compat import CACHE_NAME
 
 NEW = 8
 CALLS = [
@@ -68,13 +69,14 @@ class OwnAttention(OwnModel):
     def add_layers(self, config):
         self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(config.num_hidden_layers))
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        cache = kwargs.get(CACHE_NAME)
         hidden = self.embed(input_ids)
         for index, layer in enumerate(self.qkv):
             query, key, value = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in layer(hidden).chunk(3, dim=-1))
             key = key + 0.1 * position_ids[:, None, :, None].sin()
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, index)
+            if cache is not None:
+                key, value = cache.update(key, value, index)
             scores = query @ key.transpose(-1, -2) / math.sqrt(8)
             width = scores.shape[-1]
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(width - scores.shape[-2])
@@ -82,7 +84,7 @@ class OwnAttention(OwnModel):
                 visible = visible & attention_mask[:, None, None, -width:].bool()
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
             hidden = hidden + (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        return CausalLMOutputWithPast(logits=self.head(hidden), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=self.head(hidden), **{CACHE_NAME: cache})
 
 
 def own_model(kind):

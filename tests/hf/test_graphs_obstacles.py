@@ -11,6 +11,7 @@ from prompts import batch
 
 from hf_paged import patch_model, unpatch_model
 from hf_paged.capturable import model_obstacle
+from hf_paged.compat import CACHE_NAME
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def around_forward(model, change):
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         length = 0 if cache is None else cache.get_seq_length()
         outputs = original.forward(self, *args, **kwargs)
         if length >= len(PROMPT):  # the trial of packed prompts need not see it

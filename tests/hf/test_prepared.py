@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_paged import PagedCache
 from hf_paged.backends.prepared import PreparedDecode, PreparedLayer
+from hf_paged.compat import CACHE_NAME
 from hf_paged_kernels import NativeKernel, kernel_for
 
 NEW = 5
@@ -112,10 +113,10 @@ class _Altering(LlamaAttention):
 
     altered: str
 
-    def forward(self, hidden_states, past_key_values=None, **kwargs):
-        if past_key_values is not None:
-            past_key_values = _Between(past_key_values, self.altered)
-        return super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+    def forward(self, hidden_states, **kwargs):
+        if kwargs.get(CACHE_NAME) is not None:
+            kwargs[CACHE_NAME] = _Between(kwargs[CACHE_NAME], self.altered)
+        return super().forward(hidden_states, **kwargs)
 
 
 class _Between:

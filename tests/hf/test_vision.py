@@ -12,6 +12,7 @@ from pair import Pair
 from versions import skip_if_older
 
 from hf_paged import PagedCache
+from hf_paged.compat import CACHE_NAME
 from hf_paged.probe import _plain_tokens
 
 NEW = 10
@@ -139,6 +140,6 @@ def test_a_paged_cache_refuses_the_tokens_of_images():
         "cross_attention_mask": torch.ones(1, 10, 1, 1, dtype=torch.long),
     }
     cache = PagedCache(model.config, block_size=8)
-    with pytest.raises(ValueError, match="layer 1 of past_key_values is given K and V of"):
+    with pytest.raises(ValueError, match=f"layer 1 of {CACHE_NAME} is given K and V of"):
         model(input_ids=ids, past_key_values=cache, **images)
     model(input_ids=ids, past_key_values=transformers.DynamicCache(config=model.config), **images)
