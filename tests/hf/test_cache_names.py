@@ -88,18 +88,18 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "qwen2"])
-@pytest.mark.parametrize("mode", CALLS)
-def test_no_call_of_ours_uses_a_name_that_stock_warns_of(family, mode, caplog):
-    model = FAMILIES[family].build()
+@pytest.mark.parametrize("architecture", ["llama", "t5", "qwen2"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_call_of_ours_uses_a_name_that_stock_warns_of(architecture, call, caplog):
+    model = FAMILIES[architecture].build()
     model.set_attn_implementation("eager")
-    patch_model(model, verify=True, kv_cache_dtype="int8" if family == "llama" else "auto")
-    rows = ROWS[:1] if mode == "lookup" else ROWS
+    patch_model(model, verify=True, kv_cache_dtype="int8" if architecture == "llama" else "auto")
+    rows = ROWS[:1] if call == "lookup" else ROWS
     transformers.logging.enable_propagation()
     try:
         with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.WARNING):
             warnings.simplefilter("always")
-            model.generate(**batch(rows), max_new_tokens=NEW, **{"do_sample": False, **CALLS[mode]})
+            model.generate(**batch(rows), max_new_tokens=NEW, **{"do_sample": False, **CALLS[call]})
     finally:
         transformers.logging.disable_propagation()
     assert of_names(caught) == []
