@@ -31,7 +31,8 @@ Rows = Iterator[dict[str, object]]
 
 def parts(device: torch.device, is_tiny: bool, sides: Sequence[str]) -> dict[str, Callable[[], Rows]]:
     """What there is to do, by name, in order; `sides` are those of `generate` that take part, all where empty."""
-    from benchmarks import gpu_generate, gpu_kernels, gpu_offload, gpu_overflow, gpu_records
+    from benchmarks import gpu_generate, gpu_kernels, gpu_memory, gpu_offload, gpu_overflow, gpu_records
+    from hf_paged.cuda_driver import driver_for
 
     kernels = gpu_kernels.TINY if is_tiny else gpu_kernels.Sizes()
     whole = gpu_generate.TINY if is_tiny else gpu_generate.Sizes()
@@ -47,6 +48,7 @@ def parts(device: torch.device, is_tiny: bool, sides: Sequence[str]) -> dict[str
         "bandwidth": lambda: iter([{"bytes_per_second": bandwidth()}]),
         "check": lambda: gpu_kernels.check(device, kernels),
         "tokens": lambda: gpu_generate.tokens_equal(device, whole),
+        "memory": lambda: gpu_memory.memory(device, driver_for(device)),
         "decode": lambda: gpu_kernels.decode(device, kernels, bandwidth()),
         "check-records": lambda: gpu_records.check(device, kernels),
         "decode-records": lambda: gpu_records.decode(device, kernels, bandwidth()),
@@ -105,8 +107,8 @@ def has_failed(outcome: dict[str, object]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts that were asked for; returns the exit status."""
     names = (
-        "bandwidth", "check", "tokens", "decode", "check-records", "decode-records", "moves", "prefill", "tiles",
-        "end-to-end", "samples", "offload", "overflow",
+        "bandwidth", "check", "tokens", "memory", "decode", "check-records", "decode-records", "moves", "prefill",
+        "tiles", "end-to-end", "samples", "offload", "overflow",
     )  # fmt: skip
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")

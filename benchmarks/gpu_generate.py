@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from hf_paged import paged
+from hf_paged.cuda_driver import driver_for
 
 BATCH_PAGE_TOKENS, BATCH_TOKENS = 256, 8192
 """``generate_batch``: its page, which is its default, and the tokens of a pass."""
@@ -227,7 +228,7 @@ SIDES: dict[str, Callable[[Work], dict[str, object]]] = {
 def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> dict[str, object]:
     """New tokens per second, the prompt's time included, and the most memory beyond what was held before."""
     _collect(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    before = _held_at_most(device)
     try:
         call()
         times = []
@@ -237,12 +238,19 @@ def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> 
             call()
             _wait(device)
             times.append(time.perf_counter() - begin)
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        peak = _held_at_most(device) - before if device.type == "cuda" else None
         return {"tokens_per_second": num_tokens / median(times), "seconds": times, "peak_bytes": peak}
     except Exception as error:  # out of memory is a result, too
         return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
     finally:
         _collect(device)
+
+
+def _held_at_most(device: torch.device) -> int:
+    """Bytes since the last `_collect`: torch's, and the pools' that torch does not know of. 0 on the CPU."""
+    driver = driver_for(device)
+    torch_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return torch_bytes + (0 if driver is None else driver.most_bytes)
 
 
 def _wait(device: torch.device) -> None:
@@ -256,3 +264,5 @@ def _collect(device: torch.device) -> None:
         torch.compiler.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        if (driver := driver_for(device)) is not None:
+            driver.most_bytes = driver.backed_bytes

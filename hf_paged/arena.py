@@ -1,4 +1,8 @@
-"""Memory whose pages the system hands out at the first write, and takes back where nobody needs their content."""
+"""Memory that is there where it is needed, and goes back where nobody needs its content.
+
+The CPU's system hands pages out at the first write. GPUs get theirs when they are asked for, before anybody writes.
+Elsewhere all of it is taken at once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.cuda_driver import driver_for
 from hf_paged.errors import RefusedMemoryError
+from hf_paged.virtual import AddressSpace
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -49,11 +55,21 @@ def whole_pages_of_slots(num_slots: int, likes: Sequence[torch.Tensor]) -> int:
     return (-(-num_slots // slots) | 1) * slots
 
 
+def comes_on_demand(device: torch.device) -> bool:
+    """Whether memory on a device is taken as it is needed, so that address space costs nothing."""
+    return device.type == "cpu" or driver_for(device) is not None
+
+
+# What fits into fewer pages a head is taken at once.
+MIN_PAGES = 4
+
+
 class Arena:
-    """`[heads, slots, dim]` zeros like `like [batch, heads, tokens, dim]`.
+    """`[heads, slots, dim]` like `like [batch, heads, tokens, dim]`.
 
     On the CPU, where the system can take pages back, each head begins with a page: `num_slots` is to be a number that
-    `whole_pages_of_slots` has returned. Elsewhere it is a tensor as any other.
+    `whole_pages_of_slots` has returned. Where a driver gives memory on demand, slots have none until `back`, unless all
+    of it is but a few pages. Elsewhere it is a tensor as any other. All but memory on demand is zero at first.
 
     Attributes:
         tensor: the memory; contiguous.
@@ -63,8 +79,17 @@ class Arena:
         heads, dim = like.shape[1], like.shape[3]
         self._slot_bytes = dim * like.element_size()
         self._mapping: mmap.mmap | None = None
-        if like.device.type == "cpu" and heads * dim and can_give_back():
-            self._mapping = self._reserve(heads * num_slots * self._slot_bytes)
+        self._space: AddressSpace | None = None
+        num_bytes = heads * num_slots * self._slot_bytes
+        driver = driver_for(like.device)
+        if driver is not None and num_bytes > heads * MIN_PAGES * driver.page_bytes:
+            self._space = AddressSpace(driver, num_bytes)
+            self._space.back("begin", 0, 1)
+            memory = driver.tensor(self._space)[:num_bytes]
+            self.tensor = memory.view(like.dtype).view(heads, num_slots, dim)
+            self._step_slots = -(-driver.page_bytes // self._slot_bytes)
+        elif driver is None and like.device.type == "cpu" and num_bytes and can_give_back():
+            self._mapping = self._reserve(num_bytes)
             self.tensor = torch.frombuffer(self._mapping, dtype=like.dtype).view(heads, num_slots, dim)
         else:
             self.tensor = torch.zeros((heads, num_slots, dim), dtype=like.dtype, device=like.device)
@@ -85,11 +110,39 @@ class Arena:
             return 1
         return PAGE_BYTES // math.gcd(PAGE_BYTES, block_size * self._slot_bytes)
 
-    def give_back(self, start: int, stop: int) -> None:
-        """Slots `start` to `stop` lose their content and their memory; both at the beginning of a page, or the end."""
-        if self._mapping is None:
+    @property
+    def step_slots(self) -> int | None:
+        """Adjacent slots whose memory fills a page a head; `None` where slots need not be asked for."""
+        return None if self._space is None else self._step_slots
+
+    def back(self, start: int, stop: int) -> None:
+        """Have memory for slots `start` to `stop`, which may hold anything then. Raises `RefusedMemoryError`."""
+        if self._space is None:
             return
+        begun = []
+        try:
+            for head, first, last in self._per_head(start, stop):
+                self._space.back((head, start), first, last)
+                begun.append((head, start))
+        except BaseException:
+            for key in begun:
+                self._space.give_back(key)
+            raise
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Slots `start` to `stop` lose their content and their memory.
+
+        Where the system hands out pages, both at the beginning of a page, or the end; elsewhere as they were backed.
+        """
+        if self._space is not None:
+            for head, _, _ in self._per_head(start, stop):
+                self._space.give_back((head, start))
+        elif self._mapping is not None:
+            for _, first, last in self._per_head(start, stop):
+                self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _per_head(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Number, first byte and the one behind the last of slots `start` to `stop` of every head."""
         heads, num_slots, _ = self.tensor.shape
-        num_bytes = (min(stop, num_slots) - start) * self._slot_bytes
-        for head in range(heads):
-            self._mapping.madvise(mmap.MADV_DONTNEED, (head * num_slots + start) * self._slot_bytes, num_bytes)
+        stop, size = min(stop, num_slots), self._slot_bytes
+        return [(head, (head * num_slots + start) * size, (head * num_slots + stop) * size) for head in range(heads)]

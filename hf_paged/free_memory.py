@@ -17,11 +17,17 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device now, in bytes."""
+    """Memory that is free on a device now, in bytes; what torch keeps for later counts, as it gives that back."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     machine = psutil.virtual_memory()
     return min([machine.available, *_rooms(Path("/proc/self/cgroup"), machine.total)])
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of a device, in bytes."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
 
 
 class _Files(NamedTuple):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 
-from hf_paged.arena import can_give_back
+from hf_paged.arena import can_give_back, comes_on_demand
 from hf_paged.backends import AttentionBackend
 from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
@@ -23,8 +23,8 @@ from hf_paged.core.capacity import group_costs
 from hf_paged.core.manager import BlockManager, Growth, Pin
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
-from hf_paged.errors import PagedMemoryError, UnseenLayersError
-from hf_paged.free_memory import free_bytes
+from hf_paged.errors import PagedMemoryError, RefusedMemoryError, UnseenLayersError
+from hf_paged.free_memory import free_bytes, total_bytes
 from hf_paged.overflow import Overflow, UnseenLayers
 from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
@@ -35,9 +35,9 @@ Taken = TypeVar("Taken")
 
 # Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
-# Enough for any prompt of today on a CPU, and block ids stay small; untouched blocks cost no memory.
+# Enough for any prompt of today, and block ids stay small; untouched blocks cost no memory.
 MAX_SLOTS = 2**21
-# Devices other than the CPU have no untouched pages: their pool is allocated at once, so it stays smaller.
+# Where they do, because all of a pool is allocated at once, it stays smaller.
 MAX_SLOTS_ALLOCATED = 2**18
 MAX_SLOTS_POISONED = 2**14
 
@@ -67,17 +67,17 @@ class KVPool:
         self.kv_format = settings.kv_format
         self.device_key = budget_key(device)
         given_bytes = settings.budget_bytes(self.device_key)
-        on_cpu = device.type == "cpu"
+        on_demand = comes_on_demand(device)
         self.device = device
         self.stores: list[LayerStore | None] = [None] * len(windows)
         groups = group_costs(layer_bytes, windows)
         kinds = [group.window for group in groups]
         self.layer_groups = [kinds.index(window) for window in windows]
         block_bytes = [group.block_bytes(block_size) for group in groups]
-        most_blocks = (most_slots(device.type) if max_slots is None else max_slots) // block_size + 1
+        most_blocks = (most_slots(on_demand) if max_slots is None else max_slots) // block_size + 1
         limit_bytes = self._free_limit(0) if given_bytes is None else given_bytes
-        # Other devices have no pages that come and go; on the CPU free memory may yet grow, up to all there is.
-        self.most_bytes = min(psutil.virtual_memory().total, given_bytes or sys.maxsize) if on_cpu else limit_bytes
+        # Where memory comes on demand, what is free may yet grow, up to all there is.
+        self.most_bytes = min(total_bytes(device), given_bytes or sys.maxsize) if on_demand else limit_bytes
         self._is_bounded = max_slots is not None
         self.manager = BlockManager(
             # Each group may need all of the budget. A given number of slots is the only bound.
@@ -89,10 +89,11 @@ class KVPool:
             kinds,
             block_bytes,
             most_blocks * sum(block_bytes) if self._is_bounded else limit_bytes,
-            self._free_limit if given_bytes is None and on_cpu and not self._is_bounded else None,
+            _weak(self._free_limit) if given_bytes is None and on_demand and not self._is_bounded else None,
         )
-        if on_cpu and can_give_back():
-            self.manager.budget.on_give_back = self._give_back
+        self._refusal: RefusedMemoryError | None = None
+        if device.type == "cpu" and can_give_back():
+            self.manager.budget.on_give_back = _weak(self._give_back)
         if POISON:
             for group, pool in enumerate(self.manager.pools):
                 pool.on_free = partial(self._poison, group)
@@ -137,12 +138,7 @@ class KVPool:
             with self.manager.lock:
                 store = self.stores[index]
                 if store is None:
-                    group = self.layer_groups[index]
-                    pool = self.manager.pools[group]
-                    num_slots = pool.num_blocks * self.block_size
-                    store = LayerStore(num_slots, self.block_size, key, value, group, self.kv_format)
-                    pool.page_blocks = math.lcm(pool.page_blocks, store.whole_page_blocks)
-                    self.stores[index] = store
+                    self.stores[index] = store = self._make_store(self.layer_groups[index], key, value)
                     self._keep_to_budget()
         if not store.accepts(key, value):
             raise ValueError(
@@ -152,6 +148,35 @@ class KVPool:
                 "PagedCache(model.config)."
             )
         return store
+
+    def _make_store(self, group: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
+        """A layer's store, with memory for the blocks of its group that have some. Raises `RefusedMemoryError`."""
+        pool = self.manager.pools[group]
+        store = LayerStore(pool.num_blocks * self.block_size, self.block_size, key, value, group, self.kv_format)
+        pool.page_blocks = math.lcm(pool.page_blocks, store.whole_page_blocks)
+        if store.step_blocks is not None:
+            if pool.extents is None:
+                pool.ask_for_memory(store.step_blocks, partial(_weak(self._back), group))
+                self.manager.budget.on_give_back = _weak(self._give_back)
+            for blocks in pool.extents.runs:
+                store.back(blocks)
+        return store
+
+    def _back(self, group: int, blocks: range) -> bool:
+        """Whether every layer of a group has got memory for these blocks."""
+        backed = []
+        try:
+            for layer in self._layers(group):
+                layer.back(blocks)
+                backed.append(layer)
+        except BaseException as error:
+            for layer in backed:
+                layer.give_back(blocks)
+            if not isinstance(error, RefusedMemoryError):
+                raise
+            self._refusal = error
+            return False
+        return True
 
     def _keep_to_budget(self) -> None:
         """Once every layer's K and V were seen, blocks cost what they are."""
@@ -165,6 +190,11 @@ class KVPool:
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
         fit = error.available * self.block_size
+        if error.refused:
+            return RefusedMemoryError(
+                f"{self._refusal}: {num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, "
+                f"{fit} tokens fit"
+            )
         kind = UnseenLayersError if isinstance(error, UnseenLayers) else PagedMemoryError
         return kind(
             f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
@@ -322,13 +352,19 @@ class KVPool:
             layer.poison(range(block, block + 1))
 
 
+def _weak(method: Callable[..., Taken]) -> Callable[..., Taken]:
+    """A method that does not keep its pool alive: whose memory goes as soon as nobody holds it."""
+    found = weakref.WeakMethod(method)
+    return lambda *arguments: found()(*arguments)
+
+
 def budget_key(device: torch.device) -> str | int:
     """What `max_memory` calls a device."""
     return "cpu" if device.type == "cpu" else (device.index or 0)
 
 
-def most_slots(device_type: str) -> int:
-    """Tokens that a pool keeps at most, whatever the budget."""
+def most_slots(on_demand: bool = True) -> int:
+    """Tokens that a pool keeps at most, whatever the budget; fewer where their memory does not come on demand."""
     if POISON:
         return MAX_SLOTS_POISONED
-    return MAX_SLOTS if device_type == "cpu" else MAX_SLOTS_ALLOCATED
+    return MAX_SLOTS if on_demand else MAX_SLOTS_ALLOCATED

@@ -84,7 +84,7 @@ class LayerStore:
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:
         arena = Arena(num_slots, like)
-        if POISON:
+        if POISON and arena.step_slots is None:
             _fill_nan(arena.tensor[:, block_size:])
         return arena
 
@@ -93,10 +93,39 @@ class LayerStore:
         """The smallest number of adjacent blocks that fill whole pages of K and of V."""
         return math.lcm(*(arena.whole_page_blocks(self._block_size) for arena in self._arenas))
 
+    @property
+    def step_blocks(self) -> int | None:
+        """Adjacent blocks whose memory fills a page a head of K and of V; `None`: blocks need not be asked for."""
+        slots = [arena.step_slots for arena in self._arenas if arena.step_slots is not None]
+        return -(-max(slots) // self._block_size) if slots else None
+
+    def back(self, blocks: range) -> None:
+        """Have memory for blocks; the null block's is zero. Raises `RefusedMemoryError` and changes nothing."""
+        backed = []
+        try:
+            for arena in self._arenas:
+                arena.back(blocks.start * self._block_size, blocks.stop * self._block_size)
+                backed.append(arena)
+        except BaseException:
+            for arena in backed:
+                arena.give_back(blocks.start * self._block_size, blocks.stop * self._block_size)
+            raise
+        if NULL_BLOCK in blocks:
+            for memory in (self.keys, self.values):
+                memory[:, : self._block_size] = 0
+        self._poison_owned_by_nobody(blocks)
+
     def give_back(self, blocks: range) -> None:
-        """Let the system have the memory of blocks that nobody holds; they begin and end with whole pages."""
+        """Let the system have the memory of blocks that nobody holds.
+
+        They begin and end with whole pages where the system hands out those, and are as they were backed elsewhere.
+        """
         for arena in self._arenas:
             arena.give_back(blocks.start * self._block_size, blocks.stop * self._block_size)
+        if self.step_blocks is None:
+            self._poison_owned_by_nobody(blocks)
+
+    def _poison_owned_by_nobody(self, blocks: range) -> None:
         if POISON:
             self.poison(range(max(blocks.start, NULL_BLOCK + 1), blocks.stop))
 

@@ -68,7 +68,7 @@ def _lines(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
 
 
 def _costs(subject: Subject, args: argparse.Namespace) -> Iterator[Sequence[str]]:
-    capacity = _capacity(subject, "cpu", args)
+    capacity = _capacity(subject, args)
     about = "about " if subject.cost.estimated else ""
     for group in subject.groups:
         yield f"a token in {_name(group)}", about + format_bytes(group.token_bytes)
@@ -86,8 +86,8 @@ def _name(group: GroupCost) -> str:
     return f"{layers} of full attention" if group.window is None else f"{layers} with a window of {group.window:,}"
 
 
-def _capacity(subject: Subject, device: int | str, args: argparse.Namespace) -> Capacity:
-    return Capacity(subject.groups, args.block_size, most_slots("cpu" if device == "cpu" else "cuda"))
+def _capacity(subject: Subject, args: argparse.Namespace) -> Capacity:
+    return Capacity(subject.groups, args.block_size, most_slots())
 
 
 # What fits
@@ -108,7 +108,7 @@ def _tiers(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     if _overflows(subject, budget):
         yield _row(subject, f"{on_device[0]}+cpu", on_device[0], budget, args, over_host=True)
     for tier in below:
-        kept = _capacity(subject, "cpu", args).kept_sequences(budget[tier], args.length)
+        kept = _capacity(subject, args).kept_sequences(budget[tier], args.length)
         yield f"{tier} (kept prefixes)", format_bytes(budget[tier]), "-", f"{kept:,}", "-"
 
 
@@ -116,7 +116,7 @@ def _row(
     subject: Subject, name: str, device: int | str, budget: Budget, args: argparse.Namespace, over_host: bool = False
 ) -> Sequence[str]:
     """What runs on a device, or there and on the host."""
-    size, capacity = budget[device], _capacity(subject, device, args)
+    size, capacity = budget[device], _capacity(subject, args)
     host_blocks = _host_blocks(capacity, budget["cpu"]) if over_host else 0
     longest = capacity.longest(size, host_blocks)
     count = capacity.sequences(size, args.length, host_blocks)
@@ -169,7 +169,7 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     if len(on_device) > 1:
         yield "Each GPU is reckoned as if it held all layers; the budget of the first layer's device counts."
     for device in on_device:
-        capacity = _capacity(subject, device, args)
+        capacity = _capacity(subject, args)
         if capacity.longest(budget[device]) == capacity.most_tokens:
             yield f"{device}: this version keeps {capacity.most_tokens:,} tokens at most, whatever the budget."
     if _overflows(subject, budget):

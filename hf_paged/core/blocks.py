@@ -17,6 +17,9 @@ it costs no memory and is ignored as soon as nothing else is free.
 
 A block is *touched* from when it is first handed out until its memory is given back, which only a free block's can be.
 A free block that is touched is *idle*. Memory comes and goes in pages: `page_blocks` adjacent blocks fill whole ones.
+
+Where memory has to be asked for (`ask_for_memory`) a block is touched as long as it has some. Those that have none are
+marked as used, so that nobody finds them; `get_memory` brings some for more of them.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from hf_paged.core.budget import Budget
+from hf_paged.core.extents import Extents
 from hf_paged.core.overflow import HOST_BLOCKS, HostBlocks
 
 NULL_BLOCK = 0
@@ -33,11 +37,14 @@ _FLIP = bytes([1, 0]) + bytes(254)  # for `translate`: the other blocks of a bit
 
 
 class OutOfBlocks(Exception):
-    """Raised when fewer blocks can be had than were asked for; carries the number that could, and bytes wanted."""
+    """Raised when fewer blocks can be had than were asked for.
 
-    def __init__(self, wanted: int, available: int, wanted_bytes: int):
+    Carries the number that could, the bytes wanted, and whether it was the device that refused them, not the budget.
+    """
+
+    def __init__(self, wanted: int, available: int, wanted_bytes: int, refused: bool = False):
         super().__init__(f"{wanted} blocks wanted, {available} available")
-        self.wanted, self.available, self.wanted_bytes = wanted, available, wanted_bytes
+        self.wanted, self.available, self.wanted_bytes, self.refused = wanted, available, wanted_bytes, refused
 
 
 class BlockPool:
@@ -55,6 +62,7 @@ class BlockPool:
         before_reuse: called with blocks whose memory is about to be written to by somebody new.
         page_blocks: memory is given back in groups of so many adjacent blocks.
         overflow: blocks that tables hold outside of this pool.
+        extents: which blocks have memory; `None` where none is asked for.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class BlockPool:
         self.on_free = on_free
         self.before_reuse: Callable[[Iterable[int]], None] | None = None
         self.overflow = HostBlocks()
+        self.extents: Extents | None = None
         self.evicted = 0
         self.high_water = 1
 
@@ -122,7 +131,8 @@ class BlockPool:
 
     def limit_ids(self, num_blocks: int) -> None:
         """Hand out no ids from `num_blocks` on, unless some were handed out already."""
-        self.num_blocks = max(self.high_water, min(self.num_blocks, num_blocks))
+        backed = 0 if self.extents is None else self.extents.stop
+        self.num_blocks = max(self.high_water, backed, min(self.num_blocks, num_blocks))
         for bitmap in (self._refs, self._used, self._claimed, self._touched):
             del bitmap[self.num_blocks :]
 
@@ -145,6 +155,7 @@ class BlockPool:
             raise OutOfBlocks(count, self.available, count * self.block_bytes)
         self._budget.make_room(count * self.block_bytes)
         self.make_room(count)
+        self.get_memory(count)
         claim = range(0)
         blocks = self._own(self._idle_blocks(after, count)) if self._budget.is_frugal else []
         after = blocks[-1] if blocks else after
@@ -247,6 +258,45 @@ class BlockPool:
         """Give up cached blocks until there are ids for `count` more."""
         self.evict(self._in_use + self.cached + count - (self.num_blocks - 1))
 
+    def ask_for_memory(self, step_blocks: int, back: Callable[[range], bool]) -> None:
+        """From now on blocks have memory where `back` has brought it: at once for all that were ever handed out.
+
+        The caller sees to that of these, `extents.runs`; `step_blocks` are asked for at a time, or a multiple.
+        """
+        self.extents = Extents(step_blocks, back, self.high_water)
+        self._set_touched(range(NULL_BLOCK + 1, self.high_water), True)  # the null block is nobody's
+        self._withhold(range(self.high_water, self.num_blocks))
+
+    def get_memory(self, count: int, room: int = 0) -> None:
+        """Have memory for `count` free blocks, that of cached ones where no more is to be had; else `OutOfBlocks`.
+
+        And for `room` more that nobody has claimed, if the budget allows it and the device has it.
+        """
+        if self.extents is None:
+            return
+        while (short := count - (self.extents.num_blocks - 1 - self._in_use - self.cached)) > 0:
+            if not self._get_extent(self.extents, short) and not self.evict(short):
+                raise OutOfBlocks(count, count - short, count * self.block_bytes, refused=True)
+        while room and (short := count + room - self._claimed.count(0)) > 0:
+            short = min(short, self._budget.untouched_bytes // self.block_bytes)
+            if short <= 0 or not self._get_extent(self.extents, short):
+                return
+
+    def _get_extent(self, extents: Extents, wanted: int) -> bool:
+        run = extents.get(wanted, self._budget.untouched_bytes // self.block_bytes, self.num_blocks)
+        self._set_touched(run, True)
+        self._used[run.start : run.stop] = self._claimed[run.start : run.stop] = bytes(len(run))
+        return bool(run)
+
+    def _withhold(self, blocks: range) -> None:
+        """Blocks that nobody holds have no memory now."""
+        self._set_touched(blocks, False)
+        self._used[blocks.start : blocks.stop] = self._claimed[blocks.start : blocks.stop] = b"\1" * len(blocks)
+
+    def _set_touched(self, blocks: range, touched: bool) -> None:
+        self.touched += touched * len(blocks) - self._touched.count(1, blocks.start, blocks.stop)
+        self._touched[blocks.start : blocks.stop] = bytes([touched]) * len(blocks)
+
     def evict(self, count: int) -> int:
         """Give up the content of the `count` least recently used cached blocks; returns how many there were."""
         victims = [(self, block) for block in islice(self._cached, max(0, count))]
@@ -283,6 +333,12 @@ class BlockPool:
 
         A run may begin with the null block: memory that comes back is zero, as it must be.
         """
+        if self.extents is not None:
+            runs = self.extents.take_idle(self._used)
+            for run in runs:
+                self._withhold(run)
+            self._settled_idle = self.idle
+            return runs
         runs, size, at = [], self.page_blocks, 0
         unused = self._used.translate(_FLIP)
         idle = (int.from_bytes(self._touched, "big") & int.from_bytes(unused, "big")).to_bytes(self.num_blocks, "big")
@@ -314,9 +370,12 @@ class BlockPool:
             assert self._refs[block] == refs, f"block {block}: {self._refs[block]} references, tables hold {refs}"
             cached = block in self._cached
             assert not (refs and cached), f"block {block} is owned and cached"
-            assert bool(self._used[block]) == bool(refs or cached), f"block {block}: wrong bitmap"
+            has_memory = self.extents is None or any(block in run for run in self.extents.runs)
+            assert has_memory or not (refs or cached), f"block {block} has no memory"
+            assert bool(self._used[block]) == bool(refs or cached or not has_memory), f"block {block}: wrong bitmap"
             assert self._claimed[block] or not self._used[block], f"block {block} is used but not claimed"
-            assert self._touched[block] or not self._used[block], f"block {block} is used but not touched"
+            assert self._touched[block] or not (refs or cached), f"block {block} is held but not touched"
+            assert self.extents is None or self._touched[block] == has_memory, f"block {block}: wrong memory"
         assert self._touched.count(1) == self.touched, "wrong count of touched blocks"
         assert len(self._touched) == len(self._used) == self.num_blocks, "a bitmap has changed its length"
         assert self._refs[NULL_BLOCK] == 0, "the null block was handed out"

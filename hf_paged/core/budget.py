@@ -66,6 +66,11 @@ class Budget:
         return self.free_bytes - sum(pool.cached * pool.block_bytes for pool in self._pools)
 
     @property
+    def untouched_bytes(self) -> int:
+        """What is left beside memory that was taken already."""
+        return self.limit_bytes - sum((pool.touched + 1) * pool.block_bytes for pool in self._pools)
+
+    @property
     def touched_bytes(self) -> int:
         """Memory that was taken and not given back."""
         return sum(pool.touched * pool.block_bytes for pool in self._pools)

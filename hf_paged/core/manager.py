@@ -179,7 +179,10 @@ class BlockManager:
                 for table, leave in zip(tables, leaves, strict=True)
             ]
             each = list(zip(tables, counts, leaves, parts, strict=True))
-            self.check_room(sum(self._blocks_needed(*one) for one in each))
+            # Tables that begin a run of blocks would like to keep some behind it.
+            begun = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
+            hoped = begun * -(-room_tokens // self.block_size)
+            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped)
             growth = Growth([[] for _ in self.pools], [])
             for table, count, leave, part in each:
                 if part and count:
@@ -190,15 +193,16 @@ class BlockManager:
                 table.track(None if tokens is None else tokens[i])
             return growth
 
-    def check_room(self, num_blocks: int) -> None:
+    def check_room(self, num_blocks: int, hoped_blocks: int = 0) -> None:
         """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available."""
         if num_blocks:
-            self.make_room([num_blocks] * len(self.pools))
+            self.make_room([num_blocks] * len(self.pools), hoped_blocks)
 
-    def make_room(self, counts: Sequence[int]) -> None:
+    def make_room(self, counts: Sequence[int], hoped_blocks: int = 0) -> None:
         """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
-        All at once and before anything else changes, because giving up may take time and be interrupted.
+        Memory that has to be asked for is there then, if possible for `hoped_blocks` more in each pool. All of that
+        before anything else changes, because giving up may take time and be interrupted.
         """
         num_bytes = sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True))
         self.budget.look_up(num_bytes)
@@ -209,6 +213,8 @@ class BlockManager:
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
         self.budget.fit(counts)
+        for count, pool in zip(counts, self.pools, strict=True):
+            pool.get_memory(count, hoped_blocks)
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, leaves: bool, growth: Growth) -> None:
         total = table.num_tokens + num_tokens

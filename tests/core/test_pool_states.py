@@ -106,3 +106,86 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class OnDemandMachine(PoolMachine):
+    """The device has memory for `DEVICE` blocks, some of which others hold at times."""
+
+    NUM_BLOCKS, STEP_BLOCKS, DEVICE = 31, 4, 22
+
+    def __init__(self):
+        super().__init__()
+        self.memory: set[int] = set()
+        self.others = 0
+        self.take_blind(3)
+
+    def take_blind(self, count):
+        """What was handed out before anybody knew what memory is like."""
+        blocks, _ = self.pool.take(count)
+        self.pool.ask_for_memory(self.STEP_BLOCKS, self._back)
+        self.memory.update(*self.pool.extents.runs)
+        self.pool.drop(blocks)
+
+    def _back(self, run):
+        assert run
+        assert not self.memory & set(run)
+        fits = len(self.memory) + len(run) + self.others <= self.DEVICE
+        if fits:
+            self.memory.update(run)
+        return fits
+
+    @rule(others=st.integers(0, 15))
+    def others_take(self, others):
+        self.others = max(0, min(others, self.DEVICE - len(self.memory)))
+
+    @rule(target=PoolMachine.held, count=st.integers(1, 9), room=st.integers(0, 4), data=st.data())
+    def take(self, count, room, data):
+        before, idle = set(self.memory), self._idle()
+        taken, refused = self._take(count, room, data)
+        if refused:
+            assert len(self._idle()) < count
+            assert not self.cached, "cached blocks go first"
+            assert len(self.memory) + self.others + self.STEP_BLOCKS > self.DEVICE
+        elif count <= len(idle):
+            assert self.memory == before, "nothing was needed"
+        assert set(taken) <= self.memory
+        return multiple(tuple(taken)) if taken else multiple()
+
+    def _take(self, count, room, data):
+        """The blocks, and whether it was the device that refused them."""
+        owned = sorted(self.references)
+        after = data.draw(st.sampled_from(owned)) if owned else None
+        self.evicted.clear()
+        blocks, refused = [], False
+        try:
+            blocks, claim = self.pool.take(count, after, room)
+            self.claims.append(claim)
+        except OutOfBlocks as error:
+            refused = error.refused
+            assert refused == (count <= self.NUM_BLOCKS - 1 - len(self.references))
+        self.cached = [block for block in self.cached if block not in self.evicted]
+        assert len(set(blocks)) == len(blocks)
+        assert not set(blocks) & {0, *self.references, *self.cached}
+        self.references.update(blocks)
+        return blocks, refused
+
+    @rule()
+    def give_back(self):
+        """Every extent but the first goes back as soon as none of its blocks is used."""
+        used = {*self.references, *self.cached}
+        due = {run for run in self.pool.extents.runs[1:] if not used & set(run)}
+        assert set(self.pool.give_back()) == due
+        self.memory.difference_update(*due)
+
+    def _idle(self):
+        return self.memory - {0, *self.references, *self.cached}
+
+    @invariant()
+    def has_memory(self):
+        assert {*self.references, *self.cached} <= self.memory
+        assert self.pool.touched == len(self.memory) - 1
+        assert {block for run in self.pool.extents.runs for block in run} == self.memory
+
+
+TestOnDemand = OnDemandMachine.TestCase
+TestOnDemand.settings = TestPool.settings

@@ -268,6 +268,38 @@ class PagedMixedMachine(MixedMachine):
     PAGE_BLOCKS = 4
 
 
+class OnDemandManagerMachine(MixedMachine):
+    """Memory is asked for, and comes. None is taken beyond the budget as long as some can go."""
+
+    STEPS = (3, 2, 5)
+
+    def __init__(self):
+        super().__init__()
+        for pool, step in zip(self.manager.pools, self.STEPS, strict=True):
+            pool.ask_for_memory(step, lambda run: True)
+
+    @rule()
+    def give_back(self):
+        self.manager.budget.give_back()
+        self._keeps_no_idle_extent()
+
+    @rule()
+    def settle(self):
+        self.manager.settle()
+        if not self.live:
+            self._keeps_no_idle_extent()
+
+    def _keeps_no_idle_extent(self):
+        for pool in self.manager.pools:
+            for run in pool.extents.runs[1:]:
+                assert pool._used.find(1, run.start, run.stop) >= 0, "memory that is idle was kept"
+
+    def _agrees_with_budget(self):
+        if self.manager.budget.touched_bytes > self.BUDGET:
+            assert self.manager.cached == 0
+            self._keeps_no_idle_extent()
+
+
 class OverflowMachine(MixedMachine):
     """Some blocks of the first group move to the host and back; whoever is about to write has them back before."""
 
@@ -357,6 +389,8 @@ TestMixedGroups = MixedMachine.TestCase
 TestMixedGroups.settings = SETTINGS
 TestPagedMixedGroups = PagedMixedMachine.TestCase
 TestPagedMixedGroups.settings = SETTINGS
+TestOnDemandGroups = OnDemandManagerMachine.TestCase
+TestOnDemandGroups.settings = SETTINGS
 TestOverflow = OverflowMachine.TestCase
 TestOverflow.settings = settings(SETTINGS, max_examples=80)
 TestWindowGroup = WindowMachine.TestCase

@@ -9,12 +9,13 @@ import tape
 import torch
 from families import FAMILIES
 from graphed import PROMPT, Both
+from on_demand import HostDriver
 from peft import LoraConfig, get_peft_model
 from prompts import batch, tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged import patch_model, replay, unpatch_model
+from hf_paged import arena, patch_model, replay, unpatch_model
 
 # -- the same tokens ---------------------------------------------------------------------------------------------------
 
@@ -41,11 +42,15 @@ def test_tokens_equal_stock(family, quick):
     assert len(both.graphs) <= replay.MAX_GRAPHS
 
 
+@pytest.mark.parametrize("asks_for_memory", [False, True])
 @pytest.mark.parametrize(("call", "least"), [("ragged rows", 0.9), ("samples", 0.9), ("beams", 0.0)])
-def test_steps_are_planned_ahead(call, least, quick, monkeypatch):
+def test_steps_are_planned_ahead(call, least, asks_for_memory, quick, monkeypatch):
     """While the device computes the one before; what parts in every step is left alone for most of them."""
     from hf_paged.core import foresight
 
+    if asks_for_memory:
+        host_driver = HostDriver(4096)
+        monkeypatch.setattr(arena, "driver_for", lambda device: host_driver)
     came_so, holds = [], foresight.Foreseen.holds
     monkeypatch.setattr(foresight.Foreseen, "holds", lambda *a: came_so.append(holds(*a)) or came_so[-1])
     both, (rows, arguments) = Both(), CALLS[call]

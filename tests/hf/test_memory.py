@@ -154,8 +154,7 @@ class Machine:
     def __init__(self, monkeypatch, model, total: int):
         self.model, self.total, self.others, self.asked = model, total, 0, 0
         told = SimpleNamespace(virtual_memory=self.virtual_memory, disk_partitions=lambda all: [])
-        for module in (pool, free_memory):
-            monkeypatch.setattr(module, "psutil", told)
+        monkeypatch.setattr(free_memory, "psutil", told)
 
     def virtual_memory(self):
         self.asked += 1

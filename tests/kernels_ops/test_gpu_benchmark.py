@@ -1,13 +1,16 @@
 """The GPU benchmark, in sizes that the interpreter manages."""
 
+import gc
 import json
 from itertools import islice
 
 import pytest
 import torch
 from host import LateSide, as_gpu
+from on_demand import HostDriver
 
-from benchmarks import gpu, gpu_kernels, gpu_offload, gpu_overflow, gpu_records
+from benchmarks import gpu, gpu_kernels, gpu_memory, gpu_offload, gpu_overflow, gpu_records
+from hf_paged import arena
 from hf_paged_kernels import FORMATS
 from hf_paged_kernels.launch import triton_obstacle
 
@@ -33,6 +36,18 @@ def test_parts_write_their_results(tmp_path):
     assert all("figure" in row for row in results["tiles"]["rows"])
     assert [row["kv"] for row in results["decode-records"]["rows"]] == ["bfloat16", *FORMATS]
     assert {row["kernel"] for row in results["moves"]["rows"]} == {"store", "copy"}
+
+
+def test_memory_that_follows_the_calls_is_seen(monkeypatch):
+    driver = HostDriver()
+    monkeypatch.setattr(arena, "driver_for", lambda device: driver)
+    monkeypatch.setattr(gpu_memory, "SLOTS", 2**17)
+    monkeypatch.setattr(gpu_memory, "_used", lambda device: (gc.collect(), driver.backed_bytes)[1])
+    rows = list(gpu_memory.memory(CPU, driver, (20, 3000, 20)))
+    assert [row["passed"] for row in rows if "passed" in row] == [True] * 5
+    held = [row["held_bytes"] for row in rows if "held_bytes" in row]
+    assert held[0] == held[1] == held[2] > held[3] == 0
+    assert list(gpu_memory.memory(CPU, None)) == [{"work": "driver", "passed": False}]
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch):
