@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 from compare import BLOCK_SIZE, copy_of
-from families import FAMILIES, VOCAB
+from families import FAMILIES, PAD, VOCAB
+from mode_parts import Run, draft
 from prompts import batch, tokens
 from tolerances import TIE
 from versions import skip_if_older
@@ -137,6 +138,26 @@ def piece(length: int, name: int) -> list[int]:
     return [first, *tokens(length - 1, seed=1000 + name)]
 
 
+def text(row: torch.Tensor) -> list[int]:
+    """What a row says, padding on either side left out."""
+    return [token for token in row.tolist() if token != PAD]
+
+
 def distinct_pieces(count: int, length: int) -> list[list[int]]:
     """Prompts that have no first token in common."""
     return [piece(length, name) for name in range(count)]
+
+
+def patched_draft() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A draft model for the patched model, patched itself, and an unpatched one for stock."""
+    helper, near = (draft(Run(None, FAMILIES["llama"], {}), near=True) for _ in range(2))
+    return patch_model(helper, block_size=BLOCK_SIZE), near
+
+
+ROWS = [piece(27, 1), piece(13, 2)]  # a question, for tests of what comes between asking it twice
+REUSED = 26 + 12  # of `ROWS` where they were asked before
+
+
+def eager(model):
+    model.set_attn_implementation("eager")
+    return model
