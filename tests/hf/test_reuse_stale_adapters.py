@@ -4,25 +4,11 @@ import functools
 
 import pytest
 import torch
+from adapters import lora_config, two_loras
 from compare import copy_of
 from families import FAMILIES
 from pair import REUSED, ROWS, Pair, piece
 from prompts import batch
-
-
-def with_lora(model):
-    peft = pytest.importorskip("peft")
-    for name, seed in (("first", 5), ("second", 6)):
-        torch.manual_seed(seed)
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False
-        )
-        if name == "first":
-            model = peft.get_peft_model(model, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-    model.set_adapter("first")
-    return model.eval()
 
 
 def adapter_layers(model):
@@ -55,15 +41,10 @@ def reload_adapter(model):
 
 
 def delete_and_add_again(model):
-    import peft
-
     model.set_adapter("second")
     model.delete_adapter("first")
     torch.manual_seed(17)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False
-    )
-    model.add_adapter("first", config)
+    model.add_adapter("first", lora_config())
     model.set_adapter("first")
     model.eval()
 
@@ -102,7 +83,7 @@ def combine(model):
     ids=lambda change: getattr(change, "__name__", "set_adapter"),
 )
 def test_a_changed_adapter_reuses_nothing(change):
-    pair = Pair(wrap=with_lora)
+    pair = Pair(wrap=two_loras)
     before = pair.ask(ROWS)
     pair.ask(ROWS)
     assert pair.reused == REUSED
@@ -116,7 +97,7 @@ def test_a_changed_adapter_reuses_nothing(change):
 
 def test_merging_and_unmerging():
     """Merged weights round differently, so even the same adapter reuses nothing."""
-    pair = Pair(wrap=with_lora)
+    pair = Pair(wrap=two_loras)
     pair.ask(ROWS)
     for change in (merge, lambda model: model.unmerge_adapter(), merge):
         pair.both(change)
@@ -127,7 +108,7 @@ def test_merging_and_unmerging():
 
 
 def test_adapters_that_are_switched_back_find_their_own_again():
-    pair = Pair(wrap=with_lora)
+    pair = Pair(wrap=two_loras)
     seen = set()
     for name in ("first", "second", "first", "second", "none", "first", "second", "none", "second"):
         if name == "none":
@@ -156,7 +137,7 @@ def test_an_adapter_that_is_switched_while_a_call_runs():
         def end(self):
             pass
 
-    pair = Pair(wrap=with_lora)
+    pair = Pair(wrap=two_loras)
     answer = pair.ask([ROWS[0]], streamer=Switcher, max_new_tokens=14)
     for name in ("first", "second"):
         pair.both(switch_to(name))
@@ -165,7 +146,7 @@ def test_an_adapter_that_is_switched_while_a_call_runs():
 
 
 def test_a_disabled_adapter_is_the_base_model():
-    pair = Pair(wrap=with_lora)
+    pair = Pair(wrap=two_loras)
     plain = copy_of(FAMILIES["llama"])
     pair.ask(ROWS)
     for _ in range(2):
