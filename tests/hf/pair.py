@@ -76,6 +76,22 @@ class Pair:
         self.check()
         return expected
 
+    def hold(self, rows) -> list:
+        """What both models return for `rows`, caches and all."""
+        return [
+            model.generate(torch.tensor(rows), do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True)
+            for model in (self.stock, self.model)
+        ]
+
+    def go_on(self, outputs: list) -> torch.Tensor:
+        """Stock's answer from its cache in `outputs` (of `hold`) on; the patched model's from its own must equal it."""
+        expected, actual = (
+            model.generate(output.sequences, past_key_values=output.past_key_values, do_sample=False, max_new_tokens=12)
+            for model, output in zip((self.stock, self.model), outputs, strict=True)
+        )
+        assert torch.equal(expected, actual)
+        return expected
+
     def skip_where_older_stock_refuses(self, rows, **kwargs) -> None:
         """Older versions of some models cannot answer at all, so that there is nothing to compare with."""
         inputs = batch(rows) if isinstance(rows, list) else rows

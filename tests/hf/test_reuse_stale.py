@@ -238,19 +238,12 @@ def test_weights_that_a_generate_of_the_models_own_changes_first(monkeypatch):
 
 
 def test_weights_that_change_while_a_cache_is_held():
-    pair, ids = Pair(), torch.tensor([piece(21, 1)])
-    outputs = [
-        model.generate(ids, do_sample=False, max_new_tokens=6, return_dict_in_generate=True)
-        for model in (pair.stock, pair.model)
-    ]
+    pair = Pair()
+    outputs = pair.hold([piece(21, 1)])
     pair.both(data_add)
-    following = [
-        model.generate(output.sequences, past_key_values=output.past_key_values, do_sample=False, max_new_tokens=12)
-        for model, output in zip((pair.stock, pair.model), outputs, strict=True)
-    ]
-    assert torch.equal(*following)
+    following = pair.go_on(outputs)
     outputs.clear()
-    pair.ask([[*following[0][0].tolist(), 5]])
+    pair.ask([[*following[0].tolist(), 5]])
     assert pair.reused == 0
 
 
