@@ -37,7 +37,8 @@ SOAK ?=
 # Of the families × modes each of the two runs one half (--pairs), every family and every mode in it; the newest runs all.
 # `make test-5.8.1 OLDER_TESTS=tests/hf` runs everything.
 BOOKKEEPING := capacity free_memory memory memory_limits memory_meanwhile plan prepared disk_faults disk_tier \
-	host_tier reuse_stale reuse_traps reuse_walk windows_memory windows_walk
+	host_tier reuse_stale reuse_stale_adapters reuse_stale_inputs reuse_traps reuse_walk windows_memory \
+	windows_walk
 ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
 OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py) --pairs $(PAIRS)
 test-5.8.1: PAIRS := 1/2

@@ -18,6 +18,9 @@ sys.path.append(str(HERE.parent))  # benchmarks, for the loader of the real mode
 # torch is imported where it is used: after the variables above, and not by xdist's controller, which runs no test.
 import pytest  # noqa: E402
 
+# Their assertions then say which values differ, as those of the test files do.
+pytest.register_assert_rewrite("cache_pairs", "mishaps", "pair", "patched_copies")
+
 
 def pytest_addoption(parser):
     parser.addoption("--pairs", metavar="N/M", help="of the pairs of a family and a mode, each Mth, from the Nth on")

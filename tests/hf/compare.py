@@ -11,7 +11,7 @@ import prompts
 import pytest
 import torch
 from families import FAMILIES, Family, stock_model
-from modes import Mode, Outcome, Run
+from mode_parts import Mode, Outcome, Run
 from tolerances import TIE, assert_close
 
 BLOCK_SIZE = 8  # prompts of 20 tokens then fill several blocks

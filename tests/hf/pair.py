@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 from compare import BLOCK_SIZE, copy_of
-from families import FAMILIES, VOCAB
+from families import FAMILIES, PAD, VOCAB
+from mode_parts import Run, draft
 from prompts import batch, tokens
 from tolerances import TIE
 from versions import skip_if_older
@@ -75,6 +76,22 @@ class Pair:
         self.check()
         return expected
 
+    def hold(self, rows) -> list:
+        """What both models return for `rows`, caches and all."""
+        return [
+            model.generate(torch.tensor(rows), do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True)
+            for model in (self.stock, self.model)
+        ]
+
+    def go_on(self, outputs: list) -> torch.Tensor:
+        """Stock's answer from its cache in `outputs` (of `hold`) on; the patched model's from its own must equal it."""
+        expected, actual = (
+            model.generate(output.sequences, past_key_values=output.past_key_values, do_sample=False, max_new_tokens=12)
+            for model, output in zip((self.stock, self.model), outputs, strict=True)
+        )
+        assert torch.equal(expected, actual)
+        return expected
+
     def skip_where_older_stock_refuses(self, rows, **kwargs) -> None:
         """Older versions of some models cannot answer at all, so that there is nothing to compare with."""
         inputs = batch(rows) if isinstance(rows, list) else rows
@@ -137,6 +154,26 @@ def piece(length: int, name: int) -> list[int]:
     return [first, *tokens(length - 1, seed=1000 + name)]
 
 
+def text(row: torch.Tensor) -> list[int]:
+    """What a row says, padding on either side left out."""
+    return [token for token in row.tolist() if token != PAD]
+
+
 def distinct_pieces(count: int, length: int) -> list[list[int]]:
     """Prompts that have no first token in common."""
     return [piece(length, name) for name in range(count)]
+
+
+def patched_draft() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A draft model for the patched model, patched itself, and an unpatched one for stock."""
+    helper, near = (draft(Run(None, FAMILIES["llama"], {}), near=True) for _ in range(2))
+    return patch_model(helper, block_size=BLOCK_SIZE), near
+
+
+ROWS = [piece(27, 1), piece(13, 2)]  # a question, for tests of what comes between asking it twice
+REUSED = 26 + 12  # of `ROWS` where they were asked before
+
+
+def eager(model):
+    model.set_attn_implementation("eager")
+    return model

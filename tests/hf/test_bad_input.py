@@ -1,46 +1,14 @@
-"""Mistakes get an error that says what would be right; whatever goes wrong in a call, no block leaks."""
+"""Mistakes get an error that says what would be right, and leave the model as it was."""
 
-import contextlib
-import copy
-import functools
-import gc
-import threading
-
-import modes
 import prompts
 import pytest
 import torch
 from compare import BLOCK_SIZE, copy_of
-from families import FAMILIES, VOCAB, stock_model
-from transformers import StoppingCriteria, StoppingCriteriaList
+from families import VOCAB, stock_model
+from mishaps import assert_usable
+from patched_copies import GREEDY, LLAMA, patched, returned_cache
 
-from hf_paged import PagedCache, PagedConfig, PagedMemoryError, paged, patch_model, unpatch_model
-
-LLAMA = FAMILIES["llama"]
-GREEDY = {"do_sample": False, "max_new_tokens": 8}
-
-
-def patched(**overrides):
-    return patch_model(copy_of(LLAMA), **{"block_size": BLOCK_SIZE, **overrides})
-
-
-BEAMS = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
-
-
-@functools.cache
-def expected(prompt, beams: bool = False) -> torch.Tensor:
-    return stock_model("llama").generate(**prompt(), **(BEAMS if beams else GREEDY))
-
-
-def assert_usable(model):
-    """Nothing is left in use, and the next calls are right."""
-    gc.collect()
-    stats = model.paged.stats()
-    assert (stats.blocks_in_use, stats.bytes_in_use) == (0, 0)
-    assert torch.equal(model.generate(**prompts.shared_prefix(), **GREEDY), expected(prompts.shared_prefix))
-    assert torch.equal(model.generate(**prompts.ragged(), **BEAMS), expected(prompts.ragged, beams=True))
-    assert model.paged.stats().blocks_in_use == 0
-
+from hf_paged import PagedCache, PagedConfig, paged, patch_model
 
 # What can be patched
 
@@ -89,7 +57,6 @@ def test_a_refused_model_is_left_alone():
 
 
 # Settings
-
 BAD_SETTINGS = [
     ("block_size", 10),
     ("block_size", 4),
@@ -161,10 +128,6 @@ def test_bad_reconfiguration_keeps_the_old_one():
 
 
 # Caches that do not fit
-
-
-def returned_cache(model, inputs):
-    return model.generate(**inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
 
 
 @pytest.mark.parametrize("patch", [False, True], ids=["unpatched", "patched"])
@@ -241,122 +204,7 @@ def test_cache_arguments():
         PagedCache(None)
 
 
-# Exceptions in the middle
-
-
-class Boom(Exception):
-    pass
-
-
-class BadStreamer:
-    def __init__(self, error, at):
-        self.error, self.left = error, at
-
-    def put(self, value):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error("streamer")
-
-    def end(self):
-        pass
-
-
-class BadCriterion(StoppingCriteria):
-    def __init__(self, error, at):
-        self.error, self.left = error, at
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.left -= 1
-        if self.left < 0:
-            raise self.error("criterion")
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-def bad_processor(error, at):
-    left = [at]
-
-    def processor(input_ids, scores):
-        left[0] -= 1
-        if left[0] < 0:
-            raise error("processor")
-        return scores
-
-    return processor
-
-
-@pytest.mark.parametrize(("at", "error"), [(0, Boom), (1, KeyboardInterrupt), (4, Boom)])
-@pytest.mark.parametrize(
-    "how", ["streamer", "criterion", "criterion in beams", "processor", "criterion in assisted", "returned dict"]
-)
-def test_exception_leaves_no_block_in_use(how, at, error):
-    model = patched()
-    bad = StoppingCriteriaList([BadCriterion(error, at)])
-    calls = {
-        "streamer": {"streamer": BadStreamer(error, at)},
-        "criterion": {"stopping_criteria": bad},
-        "criterion in beams": {"stopping_criteria": bad, "num_beams": 3},
-        "processor": {"logits_processor": [bad_processor(error, at)]},
-        "criterion in assisted": {"stopping_criteria": bad, "assistant_model": LLAMA.build(seed=99)},
-        "returned dict": {"stopping_criteria": bad, "return_dict_in_generate": True, "output_scores": True},
-    }
-    inputs = prompts.single() if "assisted" in how else prompts.shared_prefix()
-    with pytest.raises(error) as raised:
-        model.generate(**inputs, do_sample=False, max_new_tokens=10, **calls[how])
-    assert model.paged.stats().blocks_in_use == 0, "in use while somebody handles the exception, traceback and all"
-    del raised
-    assert_usable(model)
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_exception_inside_the_model(layer, at):
-    """Ctrl-C or an out-of-memory error strikes in the middle of a forward: some layers have written, some not."""
-    model, left = patched(), [at]
-
-    def hook(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
-    model.generate(**prompts.single(), **GREEDY)  # what the model can do has been found out before
-    handle = model.model.layers[layer].self_attn.register_forward_hook(hook)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        model.generate(**prompts.shared_prefix(), **GREEDY)
-    handle.remove()
-    assert model.paged.stats().blocks_in_use == 0
-    del raised
-    assert_usable(model)
-
-
-def test_exception_while_the_model_is_looked_at_for_the_first_time():
-    """The very first call tries out what the model can do: Ctrl-C there must not leave a wrong answer behind."""
-    model = patched()
-
-    def hook(*args):
-        raise KeyboardInterrupt
-
-    handle = model.model.layers[0].register_forward_hook(hook)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        model.generate(**prompts.shared_prefix(), **GREEDY)
-    handle.remove()
-    assert model.paged.stats().blocks_in_use == 0
-    del raised
-    model.paged.reset_stats()  # which say that nothing is reused where a hook might change it
-    assert_usable(model)
-    assert model.paged.stats().fallbacks == {}
-
-
-def test_exception_with_a_cache_that_the_user_holds():
-    """The user's cache survives a failed call, and letting go of it frees its blocks."""
-    model = patched()
-    output = returned_cache(model, prompts.single())
-    whole = {"input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
-    bad = StoppingCriteriaList([BadCriterion(Boom, 2)])
-    with pytest.raises(Boom):
-        model.generate(**whole, past_key_values=output.past_key_values, stopping_criteria=bad, **GREEDY)
-    assert model.paged.stats().blocks_in_use > 0
-    del output
-    assert_usable(model)
+# Arguments of `generate`
 
 
 def test_invalid_arguments_of_generate_leave_nothing_behind():
@@ -370,163 +218,3 @@ def test_invalid_arguments_of_generate_leave_nothing_behind():
         with pytest.raises((ValueError, RuntimeError, ArithmeticError)):
             model.generate(**prompts.single(), **{"do_sample": False, "max_new_tokens": 4, **arguments})
     assert_usable(model)
-
-
-# Memory
-
-BUDGET = {"cpu": "64KiB"}  # 16 blocks of 8 tokens: two layers × K and V × 2 heads × 16 × 4 bytes = 512 bytes a token
-
-
-def test_prompt_that_does_not_fit():
-    model = patched(max_memory=BUDGET)
-    ids = torch.tensor([prompts.tokens(200)])
-    with pytest.raises(PagedMemoryError) as raised:
-        model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
-    assert isinstance(raised.value, RuntimeError)
-    message = str(raised.value)
-    assert "max_memory" in message, "names the setting to raise"
-    assert any(character.isdigit() for character in message), "says how many tokens"
-    assert model.paged.stats().blocks_in_use == 0
-    assert torch.equal(model.generate(**prompts.single(), **GREEDY), expected(prompts.single))
-    assert model.paged.stats().blocks_in_use == 0
-
-
-def test_decode_that_outgrows_the_budget():
-    model = patched(max_memory=BUDGET)
-    with pytest.raises(PagedMemoryError):
-        model.generate(**prompts.single(), do_sample=False, max_new_tokens=180)
-    assert model.paged.stats().blocks_in_use == 0
-    assert torch.equal(model.generate(**prompts.ragged(), **GREEDY), expected(prompts.ragged))
-
-
-def test_beams_that_outgrow_the_budget():
-    model = patched(max_memory=BUDGET)
-    with pytest.raises(PagedMemoryError):
-        model.generate(**prompts.ragged(), num_beams=4, do_sample=False, max_new_tokens=60)
-    assert model.paged.stats().blocks_in_use == 0
-    assert torch.equal(model.generate(**prompts.single(), **GREEDY), expected(prompts.single))
-
-
-def test_budget_is_kept():
-    model = patched(max_memory=BUDGET)
-    for seed in range(6):  # 36 tokens each: cached blocks of earlier calls must be evicted for later ones
-        ids = torch.tensor([prompts.tokens(28, seed)])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        assert torch.equal(model.generate(**inputs, **GREEDY), stock_model("llama").generate(**inputs, **GREEDY))
-        assert model.paged.stats().bytes_reserved <= 64 * 1024
-
-
-def test_held_caches_count_against_the_budget_and_come_back():
-    model = patched(max_memory=BUDGET)
-    held = []
-
-    def hold(count):
-        for seed in range(count):
-            held.append(returned_cache(model, {"input_ids": torch.tensor([prompts.tokens(28, seed)])}))
-
-    with pytest.raises(PagedMemoryError):
-        hold(10)
-    assert held, "the first ones fit"
-    held.clear()
-    gc.collect()
-    assert model.paged.stats().blocks_in_use == 0
-    assert torch.equal(model.generate(**prompts.single(), **GREEDY), expected(prompts.single))
-
-
-def test_zero_budget():
-    with pytest.raises((ValueError, PagedMemoryError), match="max_memory"):
-        patched(max_memory={"cpu": 0}).generate(**prompts.single(), **GREEDY)
-
-
-# Threads
-
-
-def in_threads(functions):
-    results, errors = [None] * len(functions), []
-    start = threading.Barrier(len(functions))
-
-    def work(index):
-        try:
-            start.wait(timeout=60)
-            results[index] = functions[index]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-        assert not thread.is_alive(), "a thread hangs"
-    if errors:
-        raise errors[0]
-    return results
-
-
-def test_four_threads_on_one_model():
-    model, stock = patched(), stock_model("llama")
-    names = ["shared_prefix", "greedy_ragged", "beam", "greedy_single"]  # nothing drawn at random: the seed is global
-    calls = [modes.MODES[name] for name in names]
-    right = [mode.call(modes.Run(stock, LLAMA, mode.inputs())).tokens for mode in calls]
-
-    def repeat(mode):
-        return lambda: [mode.call(modes.Run(model, LLAMA, mode.inputs())).tokens for _ in range(5)]
-
-    for name, wanted, rounds in zip(names, right, in_threads([repeat(mode) for mode in calls]), strict=True):
-        for got in rounds:
-            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
-    stats = model.paged.stats()
-    assert stats.blocks_in_use == 0
-    assert stats.prompt_tokens == stats.computed_tokens + stats.reused_tokens + stats.shared_tokens
-    once = sum(mode.copies * prompts.num_real_tokens(mode.inputs()) for mode in calls)
-    assert stats.prompt_tokens == 5 * once
-
-
-def test_a_thread_that_fails_does_not_disturb_the_others():
-    model = patched()
-
-    def fail():
-        for at in range(4):
-            bad = StoppingCriteriaList([BadCriterion(Boom, at)])
-            with pytest.raises(Boom):
-                model.generate(**prompts.shared_prefix(), stopping_criteria=bad, **GREEDY)
-
-    def succeed():
-        return [model.generate(**prompts.shared_prefix(), **GREEDY) for _ in range(4)]
-
-    for result in in_threads([fail, succeed, succeed])[1:]:
-        assert all(torch.equal(tokens, expected(prompts.shared_prefix)) for tokens in result)
-    assert_usable(model)
-
-
-def test_scoring_in_one_thread_while_another_generates():
-    model, stock = patched(), stock_model("llama")
-    ids = prompts.single()["input_ids"]
-    with torch.no_grad():
-        logits = stock(ids).logits
-    tokens = expected(prompts.shared_prefix)
-
-    def score():
-        with torch.no_grad():
-            return all(torch.equal(model(ids).logits, logits) for _ in range(20))
-
-    def generate():
-        return all(torch.equal(model.generate(**prompts.shared_prefix(), **GREEDY), tokens) for _ in range(5))
-
-    assert in_threads([score, generate, score]) == [True, True, True]
-
-
-def test_unpatching_inside_a_generate_is_refused_or_harmless():
-    """A criterion that unpatches the model it runs on: whatever happens, nothing leaks and stock is back."""
-    model = patched()
-
-    class Unpatch(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            unpatch_model(model)
-            return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    with contextlib.suppress(RuntimeError):
-        model.generate(**prompts.single(), stopping_criteria=StoppingCriteriaList([Unpatch()]), **GREEDY)
-    unpatch_model(model)
-    assert torch.equal(model.generate(**prompts.single(), **GREEDY), expected(prompts.single))
-    assert not hasattr(copy.copy(model), "paged")

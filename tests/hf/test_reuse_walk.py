@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from families import VOCAB
-from modes import RecordingStreamer
+from mode_parts import RecordingStreamer
 from pair import NEW, Pair, distinct_pieces, evict, piece
 from prompts import batch, tokens
 from test_sharing import BLOCK_BYTES

@@ -4,10 +4,17 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import modes
+import prompts
 import pytest
 import torch
+from families import stock_model
+from mishaps import BadCriterion, Boom, assert_usable, expected
+from mode_parts import Run
 from pair import Pair
+from patched_copies import GREEDY, LLAMA, patched
 from prompts import batch, tokens
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hf_paged import PagedMemoryError
@@ -54,10 +61,10 @@ def greedy(model, inputs, **more):
 def test_every_answer_is_the_sequential_one_whoever_fails_beside_it():
     pair = Pair("llama", max_memory={"cpu": 24 * 1024 * 64})
     start = tokens(48, seed=1)
-    prompts = [batch([start + tokens(5 + i, seed=10 + i), start]) for i in range(8)]
+    shared = [batch([start + tokens(5 + i, seed=10 + i), start]) for i in range(8)]
     kinds = [{}, {"num_beams": 2}, {"repetition_penalty": 1.3}]
     single = [batch([start + tokens(5 + i, seed=10 + i)]) for i in range(8)]
-    calls = [(prompts[i], kinds[i % 2]) for i in range(8)] + [(single[i], kinds[2]) for i in range(3)]
+    calls = [(shared[i], kinds[i % 2]) for i in range(8)] + [(single[i], kinds[2]) for i in range(3)]
     right = [greedy(pair.stock, inputs, **more) for inputs, more in calls]
     huge = batch([tokens(20_000, seed=3)])
     outcomes = []
@@ -131,3 +138,78 @@ def test_weights_that_change_while_a_call_runs_hide_its_prompt():
         first.result(PATIENCE_S)
     assert torch.equal(greedy(pair.model, prompt), expected)
     pair.check()
+
+
+def in_threads(functions):
+    results, errors = [None] * len(functions), []
+    start = threading.Barrier(len(functions))
+
+    def work(index):
+        try:
+            start.wait(timeout=60)
+            results[index] = functions[index]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_four_threads_on_one_model():
+    model, stock = patched(), stock_model("llama")
+    names = ["shared_prefix", "greedy_ragged", "beam", "greedy_single"]  # nothing drawn at random: the seed is global
+    calls = [modes.MODES[name] for name in names]
+    right = [mode.call(Run(stock, LLAMA, mode.inputs())).tokens for mode in calls]
+
+    def repeat(mode):
+        return lambda: [mode.call(Run(model, LLAMA, mode.inputs())).tokens for _ in range(5)]
+
+    for name, wanted, rounds in zip(names, right, in_threads([repeat(mode) for mode in calls]), strict=True):
+        for got in rounds:
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
+    stats = model.paged.stats()
+    assert stats.blocks_in_use == 0
+    assert stats.prompt_tokens == stats.computed_tokens + stats.reused_tokens + stats.shared_tokens
+    once = sum(mode.copies * prompts.num_real_tokens(mode.inputs()) for mode in calls)
+    assert stats.prompt_tokens == 5 * once
+
+
+def test_a_thread_that_fails_does_not_disturb_the_others():
+    model = patched()
+
+    def fail():
+        for at in range(4):
+            bad = StoppingCriteriaList([BadCriterion(Boom, at)])
+            with pytest.raises(Boom):
+                model.generate(**prompts.shared_prefix(), stopping_criteria=bad, **GREEDY)
+
+    def succeed():
+        return [model.generate(**prompts.shared_prefix(), **GREEDY) for _ in range(4)]
+
+    for result in in_threads([fail, succeed, succeed])[1:]:
+        assert all(torch.equal(tokens, expected(prompts.shared_prefix)) for tokens in result)
+    assert_usable(model)
+
+
+def test_scoring_in_one_thread_while_another_generates():
+    model, stock = patched(), stock_model("llama")
+    ids = prompts.single()["input_ids"]
+    with torch.no_grad():
+        logits = stock(ids).logits
+    tokens = expected(prompts.shared_prefix)
+
+    def score():
+        with torch.no_grad():
+            return all(torch.equal(model(ids).logits, logits) for _ in range(20))
+
+    def generate():
+        return all(torch.equal(model.generate(**prompts.shared_prefix(), **GREEDY), tokens) for _ in range(5))
+
+    assert in_threads([score, generate, score]) == [True, True, True]

@@ -6,8 +6,10 @@ import threading
 import prompts
 import pytest
 import torch
+from compare import copy_of, every_family
 from families import FAMILIES
 from pair import Pair
+from patched_copies import GREEDY, LLAMA, patched
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
@@ -334,3 +336,50 @@ def test_patching_between_two_steps_changes_nothing():
     model = unpatch_model(pair.model)
     steps = train(model, 1) + train(patch_model(model), 1) + train(unpatch_model(model), 1)
     assert_same(stock, steps)
+
+
+def train_step(model) -> tuple[torch.Tensor, dict]:
+    model.train()
+    torch.manual_seed(1)
+    loss = model(**ROWS, labels=LABELS).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", every_family(lambda family: family.packed is True or family.name in ("opt", "bart")))
+def test_training_is_bit_for_bit_stock(family, checkpointing):
+    results = []
+    for model in (copy_of(family), patched(family)):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        results.append(train_step(model))
+    assert torch.equal(results[0][0], results[1][0]), f"{family.name}: loss"
+    for name, gradient in results[0][1].items():
+        same = gradient is results[1][1][name] is None or torch.equal(gradient, results[1][1][name])
+        assert same, f"{family.name}: gradient of {name}"
+
+
+def test_generate_between_training_steps():
+    """The loop of GRPO and friends: generate, step, generate, on one model."""
+    sequences = []
+    for model in (copy_of(LLAMA), patched()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        produced = []
+        for _ in range(3):
+            model.eval()
+            produced.append(model.generate(**prompts.shared_prefix(), **GREEDY))
+            optimizer.zero_grad()
+            train_step(model)
+            optimizer.step()
+        sequences.append(produced)
+    assert not torch.equal(sequences[0][0], sequences[0][2]), "the steps must change the output to test anything"
+    for step, (expected, actual) in enumerate(zip(*sequences, strict=True)):
+        assert torch.equal(actual, expected), f"after {step} steps"
+
+
+def test_generate_in_train_mode():
+    """Trainers generate in train mode too; without dropout the tokens are stock's, and the mode stays."""
+    stock, model = copy_of(LLAMA).train(), patched().train()
+    assert torch.equal(model.generate(**prompts.ragged(), **GREEDY), stock.generate(**prompts.ragged(), **GREEDY))
+    assert model.training

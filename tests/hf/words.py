@@ -11,6 +11,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 def tokenizer() -> PreTrainedTokenizerFast:
     """Splits at spaces; pads on the left."""
     vocab = {"<pad>": PAD, "<s>": BOS, "</s>": END} | {f"w{id_}": id_ for id_ in range(FIRST_TOKEN, VOCAB)}
+    vocab["abcdef"] = VOCAB  # transformers asks for this word where stop strings are given; no model says it
     words = Tokenizer(models.WordLevel(vocab, unk_token=f"w{VOCAB - 1}"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
