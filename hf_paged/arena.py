@@ -125,8 +125,7 @@ class Arena:
                 self._space.back((head, start), first, last)
                 begun.append((head, start))
         except BaseException:
-            for key in begun:
-                self._space.give_back(key)
+            self._space.give_back(*begun)
             raise
 
     def give_back(self, start: int, stop: int) -> None:
@@ -135,8 +134,7 @@ class Arena:
         Where the system hands out pages, both at the beginning of a page, or the end; elsewhere as they were backed.
         """
         if self._space is not None:
-            for head, _, _ in self._per_head(start, stop):
-                self._space.give_back((head, start))
+            self._space.give_back(*((head, start) for head, _, _ in self._per_head(start, stop)))
         elif self._mapping is not None:
             for _, first, last in self._per_head(start, stop):
                 self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)

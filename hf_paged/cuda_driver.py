@@ -163,7 +163,7 @@ def driver_for(device: torch.device) -> Driver | None:
     try:
         driver = CudaDriver(device)
         return driver if works(driver) else None
-    except (AttributeError, OSError, RuntimeError):
+    except (AttributeError, OSError, RuntimeError, TypeError, ValueError):  # of the library, of torch
         return None
 
 

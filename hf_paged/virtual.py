@@ -108,9 +108,9 @@ class AddressSpace:
             raise
         self._pieces[key] = touched
 
-    def give_back(self, key: Hashable) -> None:
-        """A piece is not needed any more; memory that no other one reaches into goes."""
-        self._let_go(self._pieces.pop(key))
+    def give_back(self, *keys: Hashable) -> None:
+        """Pieces are not needed any more; memory that no other one reaches into goes."""
+        self._let_go([backing for key in keys for backing in self._pieces.pop(key)])
 
     def _back_pages(self, first_page: int, num_pages: int) -> _Backing:
         _bury_the_dead()
@@ -123,7 +123,7 @@ class AddressSpace:
     def _let_go(self, backings: list[_Backing]) -> None:
         for backing in backings:
             backing.pieces -= 1
-        gone = [backing for backing in backings if backing.pieces == 0]
+        gone = {backing for backing in backings if backing.pieces == 0}
         if not gone or not self._driver.wait():  # then they stay for whoever needs these pages next
             return
         for backing in gone:

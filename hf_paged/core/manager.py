@@ -179,10 +179,9 @@ class BlockManager:
                 for table, leave in zip(tables, leaves, strict=True)
             ]
             each = list(zip(tables, counts, leaves, parts, strict=True))
-            # Tables that begin a run of blocks would like to keep some behind it.
-            begun = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
-            hoped = begun * -(-room_tokens // self.block_size)
-            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped)
+            begun_runs = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
+            hoped_blocks = begun_runs * -(-room_tokens // self.block_size)
+            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped_blocks)
             growth = Growth([[] for _ in self.pools], [])
             for table, count, leave, part in each:
                 if part and count:

@@ -24,13 +24,13 @@ class HostDriver:
         backed: address -> (bytes, handle) of what has memory.
         limit_bytes: more is refused.
         can_wait: whether `wait` succeeds.
-        waited: how often it did.
+        is_idle: whether it did, since memory was asked for.
     """
 
     def __init__(self, page_bytes: int = 16 * mmap.PAGESIZE, limit_bytes: int | None = None):
         self.page_bytes, self.limit_bytes = page_bytes, limit_bytes
         self.backed, self.reserved = {}, {}
-        self.can_wait, self.waited = True, 0
+        self.can_wait = self.is_idle = True
         self._handles = count(1)
 
     @property
@@ -51,12 +51,12 @@ class HostDriver:
             raise RefusedMemoryError(f"no {num_bytes} bytes beside {self.backed_bytes}")
         self._protect(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
         ctypes.memset(address, 0xFF, num_bytes)  # NaN in every dtype of floats
-        handle = next(self._handles)
+        self.is_idle, handle = False, next(self._handles)
         self.backed[address] = (num_bytes, handle)
         return handle
 
     def unback(self, address, num_bytes, handle):
-        assert self.waited, "the device may still read it"
+        assert self.is_idle, "the device may still read it"
         assert self.backed.pop(address) == (num_bytes, handle)
         assert _libc.madvise(address, num_bytes, mmap.MADV_DONTNEED) == 0
         self._protect(address, num_bytes, _NOTHING)
@@ -72,7 +72,7 @@ class HostDriver:
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def wait(self):
-        self.waited += self.can_wait
+        self.is_idle |= self.can_wait
         return self.can_wait
 
     @staticmethod
