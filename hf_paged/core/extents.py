@@ -55,7 +55,7 @@ class Extents:
         return range(0)
 
     def take_idle(self, used: bytearray) -> list[range]:
-        """The extents of which no block is `used`; they have no memory any more."""
-        idle = [run for run in self.runs[1:] if used.find(1, run.start, run.stop) < 0]
+        """The extents of which no block is `used`, as the null block is; they have no memory any more."""
+        idle = [run for run in self.runs if used.find(1, run.start, run.stop) < 0]
         self.runs = [run for run in self.runs if run not in idle]
         return idle

@@ -125,11 +125,13 @@ def test_a_budget_holds(driver):
 def test_memory_that_is_refused_is_a_clear_error_and_nothing_is_lost(driver):
     pair = Pair(prefix_caching=False)
     pair.ask([tokens(10, seed=1)])
-    driver.limit_bytes = driver.backed_bytes + 8 * PAGE
+    before = driver.backed_bytes
+    driver.limit_bytes = before + 13 * PAGE  # enough for the first layer, and a part of the second
     rows = [tokens(150, seed=2), tokens(150, seed=3)]
     with pytest.raises(RefusedMemoryError, match=r"no \d+ bytes .* more tokens need \d+ blocks .* tokens fit"):
         pair.model.generate(**batch(rows), max_new_tokens=4)
     assert pair.paged.stats().blocks_in_use == 0
+    assert driver.backed_bytes == before, "the first layer's went back"
     pair.ask([tokens(10, seed=1)])
     driver.limit_bytes = None
     pair.ask(rows)
