@@ -33,6 +33,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
+OLD_CACHE_NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]  # that are taken with a warning
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
@@ -44,11 +45,26 @@ _STATE_AND_KV_LAYERS = (
 )
 
 
-def takes_old_cache_name(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is told the cache by name, to be told it by an older name, too: with stock's own warning."""
-    for name in CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]:
-        method = deprecate_kwarg(name, "5.40.0", new_name=CACHE_NAME)(method)
-    return method
+def given_cache(kwargs: dict[str, Any]) -> object:
+    """The cache among a call's arguments; by the name of today where it has two, as stock takes it."""
+    return next((kwargs[name] for name in (CACHE_NAME, *OLD_CACHE_NAMES) if name in kwargs), None)
+
+
+def named_as_today(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments with the cache by the name of today, with stock's own warning where that is another one.
+
+    As they are where the model's forward does not rename it so itself: code from the hub may know an old name only.
+    """
+    known = forward_arguments(model)
+    if CACHE_NAME not in known or not known.isdisjoint(OLD_CACHE_NAMES):
+        return kwargs
+
+    def forward(self: PreTrainedModel, **kwargs: Any) -> dict[str, Any]:  # the warning says so
+        return kwargs
+
+    for name in OLD_CACHE_NAMES:
+        forward = deprecate_kwarg(name, "5.40.0", new_name=CACHE_NAME)(forward)
+    return forward(model, **kwargs)
 
 
 def can_generate(model: object) -> bool:
