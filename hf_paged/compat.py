@@ -329,6 +329,11 @@ def as_attended(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, t
     return (key, value) if dtype is None else (key.to(dtype), value.to(dtype))
 
 
+def checkpoints_gradients(attributes: list[dict[str, Any]]) -> bool:
+    """Whether a module, of which the `vars` of each are given, computes its passes again for their gradients."""
+    return any(each.get("gradient_checkpointing", False) for each in attributes)
+
+
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
     """Whether the model's forward computes the logits of chosen positions only."""
     return "logits_to_keep" in forward_arguments(model)

@@ -97,6 +97,7 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
     return (
         tuple(tree.kinds()),
         model.training,
+        model.training and compat.checkpoints_gradients(tree.attributes),  # then some models leave the cache alone
         model.dtype,
         compat.autocast_dtype(compat.compute_device(model)),
         compat.own_forward(model),
