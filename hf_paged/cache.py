@@ -257,7 +257,8 @@ class PagedCache(Cache):
         self.step, self.prepared, self.is_copying = None, None, False
         self.sequences.unpin()
         for layer in self.paged_layers:
-            layer.move_to(self.dense_len)
+            if layer.seen != self.dense_len:  # else its update has moved it, and it may record
+                layer.move_to(self.dense_len)
 
     def begin_dense(
         self, tokens_per_row: int, new_columns: torch.Tensor | None = None, over_host: bool = False

@@ -136,6 +136,12 @@ def token_bytes(cache: DynamicCache) -> list[int]:
     return [sum(tensor.nbytes for tensor in as_attended(*one)) if one else 0 for one in ones]
 
 
+def added_layers(cache: DynamicCache, layout: CacheLayout) -> str | None:
+    """What a pass has added to its cache, or `None`: dory puts copies of layers there, for each time it runs them."""
+    count = len(cache.layers) - len(layout.places)
+    return f"the model adds {count} layers to its cache" if count else None
+
+
 def idle_layer(places: list[int | None], layer_bytes: Sequence[int]) -> str | None:
     """Which layer keeps no K and V although it is made to, or `None`. `places` are those of a `CacheLayout`."""
     return f"layer {places.index(layer_bytes.index(0))} keeps no K and V of text" if 0 in layer_bytes else None

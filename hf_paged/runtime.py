@@ -218,8 +218,8 @@ class PagedRuntime:
             if found.unfit is not None or found.layer_bytes is not None:
                 return found.unfit
         if self._looked_at is None or self._looked_at[0] is not layout:
-            sizes = footprint_of(self._model()).layer_bytes
-            self._looked_at = layout, compat.idle_layer(layout.places, sizes)
+            sizes = footprint_of(self._model())
+            self._looked_at = layout, sizes.added_layers or compat.idle_layer(layout.places, sizes.layer_bytes)
         return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
