@@ -63,5 +63,5 @@ def test_there_is_nothing_to_plan_where_layers_are_added(tmp_path, capsys):
     config.architectures = ["DoryForCausalLM"]
     config.save_pretrained(tmp_path)
     with pytest.raises(SystemExit):
-        main(["plan", str(tmp_path)])
+        main(["plan", str(tmp_path), "--max-memory", "cpu=1GiB"])
     assert "the model adds 2 layers to its cache; there is nothing to plan" in capsys.readouterr().err
