@@ -37,6 +37,7 @@ KINDS = [
     ("gpt_neox_japanese", "padded", "attention of its own, which takes K and V to be contiguous"),
     ("llama4_text", "padded", "chunks, and queries scaled by positions that it counts itself"),
     ("mpt", "padded", "ALiBi"),
+    ("xlm", "padded", "is given all tokens in each step, and leaves out those that it has seen"),
     ("phimoe", "padded", "a window that its attention is not told of"),
 ]
 
