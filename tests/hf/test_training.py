@@ -407,3 +407,13 @@ def test_generation_in_training_mode_as_checkpointing_comes_and_goes(name, first
             rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
             pair.skip_where_older_stock_refuses(rows, **arguments)  # bloom
             pair.ask(rows, **arguments)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
+def test_what_is_tried_draws_no_random_numbers_from_dropout(name):
+    """In training mode, the first answer has stock's dropout, too."""
+    pair = Pair(name, wrap=lambda model: model.train())
+    rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+    answer = pair.ask(rows, max_new_tokens=12)
+    pair.both(without_dropout)
+    assert not torch.equal(pair.ask(rows, max_new_tokens=12), answer), "there was no dropout: this test could not fail"
