@@ -256,9 +256,8 @@ class PagedCache(Cache):
         self.add_columns(new_columns, tokens_per_row)
         self.step, self.prepared, self.is_copying = None, None, False
         self.sequences.unpin()
-        for layer in self.paged_layers:
-            if layer.seen != self.dense_len:  # else its update has moved it, and it may record
-                layer.move_to(self.dense_len)
+        for layer in [each for each in self.paged_layers if each.seen != self.dense_len]:  # updates have moved others
+            layer.move_to(self.dense_len)
 
     def begin_dense(
         self, tokens_per_row: int, new_columns: torch.Tensor | None = None, over_host: bool = False
