@@ -109,7 +109,8 @@ def paged_attention_forward(
     Returns:
         `[batch, tokens, heads, value_dim]`, and the weights where the original returns them.
     """
-    if torch.compiler.is_compiling():  # a compiled layer: it calls us, and goes on behind us
+    # A compiled layer calls us, and goes on behind us; an exported model is the one that was patched.
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return _uncompiled(
             original, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

@@ -256,7 +256,7 @@ class PagedCache(Cache):
         self.add_columns(new_columns, tokens_per_row)
         self.step, self.prepared, self.is_copying = None, None, False
         self.sequences.unpin()
-        for layer in self.paged_layers:
+        for layer in [each for each in self.paged_layers if each.seen != self.dense_len]:  # updates have moved others
             layer.move_to(self.dense_len)
 
     def begin_dense(

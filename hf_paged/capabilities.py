@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_paged import compat
 from hf_paged.config import PagedConfig
 from hf_paged.probe import Capability, Views, circumstances, probe, reads_views
 
@@ -30,7 +31,8 @@ class Capabilities:
             return found, False
         found = self._found.get((*others, None))
         if found is None:
-            found = probe(model, call, self._exact)
+            with compat.random_state_kept(model):
+                found = probe(model, call, self._exact)
         elif hooks is not None and found.views.may_have_gaps is None:
             # Hooks that have come since are shown the passes of calls, and none that only try something out.
             found = replace(found, views=Views(False))
@@ -48,5 +50,6 @@ class Capabilities:
         """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""
         views = known.views
         if views.may_have_gaps is None:
-            views.may_have_gaps = reads_views(model, call, self._exact)
+            with compat.random_state_kept(model):
+                views.may_have_gaps = reads_views(model, call, self._exact)
         return views.may_have_gaps

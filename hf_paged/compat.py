@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
+OLD_CACHE_NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]  # that are taken with a warning
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
@@ -44,11 +46,26 @@ _STATE_AND_KV_LAYERS = (
 )
 
 
-def takes_old_cache_name(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is told the cache by name, to be told it by an older name, too: with stock's own warning."""
-    for name in CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]:
-        method = deprecate_kwarg(name, "5.40.0", new_name=CACHE_NAME)(method)
-    return method
+def given_cache(kwargs: dict[str, Any]) -> object:
+    """The cache among a call's arguments; by the name of today where it has two, as stock takes it."""
+    return next((kwargs[name] for name in (CACHE_NAME, *OLD_CACHE_NAMES) if name in kwargs), None)
+
+
+def named_as_today(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments with the cache by the name of today, with stock's own warning where that is another one.
+
+    As they are where the model's forward does not rename it so itself: code from the hub may know an old name only.
+    """
+    known = forward_arguments(model)
+    if CACHE_NAME not in known or not known.isdisjoint(OLD_CACHE_NAMES):
+        return kwargs
+
+    def forward(self: PreTrainedModel, **kwargs: Any) -> dict[str, Any]:  # the warning says so
+        return kwargs
+
+    for name in OLD_CACHE_NAMES:
+        forward = deprecate_kwarg(name, "5.40.0", new_name=CACHE_NAME)(forward)
+    return forward(model, **kwargs)
 
 
 def can_generate(model: object) -> bool:
@@ -118,6 +135,12 @@ def token_bytes(cache: DynamicCache) -> list[int]:
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     ones = [[] if layer.keys is None else [layer.keys[:1, :, :1], layer.values[:1, :, :1]] for layer in layers]
     return [sum(tensor.nbytes for tensor in as_attended(*one)) if one else 0 for one in ones]
+
+
+def added_layers(cache: DynamicCache, layout: CacheLayout) -> str | None:
+    """What a pass has added to its cache, or `None`: dory puts copies of layers there, for each time it runs them."""
+    count = len(cache.layers) - len(layout.places)
+    return f"the model adds {count} layers to its cache" if count else None
 
 
 def idle_layer(places: list[int | None], layer_bytes: Sequence[int]) -> str | None:
@@ -301,6 +324,12 @@ def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
+def random_state_kept(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """What is computed inside draws no random numbers from those that follow: models in training mode have dropout."""
+    device = compute_device(model)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=model.training)
+
+
 def own_forward(model: PreTrainedModel) -> Any:
     """What was put in the place of the model's `forward`: accelerate's, for one, switches autocast on inside."""
     forward = vars(model).get("forward")
@@ -311,6 +340,11 @@ def as_attended(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, t
     """K and V in the dtype that attention computes in: under autocast, models leave them in different ones."""
     dtype = autocast_dtype(key.device)
     return (key, value) if dtype is None else (key.to(dtype), value.to(dtype))
+
+
+def checkpoints_gradients(attributes: list[dict[str, Any]]) -> bool:
+    """Whether a module, of which the `vars` of each are given, computes its passes again for their gradients."""
+    return any(each.get("gradient_checkpointing", False) for each in attributes)
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:

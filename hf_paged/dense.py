@@ -22,10 +22,20 @@ class DenseView:
         group: of the layers that are read.
         num_columns: dense columns.
         columns: `[batch, num_columns]` bool, which columns are stored; `None`: all of them.
+        lengths: tokens of each row that are looked at; `None`: all.
     """
 
-    def __init__(self, tables: Sequence[BlockTable], group: int, num_columns: int, columns: torch.Tensor | None):
-        self._rows = [(table.chains[group], table.num_tokens) for table in tables]
+    def __init__(
+        self,
+        tables: Sequence[BlockTable],
+        group: int,
+        num_columns: int,
+        columns: torch.Tensor | None,
+        lengths: Sequence[int] | None = None,
+    ):
+        if lengths is None:
+            lengths = [table.num_tokens for table in tables]
+        self._rows = [(table.chains[group], length) for table, length in zip(tables, lengths, strict=True)]
         self._num_columns = num_columns
         self._columns = columns
         self._slots: torch.Tensor | None = None

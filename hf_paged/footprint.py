@@ -24,11 +24,13 @@ class Footprint:
         layer_bytes: in each layer that keeps K and V, in order.
         estimated: why these come from fields of the config instead of the shapes of real K and V, or `None`.
         weight_bytes: of all parameters in that dtype, `None` where that is not known.
+        added_layers: that there are layers besides, which blocks cannot take the place of; or `None`.
     """
 
     layer_bytes: tuple[int, ...]
     estimated: str | None = None
     weight_bytes: int | None = None
+    added_layers: str | None = None
 
 
 def footprint(
@@ -51,7 +53,8 @@ def footprint(
         except Exception as error:  # whatever a model does with numbers that are not there
             reason = f"{kind.__name__} cannot be tried without weights: {type(error).__name__}"
         else:
-            return Footprint(sizes.layer_bytes(dtype, kv_format), None, sizes.weight_elements * dtype.itemsize)
+            weight_bytes = sizes.weight_elements * dtype.itemsize
+            return Footprint(sizes.layer_bytes(dtype, kv_format), None, weight_bytes, sizes.added_layers)
     decoder = config.get_text_config(decoder=True)
     num_layers = len(compat.cache_layout(decoder).windows)
     item_bytes = dtype.itemsize if kv_format is None else _bytes_per_number(kv_format)
@@ -101,6 +104,7 @@ class _Sizes:
     fixed_bytes: tuple[int, ...]
     shapes: tuple[tuple[tuple[int, int], ...], ...]
     weight_elements: int
+    added_layers: str | None
 
     def layer_bytes(self, dtype: torch.dtype, kv_format: KVFormat | None) -> tuple[int, ...]:
         if kv_format is not None:
@@ -132,7 +136,8 @@ def _measure(build: _Build) -> _Sizes:
         given = {"attention_mask": one + 1, CACHE_NAME: cache}
     model(input_ids=one, **given, use_cache=True)
     elements, fixed_bytes, shapes = [], [], []
-    layers = zip(cache.layers, compat.cache_layout(decoder).places, strict=True)
+    layout = compat.cache_layout(decoder)
+    layers = zip(cache.layers, layout.places, strict=False)  # there may be more of them by now
     for layer in (layer for layer, place in layers if place is not None):
         # Layers that read the K and V of another one keep none.
         kept = [] if layer.keys is None else [layer.keys, layer.values]
@@ -141,4 +146,5 @@ def _measure(build: _Build) -> _Sizes:
         elements.append(sum(count for count, dtype in counts if dtype == _MEASURED_DTYPE))
         fixed_bytes.append(sum(count * dtype.itemsize for count, dtype in counts if dtype != _MEASURED_DTYPE))
     weight_elements = sum(tensor.numel() for tensor in model.parameters())
-    return _Sizes(tuple(elements), tuple(fixed_bytes), tuple(shapes), weight_elements)
+    added = compat.added_layers(cache, layout)
+    return _Sizes(tuple(elements), tuple(fixed_bytes), tuple(shapes), weight_elements, added)

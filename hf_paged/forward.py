@@ -262,8 +262,12 @@ def spread_rows(logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> to
 
 
 def run_padded(request: ModelCall, cache: PagedCache) -> Any:
-    """The stock-shaped pass: real tokens go to blocks, attention is the model's own over dense K and V."""
+    """The stock-shaped pass: real tokens go to blocks, attention is the model's own over dense K and V.
+
+    A model that leaves the cache alone (older ones do with gradient checkpointing) leaves it as it was.
+    """
     cache.readmit_rows()
+    lengths = [table.num_tokens for table in cache.tables]
     stored = request.new_columns
     # Stock attends to padding where a window holds nothing else, and in falcon where attentions are asked for.
     if request.kwargs.get("output_attentions") or (any(cache.windows) and _has_holes(cache, stored)):
@@ -274,7 +278,10 @@ def run_padded(request: ModelCall, cache: PagedCache) -> Any:
         _look_at_layers(request, cache)
         cache.begin_dense(request.tokens, stored, over_host=True)
     outputs = request.call(**request.kwargs)
-    cache.finish(stored, request.tokens)
+    if any(layer.seen != cache.dense_len for layer in cache.paged_layers):
+        cache.finish(stored, request.tokens)
+    else:
+        cache.roll_back(lengths)
     return outputs
 
 

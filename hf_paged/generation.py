@@ -64,14 +64,15 @@ class PagedGenerationMixin:
         """The runtime: settings, statistics, memory."""
         return self.__dict__[RUNTIME_ATTRIBUTE]
 
-    @compat.takes_old_cache_name
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = paged_part(kwargs.get(CACHE_NAME))
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
         if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
             return type(self).__call__(self, *args, **kwargs)
+        cache = paged_part(compat.given_cache(kwargs))
         if cache is not None:
-            return runtime.run(super().__call__, cache, args, kwargs)
+            named = kwargs if kwargs.keys().isdisjoint(compat.OLD_CACHE_NAMES) else compat.named_as_today(self, kwargs)
+            if CACHE_NAME in named:  # else by a name that only the model knows, to which it is like any other cache
+                return runtime.run(super().__call__, cache, args, named)
         make_way(self, runtime)
         return super().__call__(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from hf_paged.store import LayerStore
 
 if TYPE_CHECKING:
     from hf_paged.cache import PagedCache
+    from hf_paged.step import Step
 
 # What `PagedLayer` itself sets; a layer that also keeps a state has more.
 PAGED_ATTRIBUTES = frozenset(("_cache", "index", "window", "sliding_window", "record_past", "seen", "kept", "done"))
@@ -105,6 +106,13 @@ class PagedLayer(CacheLayerMixin):
             keys, values = store.read(lambda memory: dense.of(memory, visible))
         return (keys.contiguous(), values.contiguous()) if cache.copies_dense else (keys, values)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
+        """A cache is copied as a whole; models that copy layers alone put them beside those that there are."""
+        raise ValueError(
+            f"a layer of {CACHE_NAME} is to be copied: a PagedCache has the layers that the config names, a "
+            "DynamicCache takes more; copy the cache as a whole"
+        )
+
     def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
         given = key_states.shape[0] * key_states.shape[2]
         if given != expected:
@@ -139,8 +147,20 @@ class PagedLayer(CacheLayerMixin):
 
     def _dense_view(self) -> DenseView:
         cache = self.cache
+        if cache.step is not None and cache.step.planned:
+            return self._view_meanwhile(cache.step)
         cache.pool.bring_back(cache.tables)
         return DenseView(cache.tables, self.store.group, cache.dense_len, cache.columns)
+
+    def _view_meanwhile(self, step: Step) -> DenseView:
+        """For a model that does not only `update` (dory reads the past first): what the layer has seen by now."""
+        whole = step.dense(self.store.group)  # or a refusal
+        if self.seen == step.dense_len:
+            return whole
+        self.store.copy(step.plans[self.index])  # rows whose tails the update is to copy
+        columns = None if step.columns is None else step.columns[:, : self.seen]
+        lengths = [self.seen] * len(step.tables) if columns is None else columns.sum(dim=1).tolist()
+        return DenseView(step.tables, self.store.group, self.seen, columns, lengths)
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense keys and values as `keys` and `values` give them, where possible without a copy: only to be read."""

@@ -97,6 +97,7 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
     return (
         tuple(tree.kinds()),
         model.training,
+        model.training and compat.checkpoints_gradients(tree.attributes),  # then some models leave the cache alone
         model.dtype,
         compat.autocast_dtype(compat.compute_device(model)),
         compat.own_forward(model),
@@ -209,14 +210,17 @@ def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Te
     if compat.takes_position_ids(model):  # told as `generate` does
         arguments["position_ids"] = torch.arange(len(longest), device=tokens.device).expand(tokens.shape)
     logits = call(**arguments).logits
+    layout = compat.cache_layout(config)
     last_two = [each[len(row) - 2 : len(row)].float() for each, row in zip(logits, rows, strict=True)]
     layer_bytes, kept, given = tuple(compat.token_bytes(cache)), compat.kept_tokens(cache), len(longest)
-    if max(kept, default=0) == 0:
+    if added := compat.added_layers(cache, layout):
+        unfit = added
+    elif max(kept, default=0) == 0:
         unfit = CACHE_UNUSED
     elif max(kept) > given:
         unfit = f"the model keeps K and V of {max(kept)} tokens where it was given {given}"
     else:
-        unfit = compat.idle_layer(compat.cache_layout(config).places, layer_bytes)
+        unfit = compat.idle_layer(layout.places, layer_bytes)
     return _Stock(last_two, layer_bytes, unfit)
 
 

@@ -218,8 +218,8 @@ class PagedRuntime:
             if found.unfit is not None or found.layer_bytes is not None:
                 return found.unfit
         if self._looked_at is None or self._looked_at[0] is not layout:
-            sizes = footprint_of(self._model()).layer_bytes
-            self._looked_at = layout, compat.idle_layer(layout.places, sizes)
+            sizes = footprint_of(self._model())
+            self._looked_at = layout, sizes.added_layers or compat.idle_layer(layout.places, sizes.layer_bytes)
         return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
@@ -340,6 +340,8 @@ class PagedRuntime:
 
     def _run_best(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> tuple[Any, int, int]:
         """The model's outputs, and the numbers of tokens that were computed, and that earlier calls had computed."""
+        if request.tokens > 1 and cache.generating and not (cache.prefilling or cache.assisted):
+            return self._run_unplanned(request, cache), request.real_tokens, 0
         capability = cache.capability if cache.generating else None
         if capability is None:
             if self._prompt_obstacle() is not None:
@@ -366,6 +368,14 @@ class PagedRuntime:
         self._note_padded(cache, obstacle)
         cache.copies_dense = not self._capabilities.may_have_gaps(self._model(), request.call, capability)
         return run_padded(request, cache), request.real_tokens, 0
+
+    def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
+        """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""
+        self._note_padded(cache, "all tokens are given in each step")
+        cache.readmit_rows()
+        outputs = request.call(**request.kwargs)
+        cache.step = None
+        return outputs
 
     def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
         """The outputs of a model whose prompts are never packed: single tokens may read blocks, once that was tried."""

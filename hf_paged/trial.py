@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_paged import compat
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
@@ -37,7 +38,8 @@ def try_decode(
         if _differ(before, _own_states(model)):
             return outputs, "modules that keep a state of their own"
         request = replace(request, kwargs={**request.kwargs, CACHE_NAME: twin})
-        return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
+        with compat.random_state_kept(model):
+            return outputs, _obstacle(request, paged_part(twin), backend, outputs.logits)
     finally:
         cache.sequences.twin = None
         twin.reset()

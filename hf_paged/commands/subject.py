@@ -79,6 +79,8 @@ def find_subject(source: str, dtype: torch.dtype | None, kv_format: KVFormat | N
         cost = footprint(kind, config, known or torch.float32, kv_format)
     except ValueError as error:
         raise UsageError("--kv-cache-dtype", str(error)) from None
+    if cost.added_layers:
+        raise _stays_on_stock(source, cost.added_layers)
     if not all(cost.layer_bytes):
         raise _stays_on_stock(source, "it has layers that keep no K and V of text in transformers' cache")
     groups, stock_groups = (group_costs(each.layer_bytes, layout.windows) for each in (cost, stock))

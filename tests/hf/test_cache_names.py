@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, stock_model
 from pair import NEW, Pair
 from prompts import batch, tokens
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM
 
 from hf_paged import PagedCache, patch_model
 from hf_paged.compat import CACHE_NAME, CACHE_NAMES
@@ -116,3 +116,64 @@ def test_a_pair_of_caches_goes_by_every_name():
             actual = pair.model(ids, decoder_input_ids=start, **{name: both}).logits
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
         assert both.self_attention_cache.get_seq_length() == 1
+
+
+# Code from the hub, that was written before the cache was renamed
+
+
+class _OldName(LlamaForCausalLM):
+    """Its `forward` knows the older name alone, and gives anything else no thought."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        kwargs.pop("cache", None)
+        return super().forward(input_ids, attention_mask, position_ids, **{CACHE_NAME: past_key_values}, **kwargs)
+
+
+class _Renames(_OldName):
+    """One that was helped to find the cache of today's `generate`."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, cache=None, **kwargs):
+        given = {"attention_mask": attention_mask, CACHE_NAME: cache, **kwargs}
+        inputs = super().prepare_inputs_for_generation(input_ids, **given)
+        return {**inputs, "past_key_values": inputs.pop(CACHE_NAME, None)}
+
+
+class _BothNames(LlamaForCausalLM):
+    """For any version of transformers."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, past_key_values=None, **kwargs):
+        kwargs[CACHE_NAME] = past_key_values if cache is None else cache
+        return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+
+
+def hub_pair(kind):
+    stock = kind(stock_model("llama").config).eval()
+    stock.load_state_dict(stock_model("llama").state_dict())
+    stock.generation_config = stock_model("llama").generation_config
+    return Pair.of(stock)
+
+
+@pytest.mark.parametrize("kind", [_OldName, _Renames, _BothNames])
+def test_code_that_knows_an_older_name_is_told_that(kind):
+    pair = hub_pair(kind)
+    ids = torch.tensor([tokens(12, seed=3)])
+    for make in (*KINDS.values(), lambda model: None):
+        seen = []
+        for model in (pair.stock, pair.model):
+            cache = make(model)
+            with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+                warnings.simplefilter("always")
+                seen.append(torch.cat([model(part, past_key_values=cache).logits for part in ids.split(8, 1)], dim=1))
+            assert cache is None or cache.get_seq_length() == 12
+            assert of_names(caught) == []
+        torch.testing.assert_close(seen[1], seen[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [_OldName, _Renames, _BothNames])
+def test_generate_of_code_that_knows_an_older_name(kind):
+    pair = hub_pair(kind)
+    for arguments in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        pair.ask(ROWS, **arguments)
+    for make in KINDS.values():
+        for name in NAMES:
+            pair.ask(ROWS, **{name: make})

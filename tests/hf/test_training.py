@@ -383,3 +383,37 @@ def test_generate_in_train_mode():
     stock, model = copy_of(LLAMA).train(), patched().train()
     assert torch.equal(model.generate(**prompts.ragged(), **GREEDY), stock.generate(**prompts.ragged(), **GREEDY))
     assert model.training
+
+
+# Gradient checkpointing: in training mode, older versions and some models leave the cache alone then
+
+
+def without_dropout(model):
+    for module in model.modules():
+        for name in ("p", "dropout", "activation_dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model.train()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["checkpointing_first", "checkpointing_later"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "bart", "t5", "qwen3_next", "lfm2"])
+def test_generation_in_training_mode_as_checkpointing_comes_and_goes(name, first):
+    pair = Pair(name, wrap=without_dropout)
+    for enabled in (first, not first, first):
+        change = "gradient_checkpointing_enable" if enabled else "gradient_checkpointing_disable"
+        pair.both(lambda model, change=change: getattr(model, change)())
+        for arguments in ({}, {"num_beams": 2}):
+            rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+            pair.skip_where_older_stock_refuses(rows, **arguments)  # bloom
+            pair.ask(rows, **arguments)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
+def test_what_is_tried_draws_no_random_numbers_from_dropout(name):
+    """In training mode, the first answer has stock's dropout, too."""
+    pair = Pair(name, wrap=lambda model: model.train())
+    rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+    answer = pair.ask(rows, max_new_tokens=12)
+    pair.both(without_dropout)
+    assert not torch.equal(pair.ask(rows, max_new_tokens=12), answer), "there was no dropout: this test could not fail"

@@ -90,6 +90,18 @@ def test_compiled_models(first):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_models(strict):
+    """Of a pass without cache; the patched model goes on."""
+    pair = Pair()
+    ids = torch.tensor([prompts.tokens(12, seed=3)])
+    with torch.no_grad():
+        exported = torch.export.export(pair.model, (ids,), {"use_cache": False}, strict=strict).module()
+        torch.testing.assert_close(exported(ids, use_cache=False).logits, pair.stock(ids).logits)
+    pair.ask(prompts.shared_prefix())
+    assert pair.paged.stats().fallbacks == {}
+
+
 def test_compiled_layers():
     """What is compiled ends where ours begins: nothing of ours is traced, whose numbers change with every step."""
     torch._dynamo.reset()

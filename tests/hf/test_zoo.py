@@ -28,6 +28,8 @@ KINDS = [
     ("modernbert-decoder", "fast", "windows on both sides in its encoder form"),
     ("qwen3_moe", "fast", "experts in all layers"),
     ("cpmant", "stock", "puts a prompt of its own before every prompt"),
+    ("dory", "stock", "runs layers more than once, and adds copies of them to its cache"),
+    ("inkling2_loop_text", "stock", "the same, in a model with states"),
     ("deepseek_v32", "stock", "looks at the name of its attention to mask what an indexer leaves out"),
     ("minimax_m3_vl_text", "stock", "the same, by blocks"),
     ("deepseek_v2", "padded", "keeps latents, from which K and V are computed after the cache"),
@@ -35,6 +37,7 @@ KINDS = [
     ("gpt_neox_japanese", "padded", "attention of its own, which takes K and V to be contiguous"),
     ("llama4_text", "padded", "chunks, and queries scaled by positions that it counts itself"),
     ("mpt", "padded", "ALiBi"),
+    ("xlm", "padded", "is given all tokens in each step, and leaves out those that it has seen"),
     ("phimoe", "padded", "a window that its attention is not told of"),
 ]
 

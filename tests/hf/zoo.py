@@ -73,11 +73,21 @@ HYBRID = {
 SPECIAL = {
     **dict.fromkeys(("axk1", "deepseek_v3", "youtu"), LATENT),
     **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},
-    **{name: {"num_key_value_heads": 4} for name in ("glm4_moe_lite", "minicpm3")},
+    **{name: {"num_key_value_heads": 4} for name in ("glm4_moe_lite", "minicpm3", "sarvam_mla")},
     **{name: {"per_layer_config": None, "layer_types": SLIDING} for name in ("gemma4_text", "gemma4_unified_text")},
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), LINEAR),
     **{name: {"layer_types": ["conv", "full_attention"] * 2} for name in ("lfm2", "lfm2_moe")},
     **dict.fromkeys(("inkling_text", "inkling2_text"), HYBRID),
+    "inkling2_loop_text": {
+        **HYBRID,
+        "unpadded_vocab_size": VOCAB,
+        "rel_extent": 64,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_gate_rank": 8,
+    },
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "gemma3n_text": {"layer_types": SLIDING},
     "longcat_flash": {**LATENT, "moe_topk": 2, "zero_expert_num": 2, "num_layers": 2},
     "cohere_compass_text": {
