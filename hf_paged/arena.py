@@ -41,17 +41,32 @@ def _map(num_bytes: int) -> mmap.mmap:
     return mapping
 
 
+# Of a driver, that slots are to fill without a rest.
+MOST_PAGES = 8
+
+
+def _page_bytes(device: torch.device) -> int | None:
+    """What memory comes and goes in; `None` where it does neither."""
+    if (driver := driver_for(device)) is not None:
+        return driver.page_bytes
+    return PAGE_BYTES if device.type == "cpu" and can_give_back() else None
+
+
 def whole_pages_of_slots(num_slots: int, likes: Sequence[torch.Tensor]) -> int:
     """At least `num_slots`: as many as fill whole pages of K and of V alike, `likes [batch, heads, tokens, dim]`.
 
-    An odd number of pages a head (of the one that needs more slots to fill them) keeps heads from falling into the same
-    cache sets; without pages an odd number of slots does.
+    Where a driver's pages are large, and slots of an odd size, heads share pages. An odd number of pages a head (of the
+    one that needs more slots to fill them) keeps heads from falling into the same cache sets; without pages an odd
+    number of slots does.
     """
     slots = 1
     for like in likes:
         slot_bytes = like.shape[3] * like.element_size()
-        if slot_bytes and like.device.type == "cpu" and can_give_back():
-            slots = math.lcm(slots, PAGE_BYTES // math.gcd(PAGE_BYTES, slot_bytes))
+        page_bytes = _page_bytes(like.device)
+        if slot_bytes and page_bytes is not None:
+            whole_pages = page_bytes // math.gcd(page_bytes, slot_bytes)
+            if like.device.type == "cpu" or whole_pages * slot_bytes <= MOST_PAGES * page_bytes:
+                slots = math.lcm(slots, whole_pages)
     return (-(-num_slots // slots) | 1) * slots
 
 

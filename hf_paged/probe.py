@@ -54,7 +54,8 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def in_one_line(error: Exception) -> str:
     """What a model has raised, as the reason that is counted."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:120]}" if first else type(error).__name__
 
 
 @dataclass(slots=True)

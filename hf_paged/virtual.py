@@ -92,14 +92,16 @@ class AddressSpace:
         Raises `RefusedMemoryError` and changes nothing.
         """
         page_bytes = self._driver.page_bytes
-        page, last = start // page_bytes, (stop - 1) // page_bytes
+        page, stop_page = start // page_bytes, -(-stop // page_bytes)
+        # Pages that neighbours may reach into come by themselves, so that these do not hold the others.
+        ends = {page + (start % page_bytes > 0), stop // page_bytes, stop_page}
         touched: list[_Backing] = []
         try:
-            while page <= last:
+            while page < stop_page:
                 backing = self._pages.get(page)
                 if backing is None:
-                    count = next((i for i in range(1, last - page + 1) if page + i in self._pages), last - page + 1)
-                    backing = self._back_pages(page, count)
+                    end = next(at for at in range(page + 1, stop_page + 1) if at in ends or at in self._pages)
+                    backing = self._back_pages(page, end - page)
                 backing.pieces += 1
                 touched.append(backing)
                 page = backing.first_page + backing.num_pages

@@ -261,11 +261,14 @@ class BlockPool:
     def ask_for_memory(self, step_blocks: int, back: Callable[[range], bool]) -> None:
         """From now on blocks have memory where `back` has brought it: at once for all that were ever handed out.
 
-        The caller sees to that of these, `extents.runs`; `step_blocks` are asked for at a time, or a multiple.
+        The caller sees to that of these, `extents.runs`, which are whole steps if the budget has room for that;
+        `step_blocks` are asked for at a time, or a multiple.
         """
-        self.extents = Extents(step_blocks, back, self.high_water)
-        self._set_touched(range(NULL_BLOCK + 1, self.high_water), True)  # the null block is nobody's
-        self._withhold(range(self.high_water, self.num_blocks))
+        room = self.high_water + max(0, self._budget.untouched_bytes // self.block_bytes)
+        backed = max(self.high_water, min(-(-self.high_water // step_blocks) * step_blocks, room, self.num_blocks))
+        self.extents = Extents(step_blocks, back, backed)
+        self._set_touched(range(NULL_BLOCK + 1, backed), True)  # the null block is nobody's
+        self._withhold(range(backed, self.num_blocks))
 
     def get_memory(self, count: int, room: int = 0) -> None:
         """Have memory for `count` free blocks, that of cached ones where no more is to be had; else `OutOfBlocks`.

@@ -68,6 +68,19 @@ def test_pages_stay_as_long_as_a_piece_reaches_into_them():
     assert driver.reserved == {}
 
 
+def test_a_page_that_neighbours_share_does_not_hold_the_others():
+    driver = HostDriver(PAGE)
+    space = AddressSpace(driver, 12 * PAGE)
+    space.back("left", 0, 4 * PAGE + 10)
+    space.back("middle", 4 * PAGE + 10, 8 * PAGE + 20)
+    space.back("right", 8 * PAGE + 20, 12 * PAGE)
+    assert len(driver.backed) == 5, "three runs of whole pages, and the two between them"
+    space.give_back("middle")
+    assert space.backed_bytes == 9 * PAGE
+    space.give_back("left", "right")
+    assert driver.backed == {}
+
+
 def test_what_is_refused_changes_nothing():
     driver = HostDriver(PAGE, limit_bytes=3 * PAGE)
     space = AddressSpace(driver, 10 * PAGE)
