@@ -8,8 +8,9 @@ Per layer, K and V are head-major: `[kv_heads, slots, dim]`, where slot `b * blo
     head 1  [null block   ][t0 t1 ... t15 ][t16 ...      ]
 
 so the tokens of adjacent blocks are one strided view `[kv_heads, tokens, dim]` that SDPA reads without a copy. The
-tensors are as long as the budget allows; pages that were never written cost nothing (the system maps them on first
-touch), and those of free blocks can be given back: memory follows the blocks that are held, and nothing is copied.
+tensors are as long as the budget allows; what has no memory yet costs nothing (the CPU's system maps pages on first
+touch, GPUs are asked for them, `hf_paged.arena`), and that of free blocks can be given back: memory follows the blocks
+that are held, and nothing is copied.
 
 Where KV is stored quantized, `dim` numbers of a slot are a record of bytes (`hf_paged_kernels.formats`), K and V are
 encoded as they are written, and every reader gets what is stored: a token's K and V are the same to those that were

@@ -150,11 +150,14 @@ def _bury(driver: Driver, address: int, num_bytes: int, pages: dict[int, _Backin
 
 def _bury_the_dead() -> None:
     """Give back address spaces, once nothing reads them. A finalizer may run while a device cannot be waited for."""
-    for _ in range(len(_dead)):
-        driver, address, num_bytes, pages = _dead.popleft()
+    while True:
+        try:
+            driver, address, num_bytes, pages = _dead.popleft()
+        except IndexError:  # also where another thread was quicker
+            return
         if not driver.wait():
             _dead.append((driver, address, num_bytes, pages))
-            continue
+            return
         for backing in set(pages.values()):
             _unback(driver, address, backing)
         driver.free(address, num_bytes)

@@ -8,7 +8,8 @@ from on_demand import HostDriver
 from pair import Pair
 from prompts import batch, tokens
 
-from hf_paged import arena, pool
+from hf_paged import arena, generation, pool
+from hf_paged.core import budget
 from hf_paged.errors import RefusedMemoryError
 
 PAGE = 4096
@@ -122,6 +123,19 @@ def test_a_budget_holds(driver):
         assert pair.paged.stats().bytes_reserved <= limit
         check_bytes(pair, driver)
     assert pair.paged.stats().evicted_blocks > 0
+
+
+def test_free_memory_is_looked_up_extent_by_extent(driver, monkeypatch):
+    asked, free_bytes = [], pool.free_bytes
+    monkeypatch.setattr(pool, "free_bytes", lambda device: (asked.append(device), free_bytes(device))[1])
+    monkeypatch.setattr(budget, "GROWTH_STEP_BYTES", 2 * PAGE)
+    monkeypatch.setattr(generation, "MAX_ROOM_TOKENS", 0)  # a block is taken when it is needed
+    pair = Pair(prefix_caching=False)
+    pair.ask([tokens(20, seed=1)])
+    asked.clear()
+    pair.ask([tokens(20, seed=1)], max_new_tokens=150)
+    took = 170 // 8
+    assert 1 < len(asked) < took / 3, "not for every block"
 
 
 def test_memory_that_is_refused_is_a_clear_error_and_nothing_is_lost(driver):
