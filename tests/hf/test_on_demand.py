@@ -80,9 +80,7 @@ def test_memory_follows_the_blocks(driver):
     most = []
     for length in (60, 200, 60):
         peak = []
-        pair.ask(
-            [tokens(length, seed=2), tokens(length, seed=3)], streamer=None, stopping_criteria=[_Watch(driver, peak)]
-        )
+        pair.ask([tokens(length, seed=2), tokens(length, seed=3)], stopping_criteria=[_Watch(driver, peak)])
         most.append(max(peak))
         assert held(driver) == least, "only what the null block lies in stays"
     assert least < most[0] == most[2] < most[1]
