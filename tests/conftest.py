@@ -74,10 +74,11 @@ def native_library():
     not compile is left out by the installation, and would otherwise only leave out its tests."""
     from hf_paged_kernels.native_library import LIBRARY, SWITCH, library
 
-    if os.environ.get(SWITCH) == "off":
+    if os.environ.get(SWITCH) == "off":  # whoever says so wants the tests of what runs without it
         pytest.skip(f"{SWITCH}=off")
     if library() is None:
         assert shutil.which("c++") is None, f"{LIBRARY.name} was not built, or cannot be loaded: pip install -v -e ."
+        # The package is to work without a compiler, too.
         pytest.skip("there is no C++ compiler, so that the package has no native library")
 
 

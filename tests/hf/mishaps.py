@@ -27,6 +27,21 @@ def assert_usable(model):
     assert model.paged.stats().blocks_in_use == 0
 
 
+class AtFourthStep:
+    """A streamer that does something to the model in the midst of a call."""
+
+    def __init__(self, model, change):
+        self.model, self.change, self.steps = model, change, 0
+
+    def put(self, value):
+        self.steps += 1
+        if self.steps == 4:
+            self.change(self.model)
+
+    def end(self):
+        pass
+
+
 class Boom(Exception):
     pass
 

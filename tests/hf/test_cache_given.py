@@ -11,16 +11,14 @@ from families import stock_model
 from mode_parts import Run
 from tolerances import assert_close
 from transformers import Cache, DynamicCache
+from versions import choose_attention
 
 from hf_paged import PagedCache, patch_model
 
 
 def with_attention(family, attention: str):
     model = copy_of(family)
-    try:
-        model.set_attn_implementation(attention)
-    except ValueError as error:
-        pytest.skip(f"this transformers refuses {attention} for {family.name}: {str(error)[:80]}")
+    choose_attention(model, attention)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from families import stock_model
 
 from hf_paged import PagedMemoryError, free_memory, paged
-from hf_paged.free_memory import free_bytes
+from hf_paged.free_memory import free_bytes, total_bytes
 from hf_paged.pool import FREE_MEMORY_SHARE
 
 MIB = 2**20
@@ -108,3 +108,12 @@ def test_the_default_budget_keeps_to_it(groups, monkeypatch):
             model.generate(torch.full((1, 4 * MIB // row_bytes), 5), max_new_tokens=2, do_sample=False)
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
         assert 0 < model.paged.stats().bytes_reserved <= FREE_MEMORY_SHARE * MIB
+
+
+def test_what_torch_keeps_on_a_gpu_is_free(monkeypatch):
+    told = {"mem_get_info": (300 * MIB, 900 * MIB), "memory_reserved": 200 * MIB, "memory_allocated": 150 * MIB}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda", 0)) == 350 * MIB
+    assert total_bytes(torch.device("cuda", 0)) == 900 * MIB
+    assert total_bytes(CPU) == psutil.virtual_memory().total

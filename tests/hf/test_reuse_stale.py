@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from families import FAMILIES
+from mishaps import AtFourthStep
 from pair import REUSED, ROWS, Pair, eager, piece
 
 from hf_paged import patch_model, unpatch_model
@@ -189,24 +190,12 @@ def test_weights_that_change_and_come_back():
 def test_weights_that_change_while_a_call_runs():
     """What such a call computed is of two models, so nobody may find it."""
 
-    class Meddler:
-        def __init__(self, model):
-            self.model, self.steps = model, 0
-
-        def put(self, value):
-            self.steps += 1
-            if self.steps == 4:
-                data_add(self.model)
-
-        def end(self):
-            pass
-
     pair = Pair()
     pair.ask(ROWS)
 
     def meddler(model):
         torch.manual_seed(11)
-        return Meddler(model)
+        return AtFourthStep(model, data_add)
 
     rows = [[*ROWS[0], 5, 6]]
     answer = pair.ask(rows, streamer=meddler, max_new_tokens=12)

@@ -7,6 +7,7 @@ import torch
 from adapters import lora_config, two_loras
 from compare import copy_of
 from families import FAMILIES
+from mishaps import AtFourthStep
 from pair import REUSED, ROWS, Pair, piece
 from prompts import batch
 
@@ -124,21 +125,12 @@ def test_adapters_that_are_switched_back_find_their_own_again():
 def test_an_adapter_that_is_switched_while_a_call_runs():
     """Even where another call with the second adapter has come and gone in between."""
 
-    class Switcher:
-        def __init__(self, model):
-            self.model, self.steps = model, 0
-
-        def put(self, value):
-            self.steps += 1
-            if self.steps == 4:
-                self.model.set_adapter("second")
-                self.model.generate(**batch([piece(5, 7)]), do_sample=False, max_new_tokens=2)
-
-        def end(self):
-            pass
+    def switch(model):
+        model.set_adapter("second")
+        model.generate(**batch([piece(5, 7)]), do_sample=False, max_new_tokens=2)
 
     pair = Pair(wrap=two_loras)
-    answer = pair.ask([ROWS[0]], streamer=Switcher, max_new_tokens=14)
+    answer = pair.ask([ROWS[0]], streamer=lambda model: AtFourthStep(model, switch), max_new_tokens=14)
     for name in ("first", "second"):
         pair.both(switch_to(name))
         pair.ask([[*answer[0].tolist(), 5]])

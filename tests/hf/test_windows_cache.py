@@ -8,6 +8,7 @@ from pair import piece
 from prompts import batch, tokens
 from tolerances import assert_close
 from transformers import Cache, DynamicCache
+from versions import choose_attention
 from windows import MIXED, PURE, WINDOWED, WINDOWS, Need, spread, stock_model
 
 from hf_paged import PagedCache
@@ -17,10 +18,7 @@ ATTENTIONS = ("eager", "sdpa")
 
 def model_with(name: str, window: int, attention: str) -> torch.nn.Module:
     model = copy.deepcopy(stock_model(name, window))
-    try:
-        model.set_attn_implementation(attention)
-    except ValueError as error:
-        pytest.skip(f"this transformers refuses {attention} for {name}: {str(error)[:80]}")
+    choose_attention(model, attention)
     return model
 
 
