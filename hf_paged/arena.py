@@ -10,6 +10,7 @@ import functools
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -134,14 +135,11 @@ class Arena:
         """Have memory for slots `start` to `stop`, which may hold anything then. Raises `RefusedMemoryError`."""
         if self._space is None:
             return
-        begun = []
-        try:
+        with ExitStack() as undo:
             for head, first, last in self._per_head(start, stop):
                 self._space.back((head, start), first, last)
-                begun.append((head, start))
-        except BaseException:
-            self._space.give_back(*begun)
-            raise
+                undo.callback(self._space.give_back, (head, start))
+            undo.pop_all()
 
     def give_back(self, start: int, stop: int) -> None:
         """Slots `start` to `stop` lose their content and their memory.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -88,25 +89,19 @@ class CudaDriver:
 
         Raises `RefusedMemoryError`.
         """
-        handle = _handle()
-        arguments = (ctypes.byref(handle), _size(num_bytes), ctypes.byref(self._properties), _none)
-        with torch.cuda.device(self._device):
+        handle, place, size = _handle(), _pointer(address), _size(num_bytes)
+        arguments = (ctypes.byref(handle), size, ctypes.byref(self._properties), _none)
+        with torch.cuda.device(self._device), ExitStack() as undo:
             try:
                 self._call("cuMemCreate", *arguments)
             except RefusedMemoryError:
                 torch.cuda.empty_cache()
                 self._call("cuMemCreate", *arguments)
-            try:
-                self._call("cuMemMap", _pointer(address), _size(num_bytes), _size(0), handle, _none)
-                try:
-                    access = ctypes.byref(self._access)
-                    self._call("cuMemSetAccess", _pointer(address), _size(num_bytes), access, _size(1))
-                except BaseException:
-                    self._call("cuMemUnmap", _pointer(address), _size(num_bytes))
-                    raise
-            except BaseException:
-                self._call("cuMemRelease", handle)
-                raise
+            undo.callback(self._call, "cuMemRelease", handle)
+            self._call("cuMemMap", place, size, _size(0), handle, _none)
+            undo.callback(self._call, "cuMemUnmap", place, size)
+            self._call("cuMemSetAccess", place, size, ctypes.byref(self._access), _size(1))
+            undo.pop_all()
         self.backed_bytes += num_bytes
         self.most_bytes = max(self.most_bytes, self.backed_bytes)
         return handle.value

@@ -16,9 +16,9 @@ from hf_paged.backends import AttentionBackend
 from hf_paged.backends.staged import MAX_PART_TOKENS, StagedBackend, blocks_read_on_host, host_reads
 from hf_paged.core.apart import append_apart, outdated_blocks, whole_new_blocks
 from hf_paged.core.blocks import OutOfBlocks
-from hf_paged.core.manager import BlockManager, Growth
+from hf_paged.core.manager import BlockManager
 from hf_paged.core.overflow import HOST_BLOCKS, movable, on_host, relocate
-from hf_paged.core.plan import StepPlan
+from hf_paged.core.plan import Growth, StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.dense import DenseView, NewElsewhere
 from hf_paged.dense_host import HostLayers, OverHost

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
 from hf_paged.core.chain import Run
-from hf_paged.core.manager import BlockManager, Pin
-from hf_paged.core.plan import StepPlan, strided_writes
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Pin, StepPlan, strided_writes
 from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
 from hf_paged.identity import describe_circumstances, describe_config, encodable, fingerprint
 from hf_paged.pool import KVPool

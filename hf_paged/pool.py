@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +21,8 @@ from hf_paged.config import PagedConfig
 from hf_paged.core.apart import append_kept
 from hf_paged.core.blocks import OutOfBlocks
 from hf_paged.core.capacity import group_costs
-from hf_paged.core.manager import BlockManager, Growth, Pin
-from hf_paged.core.plan import StepPlan
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Growth, Pin, StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError, RefusedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes, total_bytes
@@ -164,16 +165,13 @@ class KVPool:
 
     def _back(self, group: int, blocks: range) -> bool:
         """Whether every layer of a group has got memory for these blocks."""
-        backed = []
         try:
-            for layer in self._layers(group):
-                layer.back(blocks)
-                backed.append(layer)
-        except BaseException as error:
-            for layer in backed:
-                layer.give_back(blocks)
-            if not isinstance(error, RefusedMemoryError):
-                raise
+            with ExitStack() as undo:
+                for layer in self._layers(group):
+                    layer.back(blocks)
+                    undo.callback(layer.give_back, blocks)
+                undo.pop_all()
+        except RefusedMemoryError as error:
             self._refusal = error
             return False
         return True

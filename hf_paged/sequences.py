@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_paged.core.manager import Pin
+from hf_paged.core.plan import Pin
 from hf_paged.core.table import BlockTable
 from hf_paged.pool import KVPool
 

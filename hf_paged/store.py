@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -102,15 +103,12 @@ class LayerStore:
 
     def back(self, blocks: range) -> None:
         """Have memory for blocks; the null block's is zero. Raises `RefusedMemoryError` and changes nothing."""
-        backed = []
-        try:
+        slots = blocks.start * self._block_size, blocks.stop * self._block_size
+        with ExitStack() as undo:
             for arena in self._arenas:
-                arena.back(blocks.start * self._block_size, blocks.stop * self._block_size)
-                backed.append(arena)
-        except BaseException:
-            for arena in backed:
-                arena.give_back(blocks.start * self._block_size, blocks.stop * self._block_size)
-            raise
+                arena.back(*slots)
+                undo.callback(arena.give_back, *slots)
+            undo.pop_all()
         if NULL_BLOCK in blocks:
             for memory in (self.keys, self.values):
                 memory[:, : self._block_size] = 0

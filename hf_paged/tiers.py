@@ -23,7 +23,8 @@ from typing import Any
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.fetch import FetchPolicy, Hop, find_hops, find_options, first_needed
-from hf_paged.core.manager import BlockManager, Pin
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Pin
 from hf_paged.core.prefix import are_plain
 from hf_paged.core.tier import TierStack
 from hf_paged.disk import DiskLevel

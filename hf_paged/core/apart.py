@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import chain
 
 from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
-from hf_paged.core.manager import BlockManager, Growth
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Growth
 from hf_paged.core.prefix import seen_from
 from hf_paged.core.table import BlockTable
 

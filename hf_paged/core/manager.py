@@ -9,26 +9,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
 
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.budget import Budget
 from hf_paged.core.chain import BlockChain
-from hf_paged.core.plan import Copy
+from hf_paged.core.plan import Copy, Growth, Pin
 from hf_paged.core.prefix import Entry, PrefixIndex, are_plain, chain_key, seen_from
 from hf_paged.core.table import BlockTable
-
-Pin = tuple[int, int]  # group, block
-
-
-class Growth(NamedTuple):
-    """What appending asks for: `copies` of each group, to make after the new tokens are written, and what they read.
-
-    The blocks are pinned: nobody else gets them before `unpin`, which comes when the pass is done.
-    """
-
-    copies: list[list[Copy]]
-    pins: list[Pin]
 
 
 class BlockManager:
@@ -180,8 +167,9 @@ class BlockManager:
             ]
             each = list(zip(tables, counts, leaves, parts, strict=True))
             begun_runs = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
-            hoped_blocks = begun_runs * -(-room_tokens // self.block_size)
-            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped_blocks)
+            rooms = [-(-self._room(group, room_tokens) // self.block_size) for group in range(len(self.pools))]
+            hoped = [begun_runs * blocks for blocks in rooms]
+            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped)
             growth = Growth([[] for _ in self.pools], [])
             for table, count, leave, part in each:
                 if part and count:
@@ -192,15 +180,20 @@ class BlockManager:
                 table.track(None if tokens is None else tokens[i])
             return growth
 
-    def check_room(self, num_blocks: int, hoped_blocks: int = 0) -> None:
+    def _room(self, group: int, room_tokens: int) -> int:
+        """What a group keeps behind a sequence: windows go on over what they have left behind."""
+        window = self.windows[group]
+        return room_tokens if window is None else min(room_tokens, window)
+
+    def check_room(self, num_blocks: int, hoped: Sequence[int] | None = None) -> None:
         """Give up cached blocks until `num_blocks` are free in each pool; `OutOfBlocks` where fewer are available."""
         if num_blocks:
-            self.make_room([num_blocks] * len(self.pools), hoped_blocks)
+            self.make_room([num_blocks] * len(self.pools), hoped)
 
-    def make_room(self, counts: Sequence[int], hoped_blocks: int = 0) -> None:
+    def make_room(self, counts: Sequence[int], hoped: Sequence[int] | None = None) -> None:
         """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
-        Memory that has to be asked for is there then, if possible for `hoped_blocks` more in each pool. All of that
+        Memory that has to be asked for is there then, if possible for `hoped[group]` more. All of that
         before anything else changes, because giving up may take time and be interrupted.
         """
         num_bytes = sum(count * pool.block_bytes for count, pool in zip(counts, self.pools, strict=True))
@@ -212,17 +205,16 @@ class BlockManager:
         for count, pool in zip(counts, self.pools, strict=True):
             pool.make_room(count)
         self.budget.fit(counts)
-        for count, pool in zip(counts, self.pools, strict=True):
-            pool.get_memory(count, hoped_blocks)
+        for count, room, pool in zip(counts, hoped or [0] * len(counts), self.pools, strict=True):
+            pool.get_memory(count, room)
 
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, leaves: bool, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
         total_blocks = table.blocks_for(total)
         filled = table.tail_tokens if num_tokens and leaves else 0
         for group, chain in enumerate(table.chains):
-            window = self.windows[group]  # which then goes on over room that it has left behind
-            room = room_tokens if window is None else min(room_tokens, window)
-            room_blocks = table.blocks_for(total + room) - total_blocks
+            window = self.windows[group]
+            room_blocks = table.blocks_for(total + self._room(group, room_tokens)) - total_blocks
             if filled:
                 (shared,) = chain.truncate(len(chain.blocks) - 1)
                 # The copy and what follows it are taken together, so that they lie side by side.

@@ -32,6 +32,19 @@ class Copy(NamedTuple):
     tokens: int
 
 
+Pin = tuple[int, int]  # group, block
+
+
+class Growth(NamedTuple):
+    """What appending asks for: `copies` of each group, to make after the new tokens are written, and what they read.
+
+    The blocks are pinned: nobody else gets them before `unpin`, which comes when the pass is done.
+    """
+
+    copies: list[list[Copy]]
+    pins: list[Pin]
+
+
 class Piece(NamedTuple):
     """Queries `[start, stop)` see the tokens of `runs`: all of them, or (`causal`) each up to its own.
 

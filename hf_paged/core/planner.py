@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_paged.core.chain import BlockChain, Run
-from hf_paged.core.manager import BlockManager, Pin
-from hf_paged.core.plan import Copy, Piece, Segment, StepPlan, Write, row_span, strided_writes
+from hf_paged.core.manager import BlockManager
+from hf_paged.core.plan import Copy, Piece, Pin, Segment, StepPlan, Write, row_span, strided_writes
 from hf_paged.core.prefix import seen_from
 from hf_paged.core.table import BlockTable
 from hf_paged.core.trie import TrieNode, build_trie

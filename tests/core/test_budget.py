@@ -81,3 +81,13 @@ def test_running_sequences_keep_few_free_blocks_beside_their_own(num_rows, row_b
     assert manager.pools[0].idle == 0
     assert given_back
     manager.check_integrity()
+
+
+def test_memory_that_is_asked_for_has_room_for_what_is_to_come_and_a_window_for_no_more_than_one():
+    manager = BlockManager(65, 8, (None, 8))
+    for pool in manager.pools:
+        pool.ask_for_memory(4, lambda run: True)
+    manager.append([manager.new_table()], 20, room_tokens=200)
+    whole, window = (pool.touched for pool in manager.pools)
+    assert 220 // 8 <= whole <= 220 // 8 + 4
+    assert window < 8
