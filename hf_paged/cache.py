@@ -93,11 +93,10 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        # Found out once a loop of `generate`: what the fast path does for the model, what that was tried in, and
-        # whether and how its decode steps come from CUDA graphs.
-        self.capability: Any = None
-        self.circumstances: Any = None
-        self.standing: Any = None
+        self.position_shifts: list[int] = []  # how far positions of each plane are ahead of the tokens
+        self.alone: dict[str, Any] | None = None  # of a prompt: the call's arguments for one row that is repeated
+        # Found out once a loop of `generate`: what is fast, what that was tried in, and what CUDA graphs are good for.
+        self.capability = self.circumstances = self.standing = None
         # Packed tokens per forward pass where the caller limits them.
         self.chunk_tokens: int | None = None
 
@@ -260,30 +259,30 @@ class PagedCache(Cache):
             layer.move_to(self.dense_len)
 
     def begin_dense(
-        self, tokens_per_row: int, new_columns: torch.Tensor | None = None, over_host: bool = False
+        self,
+        tokens_per_row: int,
+        new_columns: torch.Tensor | None = None,
+        over_host: bool = False,
+        tokens: Sequence[Sequence[int]] | None = None,
     ) -> Step:
         """Append `tokens_per_row` columns to every row, as a step whose layers return dense K and V.
 
         `new_columns [batch, tokens_per_row]` is False at padding, which is not stored. With `over_host` blocks of the
-        rows may lie on the host. Raises `PagedMemoryError`.
+        rows may lie on the host. `tokens`: each row's, where ids say it all. Raises `PagedMemoryError`.
         """
-        columns = None
+        columns, sources = None, [range(tokens_per_row)] * len(self.tables)
         if new_columns is not None or self.columns is not None:
             if new_columns is None:
                 new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool, device="cpu")
             columns = torch.cat([self.stored_columns(), new_columns], dim=1)
-            counts = new_columns.sum(dim=1).tolist()
-        else:
-            counts = [tokens_per_row] * len(self.tables)
+            sources = [row.nonzero().flatten().tolist() for row in new_columns]
+        counts = list(map(len, sources))
         if over_host:
             append = self.pool.appending(self.is_recording or self.dense_len > 0)
-            append = partial(append, self.tables, counts, self.room_tokens)
+            append = partial(append, self.tables, counts, self.room_tokens, tokens)
             growth = self.pool.with_room(self.sequences.movable, append, sum(counts))
         else:
             growth = self.pool.append_dense(self.tables, counts, self.room_tokens)
-        sources = [range(tokens_per_row)] * len(self.tables)
-        if new_columns is not None:
-            sources = [row.nonzero().flatten().tolist() for row in new_columns]
         self.sequences.pins += growth.pins
         self.is_copying = bool(growth.pins)
         groups = [dense_plan(self.tables, *each, sources, tokens_per_row) for each in enumerate(growth.copies)]
@@ -432,7 +431,8 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root, twin.keeps_rows, twin.copies_dense = self.root, self.keeps_rows, self.copies_dense
+        twin.root, twin.position_shifts = self.root, self.position_shifts
+        twin.keeps_rows, twin.copies_dense = self.keeps_rows, self.copies_dense
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.states, twin.states, strict=True):
             vars(theirs).update(deepcopy(state_of(mine), memo))

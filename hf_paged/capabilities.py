@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.config import PagedConfig
-from hf_paged.probe import Capability, Views, circumstances, probe, reads_views
+from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views
 
 
 class Capabilities:
@@ -33,11 +33,11 @@ class Capabilities:
         if found is None:
             with compat.random_state_kept(model):
                 found = probe(model, call, self._exact)
-        elif hooks is not None and found.views.may_have_gaps is None:
+        elif hooks is not None and found.later.may_have_gaps is None:
             # Hooks that have come since are shown the passes of calls, and none that only try something out.
-            found = replace(found, views=Views(False))
+            found = replace(found, later=Later(False, False))
         if hooks is not None:
-            found = replace(found, obstacle=hooks)
+            found = replace(found, obstacle=hooks, sees_shapes=True)
         self._found[key] = found
         return found, True
 
@@ -48,8 +48,17 @@ class Capabilities:
 
     def may_have_gaps(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability) -> bool:
         """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""
-        views = known.views
-        if views.may_have_gaps is None:
+        later = known.later
+        if later.may_have_gaps is None:
             with compat.random_state_kept(model):
-                views.may_have_gaps = reads_views(model, call, self._exact)
-        return views.may_have_gaps
+                later.may_have_gaps = reads_views(model, call, self._exact)
+        return later.may_have_gaps
+
+    def ignores_padding(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability) -> bool:
+        """Whether padding on the left changes nothing for the tokens behind it, in padded passes."""
+        later = known.later
+        if later.ignores_padding is None:
+            with compat.random_state_kept(model):
+                # Where attention is cut by columns, a few of them do not show it.
+                later.ignores_padding = known.window_limit is None and ignores_padding(model, call, self._exact)
+        return later.ignores_padding

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation import GenerationMixin
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -371,10 +372,25 @@ def crop_zero_empties() -> bool:
     return layer.get_seq_length() == 0
 
 
-def named_tokens(config: PreTrainedConfig) -> set[int]:
+# Arguments that are dropped once the tokens that stand for them are computed: what stock does after a prompt.
+MEDIA_INPUTS = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
+_MEDIA_WORDS = ("image", "video", "audio", "vision", "speech")
+_MARK_WORDS = ("start", "begin", "end")  # of tokens around them
+
+
+def named_tokens(config: PreTrainedConfig) -> dict[str, int]:
     """The token ids that a config has a name for, such as that of an image's place."""
-    values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
-    return {value for value in values if isinstance(value, int)}
+    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    return {name: value for name, value in named.items() if isinstance(value, int)}
+
+
+def media_tokens(config: PreTrainedConfig) -> set[int]:
+    """The token ids in whose places features of images, sound and the like are put."""
+    return {
+        token
+        for name, token in named_tokens(config).items()
+        if any(word in name for word in _MEDIA_WORDS) and not any(word in name for word in _MARK_WORDS)
+    }
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

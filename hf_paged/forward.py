@@ -5,7 +5,7 @@ The caller's view stays that of stock transformers: `[batch, tokens]` in, logits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_paged.replay import DecodeGraphs
 
 # Arguments that the fast paths carry over or replace; any other one that is set means the padded path.
-_KNOWN_ARGUMENTS = frozenset(
+KNOWN_ARGUMENTS = frozenset(
     (
         "input_ids",
         "inputs_embeds",
@@ -124,11 +124,11 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         cache: its cache.
         window_limit: longest sequence for which the model's attention is known to be what the backends compute.
     """
-    kwargs, known = request.kwargs, _KNOWN_ARGUMENTS
+    kwargs, known = request.kwargs, KNOWN_ARGUMENTS
     if request.names == ENCODER_DECODER:
         known = known | frozenset(request.names) | _ENCODER_ARGUMENTS
     for name, value in kwargs.items():
-        if name not in known and not _says_nothing(name, value, request):
+        if name not in known and not says_nothing(name, value, request):
             return f"argument {name}"
     if kwargs.get("return_dict") is False:
         return "argument return_dict=False"
@@ -164,7 +164,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     return None
 
 
-def _says_nothing(name: str, value: Any, request: ModelCall) -> bool:
+def says_nothing(name: str, value: Any, request: ModelCall) -> bool:
     """Whether an argument might as well be left out."""
     if name in TOKEN_TYPES and isinstance(value, torch.Tensor):
         # Some versions of transformers give those of earlier columns, too.
@@ -204,7 +204,7 @@ def run_decode(
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
     tokens = None
-    if cache.root is not None and request.input_name == "input_ids" and _at_usual_positions(request, cache):
+    if cache.root is not None and request.input_name == "input_ids" and at_usual_positions(request, cache):
         listed = request.inputs.tolist()
         tokens = [listed[row] for row in active] if some else listed
     pool = cache.pool
@@ -244,15 +244,22 @@ def run_decode(
     return outputs
 
 
-def _at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
-    """Whether every row's new token has the position that its past implies."""
-    stored = [table.num_tokens for table in cache.tables]
-    positions = request.positions
-    planes = [[[cache.dense_len]]] if positions is None else positions.reshape(-1, *positions.shape[-2:]).tolist()
-    given = [[row[0] for row in plane] * (len(stored) // len(plane)) for plane in planes]
+def at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
+    """Whether every row's new tokens have the positions that its past implies."""
+    positions, new = request.positions, range(request.tokens)
+    if positions is None:
+        planes = [[[cache.dense_len + column for column in new]]]
+    else:
+        planes = positions.reshape(-1, *positions.shape[-2:]).tolist()
+    shifts = cache.position_shifts or [0] * len(planes)
+    if len(shifts) != len(planes):
+        return False
+    firsts = [[table.num_tokens + shift for table in cache.tables] for shift in shifts]
+    given = [plane * (len(cache.tables) // len(plane)) for plane in planes]
     return all(
-        row in cache.finished or all(plane[row] == num_tokens for plane in given)
-        for row, num_tokens in enumerate(stored)
+        row in cache.finished or plane[row] == [first + column for column in new]
+        for plane, stored in zip(given, firsts, strict=True)
+        for row, first in enumerate(stored)
     )
 
 
@@ -261,10 +268,11 @@ def spread_rows(logits: torch.Tensor, rows: torch.Tensor, batch_size: int) -> to
     return logits.new_zeros(batch_size, *logits.shape[1:]).index_copy_(0, rows, logits)
 
 
-def run_padded(request: ModelCall, cache: PagedCache) -> Any:
+def run_padded(request: ModelCall, cache: PagedCache, tokens: Sequence[Sequence[int]] | None = None) -> Any:
     """The stock-shaped pass: real tokens go to blocks, attention is the model's own over dense K and V.
 
-    A model that leaves the cache alone (older ones do with gradient checkpointing) leaves it as it was.
+    `tokens`: each row's, where their ids say all that K and V depend on, and there is no padding. A model that leaves
+    the cache alone (older ones do with gradient checkpointing) leaves it as it was.
     """
     cache.readmit_rows()
     lengths = [table.num_tokens for table in cache.tables]
@@ -273,10 +281,10 @@ def run_padded(request: ModelCall, cache: PagedCache) -> Any:
     if request.kwargs.get("output_attentions") or (any(cache.windows) and _has_holes(cache, stored)):
         stored = None
     try:
-        cache.begin_dense(request.tokens, stored, over_host=True)
+        cache.begin_dense(request.tokens, stored, over_host=True, tokens=tokens)
     except UnseenLayersError:
         _look_at_layers(request, cache)
-        cache.begin_dense(request.tokens, stored, over_host=True)
+        cache.begin_dense(request.tokens, stored, over_host=True, tokens=tokens)
     outputs = request.call(**request.kwargs)
     if any(layer.seen != cache.dense_len for layer in cache.paged_layers):
         cache.finish(stored, request.tokens)

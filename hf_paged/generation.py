@@ -16,6 +16,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.identity import Sampling
+from hf_paged.media import copied
 from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
@@ -34,6 +35,8 @@ _TOKENIZERS = frozenset(("tokenizer", "assistant_tokenizer"))
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 # The look at the weights that the `generate` that runs has begun.
 _BEGUN: ContextVar[Sampling | None] = ContextVar("begun", default=None)
+# What comes with the one prompt of the `generate` that runs, beside its tokens, before it is repeated for its samples.
+_ALONE: ContextVar[dict[str, Any] | None] = ContextVar("alone", default=None)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -84,9 +87,11 @@ class PagedGenerationMixin:
         self.paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
         outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
+        outer_alone = _ALONE.set(None)
         try:
             return super().generate(*args, **kwargs)
         finally:
+            _ALONE.reset(outer_alone)
             _BEGUN.reset(outer_begun)
             _SALT.reset(outer)
 
@@ -101,6 +106,13 @@ class PagedGenerationMixin:
         if salt is not None and not isinstance(salt, str):
             raise ValueError(f"cache_salt must be a string, got {type(salt).__name__}")
         super()._validate_model_kwargs(model_kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
+        if expand_size > 1 and input_ids is not None and len(input_ids) == 1:
+            _ALONE.set({name: copied(value) for name, value in model_kwargs.items()})
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -132,6 +144,7 @@ class PagedGenerationMixin:
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
         model_kwargs[CACHE_NAME] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
+        paged_part(cache).alone = _ALONE.get()
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             paged_part(cache).activate_past_recording()  # guesses will be taken back
         if self.config.is_encoder_decoder:

@@ -109,7 +109,14 @@ class Overflow:
                 return False
             return self._move(tables, blocks[:count][::-1])
 
-    def append(self, tables: Sequence[BlockTable], counts: Sequence[int], room_tokens: int, keeps_past: bool) -> Growth:
+    def append(
+        self,
+        tables: Sequence[BlockTable],
+        counts: Sequence[int],
+        room_tokens: int,
+        tokens: Sequence[Sequence[int]] | None,
+        keeps_past: bool,
+    ) -> Growth:
         """`BlockManager.append`, with new blocks on the host where the device has no room: such as the tokens fill.
 
         Unless it `keeps_past`, nothing is kept of a first prompt that falls out of a window with its last token. For
@@ -118,13 +125,13 @@ class Overflow:
         """
         with self._manager.lock:
             try:
-                return self._manager.append(tables, counts, room_tokens)
+                return self._manager.append(tables, counts, room_tokens, tokens)
             except OutOfBlocks as error:
                 given = self._given(tables, counts, error, keeps_past)
                 if given is None:
                     raise
             try:
-                return append_apart(self._manager, tables, counts, room_tokens, given)
+                return append_apart(self._manager, tables, counts, room_tokens, given, tokens)
             except BaseException:
                 self._pool.drop([block for each in given for block in each[self.group]])
                 raise

@@ -244,7 +244,7 @@ class KVPool:
         except OutOfBlocks as error:
             raise self.memory_error(error, sum(counts)) from None
 
-    def appending(self, keeps_past: bool) -> Callable[[Sequence[BlockTable], Sequence[int], int], Growth]:
+    def appending(self, keeps_past: bool) -> Callable[..., Growth]:
         """`BlockManager.append`, for stock-shaped passes that `dense_readers` give their K and V.
 
         Unless it `keeps_past`, windows need no room for what falls out of them with the last token of a first prompt.

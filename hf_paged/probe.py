@@ -26,6 +26,7 @@ from hf_paged.weights import Tree
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.
 _SHARED_TOKENS, _ROW_TOKENS = 5, (12, 9)
 PROBE_SLOTS = 512
+_PADDING = 3  # columns
 # Columns that a cache is said to hold in the last check: where positions are taken from that number, it shows.
 _FAR_COLUMNS = 10_000_000
 # Said of models that compute everything anew each step, or keep a cache elsewhere.
@@ -59,10 +60,18 @@ def in_one_line(error: Exception) -> str:
 
 
 @dataclass(slots=True)
-class Views:
-    """Whether dense K and V may have gaps, as views of the blocks have; `None` until a padded pass needs to know."""
+class Later:
+    """What only padded passes need to know, `None` until the first of them does.
+
+    Attributes:
+        may_have_gaps: whether dense K and V may have gaps, as views of the blocks have.
+        ignores_padding: whether padding on the left changes nothing for the tokens behind it.
+        resumes: why prompts cannot begin with what earlier calls have computed, or `None`; by the names of their media.
+    """
 
     may_have_gaps: bool | None = None
+    ignores_padding: bool | None = None
+    resumes: dict[frozenset[str], str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +87,9 @@ class Capability:
         unfit: why not even the padded path can be used, or `None`.
         whole_batches: whether a pass must hold all rows and all of their new tokens, because what is computed for one
             token depends on the highest position in the pass.
-        views: whether dense K and V may have gaps, on the padded path.
+        later: what is found out when it is needed, for all that this is known of.
         layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
+        sees_shapes: whether there are hooks that must see what stock computes, row by row.
     """
 
     obstacle: str | None
@@ -88,8 +98,9 @@ class Capability:
     prompt_obstacle: str | None = None
     whole_batches: bool = False
     unfit: str | None = None
-    views: Views = field(default_factory=Views)
+    later: Later = field(default_factory=Later)
     layer_bytes: tuple[int, ...] | None = None
+    sees_shapes: bool = False
 
 
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
@@ -245,6 +256,32 @@ def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: Page
         cache.release()
 
 
+@torch.no_grad()
+def ignores_padding(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> bool:
+    """Whether a padded pass gives a row behind padding the logits that stock gives it without: some count columns."""
+    cache = _cache(model, settings, 1)
+    try:
+        tokens = _prompts(_plain_tokens(model), cache.pool.device)[0].unsqueeze(0)
+        expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
+        padded = torch.cat([tokens.new_zeros(1, _PADDING), tokens], dim=1)
+        mask = (torch.arange(padded.shape[1], device=tokens.device) >= _PADDING).long().unsqueeze(0)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        for start, stop in ((0, _PADDING + _SHARED_TOKENS), (_PADDING + _SHARED_TOKENS, padded.shape[1])):
+            part = padded[:, start:stop]
+            given = {"input_ids": part, "attention_mask": mask[:, :stop], CACHE_NAME: cache, "use_cache": True}
+            if compat.takes_position_ids(model):
+                given["position_ids"] = positions[:, start:stop]
+            real = mask[:, start:stop].bool().cpu()
+            outputs = run_padded(ModelCall(call, given, part, None if real.all() else real, False), cache)
+        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
+    except Exception as error:  # whatever a model does with what it did not expect, nothing is then taken from it
+        if is_refusal(error):
+            raise
+        return False
+    finally:
+        cache.release()
+
+
 def _counts_positions(
     request: ModelCall,
     cache: PagedCache,
@@ -283,7 +320,7 @@ def _cache(model: PreTrainedModel, settings: PagedConfig, rows: int) -> PagedCac
 
 def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:
     """Maps any number to a token id that the config has no name for: a name may stand for an image."""
-    vocabulary, named = compat.vocabulary_size(model.config), compat.named_tokens(model.config)
+    vocabulary, named = compat.vocabulary_size(model.config), {*compat.named_tokens(model.config).values()}
 
     def plain(number: int) -> int:
         return next((token for i in range(vocabulary) if (token := (number + i) % vocabulary) not in named), 0)

@@ -39,6 +39,7 @@ from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
 from hf_paged.probe import Capability, circumstances
 from hf_paged.replay import DecodeGraphs
+from hf_paged.resume import StockShaped
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.streams import TIERED_DEVICES
@@ -75,6 +76,7 @@ class PagedRuntime:
         self._warned: set[str] = set()
         self._verification = Verification(config)
         self.counters = Counters()
+        self._stock_shaped = StockShaped(self._capabilities, self.counters)
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
         self._graphs = DecodeGraphs(model, config.cuda_graphs, self.counters)
 
@@ -366,8 +368,7 @@ class PagedRuntime:
                 cache.roll_back(lengths)
             self._check_not_lost(cache, lengths, obstacle)
         self._note_padded(cache, obstacle)
-        cache.copies_dense = not self._capabilities.may_have_gaps(self._model(), request.call, capability)
-        return run_padded(request, cache), request.real_tokens, 0
+        return self._stock_shaped.run(self._model(), request, cache, capability)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""

@@ -27,16 +27,22 @@ def outdated_blocks(manager: BlockManager, table: BlockTable, num_tokens: int) -
     return [[NULL_BLOCK] * min(count, most) for count in gone]
 
 
-def append_kept(manager: BlockManager, tables: Sequence[BlockTable], counts: Sequence[int], room_tokens: int) -> Growth:
+def append_kept(
+    manager: BlockManager,
+    tables: Sequence[BlockTable],
+    counts: Sequence[int],
+    room_tokens: int,
+    tokens: Sequence[Sequence[int]] | None = None,
+) -> Growth:
     """`manager.append`, without `outdated_blocks` where there is no room for them."""
     with manager.lock:
         try:
-            return manager.append(tables, counts, room_tokens)
+            return manager.append(tables, counts, room_tokens, tokens)
         except OutOfBlocks:
             given = [outdated_blocks(manager, *each) for each in zip(tables, counts, strict=True)]
             if not any(blocks for each in given for blocks in each):
                 raise
-        return append_apart(manager, tables, counts, room_tokens, given)
+        return append_apart(manager, tables, counts, room_tokens, given, tokens)
 
 
 def append_apart(
@@ -45,21 +51,23 @@ def append_apart(
     counts: Sequence[int],
     room_tokens: int,
     given: Sequence[Sequence[Sequence[int]]],
+    tokens: Sequence[Sequence[int]] | None = None,
 ) -> Growth:
     """`manager.append` of `counts[i]` tokens, whose first whole new blocks are `given[i][group]`.
 
-    No more than `whole_new_blocks` of a table: blocks on the host, which count as held already, or null blocks. Raises
-    `OutOfBlocks` and changes nothing.
+    No more than `whole_new_blocks` of a table: blocks on the host, which count as held already, or null blocks.
+    `tokens` are as in `append`. Raises `OutOfBlocks` and changes nothing.
     """
     with manager.lock:
         needed = sum(map(manager.blocks_needed, tables, counts))
         manager.make_room([needed - sum(len(blocks[group]) for blocks in given) for group in range(len(manager.pools))])
         growths = []
-        for table, count, blocks in zip(tables, counts, given, strict=True):
+        for row, (table, count, blocks) in enumerate(zip(tables, counts, given, strict=True)):
             first, inner = _tokens_to_fill(table, count), max(map(len, blocks)) * table.block_size
-            growths.append(manager.append([table], first, room_tokens))
+            growths.append(manager.append([table], first, room_tokens, [[]]))
             _extend(manager, table, blocks)
-            growths.append(manager.append([table], count - first - inner, room_tokens))
+            growths.append(manager.append([table], count - first - inner, room_tokens, [[]]))
+            table.track(None if tokens is None else tokens[row])
         copies = [list(chain(*each)) for each in zip(*(growth.copies for growth in growths), strict=True)]
         return Growth(copies, [pin for growth in growths for pin in growth.pins])
 

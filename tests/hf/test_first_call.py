@@ -18,6 +18,7 @@ from hf_paged import footprint, patch_model, probe
 
 FAST = every_family(lambda family: family.packed)
 TRIAL, VIEWS = 4, 3  # passes: what the fast path does; whether dense K and V may have gaps
+PIECES, PADDING = 2, 3  # whether a prompt in two is the same; whether padding changes nothing
 
 
 def recorded(monkeypatch, kind):
@@ -51,8 +52,9 @@ def test_the_first_call_asks_in_few_passes_and_the_first_padded_one_in_some_more
 def test_a_model_that_cannot_be_packed_is_asked_with_its_first_call(monkeypatch):
     shapes = recorded(monkeypatch, BloomForCausalLM)
     model = patch_model(FAMILIES["bloom"].build(), block_size=8)
-    assert passes_of_a_call(model, shapes, prompts.single()) == 1 + VIEWS + 1
-    assert passes_of_a_call(model, shapes, prompts.single()) == 1
+    calls = [prompts.single(), prompts.single(), prompts.single(), prompts.ragged(), prompts.ragged()]
+    passes = [1 + VIEWS + 1, 1 + PIECES, 1, PADDING + 1, 1]
+    assert [passes_of_a_call(model, shapes, each) for each in calls] == passes
 
 
 def test_a_new_forward_and_a_new_dtype_are_asked_for_anew(monkeypatch):

@@ -168,9 +168,6 @@ def test_families_on_the_padded_path_are_never_wrong(name):
     pair, known = Pair(name), [piece(21, 1), piece(13, 2)]
     for rows in (known, known, [known[0][:12] + piece(4, 3)], [known[0]]):
         pair.ask(rows)
-        if not FAMILIES[name].packed and pair.paged.stats().fallbacks:
-            assert pair.reused == 0
-            assert pair.paged.stats().blocks_cached == 0
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_right_and_as_fast_as_expected(model_type, way, special):
     assert not isinstance(cells, str), cells
     assert [cell for cell in cells if cell.wrong] == [], special
     if IS_PINNED:  # older versions call attention differently
-        assert {cell.way for cell in cells} - {"reused"} == {way}, cells
-        assert cells[-1].way == ("reused" if way == "fast" else way)
+        assert {cell.way for cell in cells[:-1]} == {way}, cells
+        assert cells[-1].way in ({"reused"} if way == "fast" else {way, f"{way}, reused"})
 
 
 def test_what_is_built_differs_with_the_past():

@@ -46,7 +46,7 @@ class Cell:
     Attributes:
         mode: of `MODES`.
         way: "fast" (read from blocks, each distinct prompt token computed once), "reused" (and what an earlier call had
-            computed is not computed again), "padded" (on blocks in stock's shapes) or "stock".
+            computed is not computed again), "padded" (on blocks in stock's shapes), "padded, reused" or "stock".
         reason: why it is not fast, or None.
         wrong: how it differs from stock, or None.
     """
@@ -109,10 +109,11 @@ def _way(stats, mode) -> tuple[str, str | None]:
     for reason in reasons:
         if reason.startswith("stock generate: "):
             return "stock", reason.removeprefix("stock generate: ")
-    padded = [reason for reason in reasons if not reason.startswith("prefixes not reused: ")]
+    padded = [reason for reason in reasons if not reason.startswith(("prefixes not reused: ", "prompts not shared: "))]
+    is_reused = mode == "next turn" and stats.reused_tokens
     if padded:
-        return "padded", padded[0]
-    if mode == "next turn" and stats.reused_tokens:
+        return "padded, reused" if is_reused else "padded", padded[0]
+    if is_reused:
         return "reused", None
     return "fast", reasons[0] if reasons else None
 

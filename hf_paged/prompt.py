@@ -1,0 +1,137 @@
+"""What a stock-shaped pass is over: whether token ids say all that its K and V depend on, and which rows are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_paged.cache import PagedCache
+from hf_paged.forward import KNOWN_ARGUMENTS, ModelCall, at_usual_positions, says_nothing
+from hf_paged.media import Media, media_of
+
+
+class Prompt(NamedTuple):
+    """A prompt whose token ids, padding, position ids and media, if there are any, say all that K and V depend on.
+
+    Attributes:
+        call: its pass.
+        keep: as many of its last columns must be computed, for their logits.
+        owners: of each row, the first one that is equal.
+        ids: of each row's tokens, padding left out, where they and `media` say it all.
+        media: what else it consists of.
+    """
+
+    call: ModelCall
+    keep: int
+    owners: list[int]
+    ids: list[list[int]] | None
+    media: Media | None
+
+    @property
+    def rows(self) -> list[int]:
+        """Those that are not equal to one before them."""
+        return sorted(set(self.owners))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What is known of such prompts is known by these."""
+        return frozenset() if self.media is None else self.media.names
+
+    @property
+    def least_columns(self) -> int:
+        """As many must go through the model in one pass."""
+        return 1 if self.media is None else self.media.stop
+
+    def padding(self, row: int) -> int:
+        """Columns before the row's first token."""
+        return 0 if self.ids is None else self.call.tokens - len(self.ids[row])
+
+
+def prompt_of(
+    model: PreTrainedModel, request: ModelCall, cache: PagedCache, ids: list[list[int]] | None
+) -> Prompt | None:
+    """The prompt that a pass is over; `None` where more may matter, or where all of its logits are wanted.
+
+    `ids`: what `described` gave.
+    """
+    keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
+    if model.training or not isinstance(keep, int) or not 0 < keep < request.tokens:
+        return None
+    if request.input_name != "input_ids" or request.kwargs.get("return_dict") is False or not _goes_by_columns(request):
+        return None
+    others, owners = _unusual(request), _owners(request)
+    if not others:
+        return Prompt(request, keep, owners, ids, None)
+    if any(owners) or not _hides_nothing(request):
+        return None
+    media = media_of(model.config, request, others, cache.alone)
+    ids = None if cache.root is None else request.inputs.tolist()
+    return None if media is None else Prompt(request, keep, owners, ids, media)
+
+
+def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[], bool]) -> list[list[int]] | None:
+    """Ids of each row's new tokens, where these and those before them say all that their K and V depend on.
+
+    `ignores_padding`: asked whether that may be so although there is padding on the left.
+    """
+    if cache.root is None or request.input_name != "input_ids" or _unusual(request):
+        return None
+    if cache.columns is None and request.new_columns is None:
+        is_plain = _hides_nothing(request) and at_usual_positions(request, cache)
+        return request.inputs.tolist() if is_plain else None
+    new = request.new_columns
+    if new is None:
+        new = torch.ones(request.inputs.shape, dtype=torch.bool, device="cpu")
+    if not _is_padded_left(request.mask, torch.cat([cache.stored_columns(), new], dim=1)) or not ignores_padding():
+        return None
+    places = [row.nonzero().flatten().tolist() for row in new]
+    if request.positions is not None:
+        planes = request.positions.reshape(-1, *request.positions.shape[-2:])
+        planes = planes.expand(-1, *request.inputs.shape).tolist()
+        for row, (real, table) in enumerate(zip(places, cache.tables, strict=True)):
+            usual = [*range(table.num_tokens, table.num_tokens + len(real))]
+            if any([plane[row][column] for column in real] != usual for plane in planes):
+                return None
+    listed = request.inputs.tolist()
+    return [[row[column] for column in real] for row, real in zip(listed, places, strict=True)]
+
+
+def _is_padded_left(mask: torch.Tensor | None, columns: torch.Tensor) -> bool:
+    """Whether a mask hides no other columns than are left out, `columns [rows, columns]`, and these come first."""
+    if mask is None or mask.shape != columns.shape or not torch.equal(mask.bool().cpu(), columns):
+        return False
+    return not bool((columns[:, :-1] & ~columns[:, 1:]).any())
+
+
+def _goes_by_columns(request: ModelCall) -> bool:
+    """Whether mask and position ids of a prompt, if there are any, have one number for each token."""
+    mask, positions = request.mask, request.positions
+    if mask is not None and mask.shape != request.inputs.shape:
+        return False
+    return positions is None or (positions.dim() in (2, 3) and positions.shape[-1] == request.tokens)
+
+
+def _unusual(request: ModelCall) -> list[str]:
+    """Names of arguments that say more than tokens do."""
+    kwargs = request.kwargs
+    others = [name for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS]
+    return [name for name in others if not says_nothing(name, kwargs[name], request)]
+
+
+def _hides_nothing(request: ModelCall) -> bool:
+    return request.mask is None or request.hides_nothing
+
+
+def _owners(request: ModelCall) -> list[int]:
+    """Of each row, the first one with equal ids, mask and positions."""
+    parts = [request.inputs]
+    parts += [] if request.mask is None else [request.mask]
+    if request.positions is not None:
+        planes = request.positions.reshape(-1, *request.positions.shape[-2:])
+        parts += [plane.expand(request.inputs.shape) for plane in planes]
+    first: dict[Any, int] = {}
+    listed = torch.cat([part.long() for part in parts], dim=1).tolist()
+    return [first.setdefault(tuple(each), row) for row, each in enumerate(listed)]
