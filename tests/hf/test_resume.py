@@ -15,6 +15,7 @@ from transformers import BloomForCausalLM, StoppingCriteriaList
 from transformers.models.bloom.modeling_bloom import BloomModel
 
 from hf_paged import capabilities, resume
+from hf_paged.compat import CACHE_NAME
 from hf_paged.errors import PagedMemoryError
 
 PADDED = ["bloom", "falcon_alibi", "falcon_rotary", "deepseek_v2", "deepseek_v3"]
@@ -254,11 +255,59 @@ def test_refused_memory_in_a_trial_says_nothing_of_the_model(monkeypatch):
     assert pair.reused == 30
 
 
+@pytest.mark.parametrize("special", ["hole", "positions", "padding on the right"])
+def test_what_ids_do_not_say_is_neither_kept_nor_taken(special):
+    """A token hidden in the middle, positions of the caller's own, padding behind."""
+    pair, plain = tried("deepseek_v3"), batch([SYSTEM + tokens(20, seed=75)])
+    given = {**plain, "attention_mask": plain["attention_mask"].clone()}
+    if special == "hole":
+        given["attention_mask"][:, 40] = 0
+    elif special == "positions":
+        given["position_ids"] = torch.arange(50).unsqueeze(0) + (torch.arange(50) >= 40) * 3
+    else:
+        given = batch([SYSTEM + tokens(20, seed=75), SYSTEM], side="right")
+    for _ in range(2):
+        pair.ask(given)
+        assert pair.reused == 0
+    pair.ask(plain)
+    assert pair.reused == 30
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "bloom"])  # bloom is told no positions, which differ, too
+def test_rows_that_differ_in_their_mask_alone_are_not_equal(name):
+    pair, given = tried(name), batch([tokens(20, seed=75)] * 3)
+    given["attention_mask"][1, 9] = 0
+    answer = pair.ask(given)
+    assert not torch.equal(answer[0], answer[1])
+    assert torch.equal(answer[0], answer[2])
+    assert pair.computed == 20 + 19
+
+
 def test_training_mode_computes_every_row():
     pair = tried("bloom")
     pair.both(lambda model: model.train())
-    pair.ask(prompts.identical(), do_sample=True)
-    assert pair.computed == 3 * 19
+    for _ in range(2):
+        pair.ask(prompts.identical(), do_sample=True)
+        assert pair.computed == 3 * 19
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "bloom"])
+def test_tokens_behind_one_that_was_hidden_later_are_not_found(name):
+    """A cache that is given back, and a mask that hides what it was not hidden from."""
+    pair = tried(name)
+    outputs = pair.hold([SYSTEM + tokens(5, seed=60)])
+    longer = batch([outputs[0].sequences[0].tolist() + tokens(20, seed=76)])
+    caches = [getattr(output, CACHE_NAME) for output in outputs]
+    hidden = longer["attention_mask"].clone()
+    hidden[:, 3:9] = 0
+    answers = [
+        model.generate(**{**longer, "attention_mask": hidden}, **GREEDY, **{CACHE_NAME: cache})
+        for model, cache in zip((pair.stock, pair.model), caches, strict=True)
+    ]
+    assert torch.equal(*answers)
+    del caches, outputs
+    pair.ask(longer)
+    assert 0 < pair.reused <= 35 + 6
 
 
 @pytest.mark.parametrize("family", FAST)
