@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from copy import copy, deepcopy
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.identity import Sampling
-from hf_paged.media import copied
+from hf_paged.media import EncodedLater, copied, encoded_later
 from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
@@ -107,12 +107,28 @@ class PagedGenerationMixin:
             raise ValueError(f"cache_salt must be a string, got {type(salt).__name__}")
         super()._validate_model_kwargs(model_kwargs)
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
+        """Images are encoded when the model asks for their features: not where a prompt is found again."""
+        prepare = super()._prepare_multimodal_encoder_kwargs_for_generation
+        stock = GenerationMixin._prepare_multimodal_encoder_kwargs_for_generation
+        if self.training or prepare.__func__ is not stock:
+            return prepare(model_kwargs)
+        return encoded_later(self, stock, model_kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
-        if expand_size > 1 and input_ids is not None and len(input_ids) == 1:
-            _ALONE.set({name: copied(value) for name, value in model_kwargs.items()})
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        expand = partial(super()._expand_inputs_for_generation, expand_size, is_encoder_decoder, input_ids)
+        if expand_size == 1 or input_ids is None or len(input_ids) > 1:
+            return expand(**model_kwargs)
+        _ALONE.set({name: copied(value) for name, value in model_kwargs.items()})
+        later = _ALONE.get().get("mm_encoder_outputs")
+        if not isinstance(later, EncodedLater):
+            return expand(**model_kwargs)
+        embeds = model_kwargs.get("inputs_embeds")
+        repeat = partial(self._expand_multimodal_outputs, input_ids, expand_size=expand_size, inputs_embeds=embeds)
+        ids, expanded = expand(**{**model_kwargs, "mm_encoder_outputs": None})
+        return ids, {**expanded, "mm_encoder_outputs": later.repeated(repeat)}
 
     def _prepare_cache_for_generation(
         self,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import wraps
 from hashlib import blake2b
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,8 +75,83 @@ def media_of(
     return Media(given, dropped, stop, blake2b(content, digest_size=KEY_BYTES).digest(), shifts)
 
 
+class EncodedLater(dict[str, Any]):
+    """What encoders put out, by kind of media: computed when it is first looked at, if ever.
+
+    A prompt whose images were seen before is found again by the pixels.
+
+    Args:
+        sources: of each kind, the encoder and its arguments.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]]):
+        super().__init__(dict.fromkeys(sources))
+        self._sources = dict(sources)
+        self.inputs = {name: arguments for name, (_, arguments) in sources.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._sources:
+            encode, arguments = self._sources.pop(name)
+            self[name] = encode(**arguments)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        return self[name]
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return {name: self[name] for name in self}.values()
+
+    def repeated(self, repeat: Callable[[dict[str, Any]], dict[str, Any]]) -> EncodedLater:
+        """What `repeat` makes of it, kind by kind and as late; it may change what it is given."""
+
+        def one(kind: str) -> Any:
+            return repeat({kind: copied(self[kind])})[kind]
+
+        return EncodedLater({kind: (one, {"kind": kind}) for kind in self})
+
+    def copy(self) -> EncodedLater:
+        """One that computes for itself what was not computed yet."""
+        twin = EncodedLater(self._sources)
+        twin.inputs = self.inputs
+        twin.update({name: dict.__getitem__(self, name) for name in self})
+        return twin
+
+
+def encoded_later(model: Any, prepare: Callable[[Any, dict[str, Any]], Any], model_kwargs: dict[str, Any]) -> Any:
+    """What stock's `prepare` makes of the arguments of a call, with encoders that run when their output is needed."""
+    sources: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {}
+
+    def noting(kind: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(encode)
+        def note(**arguments: Any) -> None:
+            sources[kind] = encode, arguments
+
+        return note
+
+    encoders = {f"get_{kind}_features": kind for kind in model.input_modalities}
+    noting_encoders = {
+        name: noting(kind, getattr(model.base_model, name))
+        for name, kind in encoders.items()
+        if hasattr(model.base_model, name)
+    }
+    stand_in = SimpleNamespace(input_modalities=model.input_modalities, base_model=SimpleNamespace(**noting_encoders))
+    prepared = prepare(stand_in, model_kwargs)
+    given = prepared["mm_encoder_outputs"]
+    if sources:
+        prepared["mm_encoder_outputs"] = later = EncodedLater(sources)
+        later.update({name: value for name, value in given.items() if name not in sources})
+    return prepared
+
+
 def copied(value: Any) -> Any:
     """`value`, with mappings of its own: stock repeats what an encoder has put out in place."""
+    if isinstance(value, EncodedLater):
+        return value.copy()
     if not isinstance(value, Mapping):
         return value
     twin = copy(value)
@@ -98,7 +175,9 @@ def _content(value: Any) -> bytes:
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         return f"{plain.dtype} {list(plain.shape)} ".encode() + plain.flatten().view(torch.uint8).numpy().tobytes()
-    if isinstance(value, Mapping):  # outputs of an encoder
+    if isinstance(value, EncodedLater):
+        return _content([value.inputs, {name: value[name] for name in value.keys() - value.inputs.keys()}])
+    if isinstance(value, Mapping):  # outputs of an encoder, or arguments
         return _content([*value, *value.values()])
     if isinstance(value, list | tuple):
         parts = list(map(_content, value))

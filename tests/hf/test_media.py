@@ -1,15 +1,21 @@
 """Prompts with images are found again by later calls with the same images, and by no others."""
 
+import copy
+import functools
+from collections import Counter
+
 import more_models
 import pytest
 import torch
+from mishaps import Boom
 from more_models import VISION_LANGUAGE, image_prompt, plain_tokens
 from pair import Pair, evict
+from transformers.generation import GenerationMixin
 from versions import IS_PINNED
 
 from hf_paged import compat
 from hf_paged.forward import TOKEN_TYPES, ModelCall
-from hf_paged.media import copied, media_of
+from hf_paged.media import EncodedLater, copied, media_of
 
 NEW = 10
 LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": 2}
@@ -190,7 +196,10 @@ def test_lookup_and_salts(name, kwargs):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_of_the_image_part(name):
     """A projection that has changed makes other features of the same pixels, and other weights another state."""
-    pair, inputs = tried(name)
+    pair, inputs = Pair.of(copy.deepcopy(more_models.build(name))), prompt(name)
+    for last in ([5, 6], [7, 8], [9]):
+        pair.ask(followed_by(inputs, inputs["input_ids"], last), max_new_tokens=NEW)
+    assert pair.reused > 0
 
     def change(model):
         vision = next(value for key, value in model.named_parameters() if "vision" in key or "visual" in key)
@@ -200,7 +209,115 @@ def test_weights_of_the_image_part(name):
     pair.both(change)
     pair.ask(inputs, max_new_tokens=NEW)
     assert pair.reused == 0
-    pair.both(lambda model: change(model) or model.lm_head.weight.data.mul_(1.0))
+
+
+# Features of images, which stock computes before the prompt from transformers 5.24 on
+
+ENCODED_FIRST = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
+encoded_first = pytest.mark.skipif(
+    not (IS_PINNED or ENCODED_FIRST), reason="images are encoded inside of the model in this version"
+)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Counts how often images are encoded, by model."""
+    counts = Counter()
+
+    def count(model):
+        kind = type(model.base_model)
+        encode = kind.get_image_features
+
+        @functools.wraps(encode)
+        def counting(self, *args, **kwargs):
+            counts[id(self)] += 1
+            return encode(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "get_image_features", counting)
+        return lambda: counts[id(model.base_model)]
+
+    return count
+
+
+@encoded_first
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=str)
+def test_images_that_were_seen_are_not_encoded_again(name, kwargs, encoded):
+    pair, inputs = Pair.of(more_models.build(name)), prompt(name)
+    ours, stocks = encoded(pair.model), encoded(pair.stock)
+    answer = pair.ask(inputs, max_new_tokens=NEW)
+    pair.ask(followed_by(inputs, answer, [5, 6]), max_new_tokens=NEW)
+    before = ours()
+    for number in range(2):
+        pair.ask(followed_by(inputs, answer, plain_tokens(7, seed=number)), max_new_tokens=NEW, **kwargs)
+        assert pair.reused > 0
+    assert ours() == before
+    assert stocks() > before
+    pair.ask(prompt(name, image=1), max_new_tokens=NEW, **kwargs)
+    assert ours() > before
+
+
+@encoded_first
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_images_that_cannot_be_encoded(name, monkeypatch):
+    """The error is the encoder's, and nothing stays in use."""
+    pair, inputs = tried(name)
+    kind = type(pair.model.base_model)
+
+    def failing(self, pixel_values, image_grid_thw=None, **kwargs):
+        raise Boom
+
+    other = prompt(name, image=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "get_image_features", failing)
+        for kwargs in ({}, {"num_beams": 2}):
+            with pytest.raises(Boom):
+                pair.model.generate(**other, max_new_tokens=2, **kwargs)
+    assert pair.pool.in_use == 0
+    pair.ask(other, max_new_tokens=NEW)
+    pair.ask(inputs, max_new_tokens=NEW)
+    assert pair.reused > 0
+
+
+@encoded_first
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=str)
+def test_features_that_the_caller_has_computed(name, kwargs):
+    pair, inputs = tried(name)
+    pixels = inputs.pop("pixel_values")
+    given = {**inputs, "mm_encoder_outputs": lambda model: {"image": model.get_image_features(pixels)}}
+    for _ in range(2):
+        answer = pair.ask(inputs, max_new_tokens=NEW, mm_encoder_outputs=given["mm_encoder_outputs"], **kwargs)
+    assert pair.reused > 0
+    assert torch.equal(answer, pair.ask({**inputs, "pixel_values": pixels}, max_new_tokens=NEW, **kwargs))
+    with pytest.raises(ValueError, match="both"):
+        pair.model.generate(
+            **inputs, pixel_values=pixels, mm_encoder_outputs={"image": pair.model.get_image_features(pixels)}
+        )
+
+
+def test_encoders_run_when_they_are_asked_and_once():
+    calls = []
+
+    def encode(number):
+        calls.append(number)
+        return {"features": torch.full((2,), number)}
+
+    later = EncodedLater({"image": (encode, {"number": 3}), "video": (encode, {"number": 4})})
+    twin, repeated = copied(later), later.repeated(lambda given: {kind: [each] * 2 for kind, each in given.items()})
+    assert (len(later), list(later), "image" in later, bool(later)) == (2, ["image", "video"], True, True)
+    assert later.get("audio") is None
+    assert calls == []
+    assert later.get("video") is later["video"]
+    assert calls == [4]
+    assert [each["features"][0] for each in repeated["video"]] == [4, 4]
+    assert repeated["video"][0] is not later["video"], "which may be changed"
+    assert calls == [4]
+    assert len(twin.values()) == len(dict(twin.items())) == 2
+    assert calls == [4, 3, 4]
+    assert copied(later)["video"] is not None
+    assert calls == [4, 3, 4], "what is computed is taken along"
 
 
 # What media are, by the arguments of a call
