@@ -4,6 +4,7 @@
 #   make test       the whole suite, and on the two older transformers what depends on transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
+#   make bench-stock-shapes  prompts that cannot be packed: a chat about an image, latent attention, samples
 #   make bench-identity  what a call takes to see that the model is as it was
 #   make bench-first-call  what the first call of a patched model takes, and that after a new forward
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
@@ -56,6 +57,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
+.PHONY: bench-stock-shapes
 .PHONY: bench-identity bench-first-call bench-gpu bench-own bench-quantized compile-gpu test-torchao
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
@@ -107,6 +109,9 @@ bench: $(VENV)/.demo
 
 bench-dialogues: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.dialogues
+
+bench-stock-shapes: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.stock_shapes $(BENCH)
 
 bench-identity: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.identity $(BENCH)
