@@ -38,7 +38,6 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
         if target.paged.config != settings:
             runtime = PagedRuntime(target, settings)
             target.paged.release()
-            _take_names_back(target)
             target.__dict__[RUNTIME_ATTRIBUTE] = runtime
             _name_attention(target)
         return model
@@ -105,10 +104,11 @@ def find_generating_model(model: Any) -> PreTrainedModel:
 
 
 def _name_attention(model: PreTrainedModel) -> None:
+    """Names of another runtime are replaced at once: a call that runs meanwhile never meets the stock one."""
     for config in compat.attention_configs(model):
         name = compat.attention_name(config)
-        if name is not None and not isinstance(name, PagedName):
-            compat.set_attention_name(config, patched_name(name, model.paged))
+        if name is not None and not (isinstance(name, PagedName) and name.runtime() is model.paged):
+            compat.set_attention_name(config, patched_name(str(name), model.paged))
 
 
 def _take_names_back(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from prompts import batch, tokens
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged import PagedMemoryError
+from hf_paged import PagedMemoryError, compat, patch_model
 
 THREADS = 6
 PATIENCE_S = 60
@@ -138,6 +138,29 @@ def test_weights_that_change_while_a_call_runs_hide_its_prompt():
         first.result(PATIENCE_S)
     assert torch.equal(greedy(pair.model, prompt), expected)
     pair.check()
+
+
+def test_a_call_goes_on_while_another_thread_patches_with_other_settings(monkeypatch):
+    pair = Pair("llama")
+    prompt, streamer = batch([tokens(30, seed=1)]), Waits()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(greedy, pair.model, prompt, streamer=streamer)
+        name_attention = compat.set_attention_name
+
+        def name_and_let_the_call_end(config, name):
+            name_attention(config, name)
+            streamer.go_on.set()
+            first.exception(PATIENCE_S)
+
+        try:
+            assert streamer.reached.wait(PATIENCE_S)
+            monkeypatch.setattr(compat, "set_attention_name", name_and_let_the_call_end)
+            patch_model(pair.model, block_size=16)
+        finally:
+            streamer.go_on.set()
+        assert torch.equal(first.result(PATIENCE_S), greedy(pair.stock, prompt))
+    assert pair.paged.config.block_size == 16
+    pair.ask([tokens(30, seed=1)])
 
 
 def in_threads(functions):
