@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,11 +42,20 @@ FORMAT, FORMAT_VERSION = "hf_paged prefixes", 4
 _CHUNK_BYTES = 2**22
 
 
+# Threads may save to one folder: each lists what is there, and removes what it does not list itself.
+_saving = threading.Lock()
+
+
 def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) -> int:
     """Write every prefix indexed under `root`; returns the number of tokens. Whole or not at all.
 
     The blocks cannot be given up meanwhile, whoever else needs memory. Raises `ValueError` where the model changes.
     """
+    with _saving:
+        return _save(model, pool, root, folder)
+
+
+def _save(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) -> int:
     entries, pins = pool.manager.hold_prefixes(root.key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +179,7 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
 
 def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str, int]:
     """Name, sum and size of the file that now holds `tensors`."""
-    scratch = folder / f".{stem}.{os.getpid()}.tmp"
+    scratch = _scratch(folder, stem)
     try:
         save_file(tensors, scratch)
         content_sum = _sum_of_file(scratch)
@@ -181,7 +192,7 @@ def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> tuple[s
 
 
 def _replace(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = _scratch(path.parent, path.name)
     try:
         with scratch.open("wb") as file:
             file.write(content)
@@ -190,6 +201,11 @@ def _replace(path: Path, content: bytes) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _scratch(folder: Path, stem: str) -> Path:
+    """A name that nobody else writes to; processes of several containers may have one number."""
+    return folder / f".{stem}.{secrets.token_hex(8)}.tmp"
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import prompts
 import pytest
@@ -134,6 +135,21 @@ def test_an_interrupted_save_leaves_the_old_one(folder, monkeypatch):
     assert not list(folder.glob(".*")), "no scratch files"
     assert model.paged.load(folder) > 28
     assert model.paged.stats().blocks_in_use == 0
+
+
+def test_threads_may_save_to_one_folder(tmp_path):
+    model = patched()
+    generate(model, prompts.single())
+
+    def save(seed):
+        for more in range(4):
+            generate(model, prompts.batch([prompts.tokens(9, seed=10 * seed + more)]))
+            assert model.paged.save(tmp_path) > 28
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(save, range(3)))  # raises what they have raised
+    assert len(list(tmp_path.iterdir())) == 2 + model.config.num_hidden_layers, "only what the last one has saved"
+    assert patched().paged.load(tmp_path) > 28
 
 
 def other_weights():
