@@ -225,7 +225,7 @@ class PagedCache(Cache):
         self.step, self.prepared, copying = None, None, self.is_copying
         self.sequences.unpin()
         counts = [min(num_tokens, table.num_tokens) for table, num_tokens in zip(self.tables, lengths, strict=False)]
-        lost = self.tables and not all(map(self.pool.manager.reaches, self.tables, counts))
+        lost = self.tables and (self.sequences.is_torn or not all(map(self.pool.manager.reaches, self.tables, counts)))
         if (copying and self.dense_len) or lost or moved_on:
             self.release()
             return

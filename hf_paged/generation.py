@@ -255,8 +255,11 @@ class PagedGenerationMixin:
                 runtime.hand_over(CACHE_UNUSED)
         finally:
             cache.generating = cache.prefilling = cache.assisted = False
-            if not cache.held_by_user:
-                given.release()
+            try:
+                if not cache.held_by_user:
+                    given.release()
+            finally:
+                runtime.mend()
         runtime.counters.add(generated_tokens=_count_generated(result, input_ids.shape[1], config))
         return result
 

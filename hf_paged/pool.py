@@ -24,6 +24,7 @@ from hf_paged.core.capacity import group_costs
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Growth, Pin, StepPlan
 from hf_paged.core.table import BlockTable
+from hf_paged.core.whole import whole
 from hf_paged.errors import PagedMemoryError, RefusedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes, total_bytes
 from hf_paged.overflow import Overflow, UnseenLayers
@@ -305,15 +306,7 @@ class KVPool:
 
     def free(self, tables: Sequence[BlockTable]) -> None:
         """Give up sequences; memory that lies idle then goes back to the system."""
-        with self.manager.lock:
-            while self._abandoned:
-                orphans, pins = self._abandoned.popleft()
-                self.manager.unpin(pins)
-                for table in orphans:
-                    self.manager.free(table)
-            for table in tables:
-                self.manager.free(table)
-            self.manager.settle()
+        _free(self.manager, self._abandoned, tables)
 
     def free_soon(self, tables: Sequence[BlockTable], pins: Sequence[Pin]) -> None:
         """Give up sequences, and blocks that they have pinned, from a finalizer.
@@ -348,6 +341,22 @@ class KVPool:
         self._before_reuse(group, [block])
         for layer in self._layers(group):
             layer.poison(range(block, block + 1))
+
+
+@whole
+def _free(
+    manager: BlockManager,
+    abandoned: deque[tuple[Sequence[BlockTable], Sequence[Pin]]],
+    tables: Sequence[BlockTable],
+) -> None:
+    while abandoned:
+        orphans, pins = abandoned.popleft()
+        manager.unpin(pins)
+        for table in orphans:
+            manager.free(table)
+    for table in tables:
+        manager.free(table)
+    manager.settle()
 
 
 def _weak(method: Callable[..., Taken]) -> Callable[..., Taken]:

@@ -235,6 +235,7 @@ class PagedRuntime:
         with self._lock:
             device = compat.compute_device(model)
             key = (model.dtype, device, compat.autocast_dtype(device), compat.own_forward(model), self.layout().windows)
+            self.mend()
             if self._pool is not None and self._pool_key != key:
                 self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
@@ -242,6 +243,13 @@ class PagedRuntime:
                 self._pool, self._pool_key = self._make_pool(model), key
             self._pool.open_tiers(self.config, self.counters)
             return self._pool
+
+    def mend(self) -> None:
+        """Have done with a pool of which nobody knows any more who holds what; other calls on it run to their ends."""
+        with self._lock:
+            if self._pool is not None and self._pool.manager.is_torn:
+                self._graphs.clear()
+                self._drop_pool()
 
     def _drop_pool(self) -> None:
         self._pool.close_tiers()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Pin
 from hf_paged.core.table import BlockTable
+from hf_paged.core.whole import whole
 from hf_paged.pool import KVPool
 
 
@@ -23,39 +25,48 @@ class Sequences:
         self.twin: Sequences | None = None
 
     @property
+    def is_torn(self) -> bool:
+        """Whether nobody knows any more what the tables hold: all of the pool is given up then, by and by."""
+        return self.pool is not None and self.pool.manager.is_torn
+
+    @property
     def movable(self) -> list[BlockTable]:
         """Tables whose blocks a pass over these may move."""
         return self.tables if self.twin is None else [*self.tables, *self.twin.tables]
 
     def unpin(self) -> None:
         """Let go of the blocks that the last pass has copied from."""
-        if self.pins:
-            self.pool.manager.unpin(self.pins)
-            self.pins.clear()
+        if self.pins and not self.is_torn:
+            pins, self.pins = self.pins, []  # first, so that nobody lets go of them twice
+            self.pool.manager.unpin(pins)
 
     def free(self) -> None:
         """Give every block back."""
-        self.unpin()
-        if self.pool is not None:
+        if self.pool is not None and not self.is_torn:
+            self.unpin()
             self.pool.free(self.tables)
         self.tables.clear()
+        self.pins.clear()
 
     def abandon(self) -> None:
         """Give every block back without waiting for anyone: the cache is garbage."""
-        if self.tables or self.pins:
+        if (self.tables or self.pins) and not self.is_torn:
             self.pool.free_soon(self.tables, self.pins)
 
     def select(self, rows: Sequence[int]) -> None:
         """Row `i` goes on with what row `rows[i]` holds: tables are moved and forked, no data is."""
-        manager = self.pool.manager
-        with manager.lock:
-            kept: dict[int, BlockTable] = {}
-            tables: list[BlockTable] = []
-            for row in rows:
-                if row in kept:
-                    tables.append(manager.fork(kept[row]))
-                else:
-                    kept[row] = self.tables[row]
-                    tables.append(kept[row])
-            self.pool.free([table for row, table in enumerate(self.tables) if row not in kept])
-            self.tables[:] = tables
+        _select(self.pool.manager, self, rows)
+
+
+@whole
+def _select(manager: BlockManager, sequences: Sequences, rows: Sequence[int]) -> None:
+    kept: dict[int, BlockTable] = {}
+    tables: list[BlockTable] = []
+    for row in rows:
+        if row in kept:
+            tables.append(manager.fork(kept[row]))
+        else:
+            kept[row] = sequences.tables[row]
+            tables.append(kept[row])
+    sequences.pool.free([table for row, table in enumerate(sequences.tables) if row not in kept])
+    sequences.tables[:] = tables

@@ -70,7 +70,7 @@ class Counters:
     def add(self, **counts: int) -> None:
         """Add to the counters of these names."""
         with self._lock:
-            self._counts.update(counts)
+            self._counts = self._counts + Counter(counts)  # all of them at once: Ctrl-C may come at any time
 
     def fall_back(self, reason: str) -> None:
         """Count a call that left the fast path, and why."""

@@ -10,6 +10,7 @@ from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Growth
 from hf_paged.core.prefix import seen_from
 from hf_paged.core.table import BlockTable
+from hf_paged.core.whole import whole
 
 
 def whole_new_blocks(table: BlockTable, num_tokens: int) -> int:
@@ -27,6 +28,7 @@ def outdated_blocks(manager: BlockManager, table: BlockTable, num_tokens: int) -
     return [[NULL_BLOCK] * min(count, most) for count in gone]
 
 
+@whole
 def append_kept(
     manager: BlockManager,
     tables: Sequence[BlockTable],
@@ -35,16 +37,16 @@ def append_kept(
     tokens: Sequence[Sequence[int]] | None = None,
 ) -> Growth:
     """`manager.append`, without `outdated_blocks` where there is no room for them."""
-    with manager.lock:
-        try:
-            return manager.append(tables, counts, room_tokens, tokens)
-        except OutOfBlocks:
-            given = [outdated_blocks(manager, *each) for each in zip(tables, counts, strict=True)]
-            if not any(blocks for each in given for blocks in each):
-                raise
-        return append_apart(manager, tables, counts, room_tokens, given, tokens)
+    try:
+        return manager.append(tables, counts, room_tokens, tokens)
+    except OutOfBlocks:
+        given = [outdated_blocks(manager, *each) for each in zip(tables, counts, strict=True)]
+        if not any(blocks for each in given for blocks in each):
+            raise
+    return append_apart(manager, tables, counts, room_tokens, given, tokens)
 
 
+@whole
 def append_apart(
     manager: BlockManager,
     tables: Sequence[BlockTable],
@@ -58,18 +60,17 @@ def append_apart(
     No more than `whole_new_blocks` of a table: blocks on the host, which count as held already, or null blocks.
     `tokens` are as in `append`. Raises `OutOfBlocks` and changes nothing.
     """
-    with manager.lock:
-        needed = sum(map(manager.blocks_needed, tables, counts))
-        manager.make_room([needed - sum(len(blocks[group]) for blocks in given) for group in range(len(manager.pools))])
-        growths = []
-        for row, (table, count, blocks) in enumerate(zip(tables, counts, given, strict=True)):
-            first, inner = _tokens_to_fill(table, count), max(map(len, blocks)) * table.block_size
-            growths.append(manager.append([table], first, room_tokens, [[]]))
-            _extend(manager, table, blocks)
-            growths.append(manager.append([table], count - first - inner, room_tokens, [[]]))
-            table.track(None if tokens is None else tokens[row])
-        copies = [list(chain(*each)) for each in zip(*(growth.copies for growth in growths), strict=True)]
-        return Growth(copies, [pin for growth in growths for pin in growth.pins])
+    needed = sum(map(manager.blocks_needed, tables, counts))
+    manager.make_room([needed - sum(len(blocks[group]) for blocks in given) for group in range(len(manager.pools))])
+    growths = []
+    for row, (table, count, blocks) in enumerate(zip(tables, counts, given, strict=True)):
+        first, inner = _tokens_to_fill(table, count), max(map(len, blocks)) * table.block_size
+        growths.append(manager.append([table], first, room_tokens, [[]]))
+        _extend(manager, table, blocks)
+        growths.append(manager.append([table], count - first - inner, room_tokens, [[]]))
+        table.track(None if tokens is None else tokens[row])
+    copies = [list(chain(*each)) for each in zip(*(growth.copies for growth in growths), strict=True)]
+    return Growth(copies, [pin for growth in growths for pin in growth.pins])
 
 
 def _tokens_to_fill(table: BlockTable, num_tokens: int) -> int:

@@ -42,6 +42,8 @@ class OutOfBlocks(Exception):
     Carries the number that could, the bytes wanted, and whether it was the device that refused them, not the budget.
     """
 
+    changed_nothing = True
+
     def __init__(self, wanted: int, available: int, wanted_bytes: int, refused: bool = False):
         super().__init__(f"{wanted} blocks wanted, {available} available")
         self.wanted, self.available, self.wanted_bytes, self.refused = wanted, available, wanted_bytes, refused

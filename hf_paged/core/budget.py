@@ -7,6 +7,8 @@ from heapq import merge
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
+from hf_paged.core.whole import changing_nothing
+
 if TYPE_CHECKING:
     from hf_paged.core.blocks import BlockPool
 
@@ -164,7 +166,7 @@ class Budget:
     def give_up(self, victims: list[tuple[BlockPool, int]]) -> None:
         """Give up the content of these cached blocks, for their memory."""
         if victims and self.before_eviction is not None:
-            self.before_eviction(victims)
+            changing_nothing(self.before_eviction, victims)
         for pool, block in victims:
             pool.give_up(block)
 

@@ -13,9 +13,11 @@ from operator import itemgetter
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.budget import Budget
 from hf_paged.core.chain import BlockChain
+from hf_paged.core.integrity import check_integrity
 from hf_paged.core.plan import Copy, Growth, Pin
 from hf_paged.core.prefix import Entry, PrefixIndex, are_plain, chain_key, seen_from
 from hf_paged.core.table import BlockTable
+from hf_paged.core.whole import whole
 
 
 class BlockManager:
@@ -36,6 +38,9 @@ class BlockManager:
         block_bytes: what a block of each group costs; by default 1.
         budget_bytes: for all groups together; by default enough for every id.
         find_limit: as `Budget` takes it.
+
+    Attributes:
+        is_torn: whether an operation was left half done, by an exception from nowhere; then nothing is found here.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class BlockManager:
         ]
         self.lock = threading.RLock()
         self.copied_blocks = 0
+        self.is_torn = False
         self._tables: dict[int, BlockTable] = {}
         self._pinned: Counter[Pin] = Counter()
 
@@ -84,41 +90,42 @@ class BlockManager:
         ids = min(pool.free_ids for pool in self.pools)
         return max(0, min(ids, self.budget.free_bytes // sum(pool.block_bytes for pool in self.pools)))
 
+    @whole
     def new_table(self, root: bytes | None = None) -> BlockTable:
         """An empty table, live until `free`; `root` is where its tokens are looked for and kept in the prefix index."""
         table = BlockTable(self.block_size, len(self.pools), root)
-        with self.lock:
-            self._tables[id(table)] = table
+        self._tables[id(table)] = table
         return table
 
+    @whole
     def fork(self, source: BlockTable, num_tokens: int | None = None) -> BlockTable:
         """A new table that shares the first `num_tokens` tokens of `source` (default: all)."""
         table = self.new_table()
         self.assign(table, source, source.num_tokens if num_tokens is None else num_tokens)
         return table
 
+    @whole
     def assign(self, target: BlockTable, source: BlockTable, num_tokens: int) -> list[Pin]:
         """Make `target` share the first `num_tokens` tokens of `source`.
 
         Returns the blocks that it held before, pinned: pending copies may still read them.
         """
         num_blocks = source.blocks_for(num_tokens)
-        with self.lock:
-            for pool, chain in zip(self.pools, source.chains, strict=True):
-                pool.share(chain.blocks[chain.dropped : num_blocks])
-            for group, chain in enumerate(target.chains):
-                self._unclaim(group, chain)
-            before = [(group, block) for group, blocks in enumerate(target.truncate(0)) for block in blocks]
-            target.copy_from(source, num_tokens)
-            self._pinned.update(before)
-            return before
+        for pool, chain in zip(self.pools, source.chains, strict=True):
+            pool.share(chain.blocks[chain.dropped : num_blocks])
+        for group, chain in enumerate(target.chains):
+            self._unclaim(group, chain)
+        before = [(group, block) for group, blocks in enumerate(target.truncate(0)) for block in blocks]
+        target.copy_from(source, num_tokens)
+        self._pinned.update(before)
+        return before
 
+    @whole
     def unpin(self, pins: Sequence[Pin]) -> None:
         """Let go of blocks that `append`, `assign`, `hold_prefixes`, `hold` and the like have pinned."""
-        with self.lock:
-            self._pinned.subtract(pins)
-            for group, each in groupby(pins, key=itemgetter(0)):
-                self._drop(group, [block for _, block in each])
+        self._pinned.subtract(pins)
+        for group, each in groupby(pins, key=itemgetter(0)):
+            self._drop(group, [block for _, block in each])
 
     def blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that appending `num_tokens` tokens to `table` takes from each pool."""
@@ -142,6 +149,7 @@ class BlockManager:
                 return True
         return False
 
+    @whole
     def append(
         self,
         tables: Sequence[BlockTable],
@@ -159,26 +167,25 @@ class BlockManager:
         Raises `OutOfBlocks`.
         """
         counts = [num_tokens] * len(tables) if isinstance(num_tokens, int) else num_tokens
-        with self.lock:
-            leaves = [self.must_leave_tail(table) for table in tables]
-            parts = [
-                may_part and leave and table.is_forked and table.seam_blocks == 0
-                for table, leave in zip(tables, leaves, strict=True)
-            ]
-            each = list(zip(tables, counts, leaves, parts, strict=True))
-            begun_runs = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
-            rooms = [-(-self._room(group, room_tokens) // self.block_size) for group in range(len(self.pools))]
-            hoped = [begun_runs * blocks for blocks in rooms]
-            self.check_room(sum(self._blocks_needed(*one) for one in each), hoped)
-            growth = Growth([[] for _ in self.pools], [])
-            for table, count, leave, part in each:
-                if part and count:
-                    table.open_seam()
-                self._append(table, count, room_tokens, leave and not part, growth)
-            self._pinned.update(growth.pins)
-            for i, table in enumerate(tables):
-                table.track(None if tokens is None else tokens[i])
-            return growth
+        leaves = [self.must_leave_tail(table) for table in tables]
+        parts = [
+            may_part and leave and table.is_forked and table.seam_blocks == 0
+            for table, leave in zip(tables, leaves, strict=True)
+        ]
+        each = list(zip(tables, counts, leaves, parts, strict=True))
+        begun_runs = sum(count > 0 and (leave or not table.num_blocks) for table, count, leave, _ in each)
+        rooms = [-(-self._room(group, room_tokens) // self.block_size) for group in range(len(self.pools))]
+        hoped = [begun_runs * blocks for blocks in rooms]
+        self.check_room(sum(self._blocks_needed(*one) for one in each), hoped)
+        growth = Growth([[] for _ in self.pools], [])
+        for table, count, leave, part in each:
+            if part and count:
+                table.open_seam()
+            self._append(table, count, room_tokens, leave and not part, growth)
+        self._pinned.update(growth.pins)
+        for i, table in enumerate(tables):
+            table.track(None if tokens is None else tokens[i])
+        return growth
 
     def _room(self, group: int, room_tokens: int) -> int:
         """What a group keeps behind a sequence: windows go on over what they have left behind."""
@@ -190,6 +197,7 @@ class BlockManager:
         if num_blocks:
             self.make_room([num_blocks] * len(self.pools), hoped)
 
+    @whole
     def make_room(self, counts: Sequence[int], hoped: Sequence[int] | None = None) -> None:
         """Give up cached blocks until there is room for `counts[group]` more blocks in each pool, or `OutOfBlocks`.
 
@@ -239,17 +247,17 @@ class BlockManager:
         if claim:
             chain.claims.append(claim)
 
+    @whole
     def crop(self, table: BlockTable, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens; only where `reaches(table, num_tokens)`."""
-        with self.lock:
-            for group, blocks in enumerate(table.truncate(table.blocks_for(num_tokens))):
-                self._drop(group, blocks)
-            if num_tokens < table.seam_tokens:
-                table.seam_tokens = table.seam_blocks = 0
-            table.num_tokens = num_tokens
-            table.prompt_tokens = min(table.prompt_tokens, num_tokens)
-            del table.tokens[num_tokens:]
-            del table.keys[table.whole_blocks(num_tokens) :]
+        for group, blocks in enumerate(table.truncate(table.blocks_for(num_tokens))):
+            self._drop(group, blocks)
+        if num_tokens < table.seam_tokens:
+            table.seam_tokens = table.seam_blocks = 0
+        table.num_tokens = num_tokens
+        table.prompt_tokens = min(table.prompt_tokens, num_tokens)
+        del table.tokens[num_tokens:]
+        del table.keys[table.whole_blocks(num_tokens) :]
 
     def reaches(self, table: BlockTable, num_tokens: int) -> bool:
         """Whether `table` still has what the token behind its first `num_tokens` tokens looks at, in every window."""
@@ -258,12 +266,12 @@ class BlockManager:
             for chain, window in zip(table.chains, self.windows, strict=True)
         )
 
+    @whole
     def trim(self, tables: Sequence[BlockTable]) -> None:
         """Give up the blocks that have fallen out of their group's window; those that are indexed stay cached."""
         for table in tables:
             for group, gone in self._fallen_out(table):
-                with self.lock:
-                    self._drop(group, table.chains[group].drop_front(gone))
+                self._drop(group, table.chains[group].drop_front(gone))
 
     def ends_prompt(self, table: BlockTable) -> bool:
         """Whether `trim` would give up the last block of the table's prompt, which may not be indexed yet."""
@@ -278,16 +286,16 @@ class BlockManager:
                 if gone > table.chains[group].dropped:
                     yield group, gone
 
+    @whole
     def free(self, table: BlockTable) -> None:
         """Give up the table; freeing twice is harmless."""
-        with self.lock:
-            if self._tables.pop(id(table), None) is not None:
-                self._empty(table)
+        if self._tables.pop(id(table), None) is not None:
+            self._empty(table)
 
+    @whole
     def settle(self) -> None:
         """Let the system have the memory that the sequences which are left do not need."""
-        with self.lock:
-            self.budget.settle(sum(table.num_tokens > 0 for table in self._tables.values()))
+        self.budget.settle(sum(table.num_tokens > 0 for table in self._tables.values()))
 
     def _empty(self, table: BlockTable) -> None:
         for group, chain in enumerate(table.chains):
@@ -314,23 +322,24 @@ class BlockManager:
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
+    @whole
     def match(self, table: BlockTable, tokens: Sequence[int], limit: int) -> int:
         """Let an empty table begin with blocks of earlier sequences that hold its `tokens`, at most `limit` of them.
 
         Returns the number of tokens that need not be computed.
         """
-        if table.root is None or not are_plain(tokens):
+        if table.root is None or self.is_torn or not are_plain(tokens):
             return 0
-        with self.lock:
-            found = self.index.match(table.root, tokens, limit)
-            table.seam_blocks, table.seam_tokens = found.seam_blocks, found.seam_tokens
-            for pool, chain, blocks in zip(self.pools, table.chains, found.blocks, strict=True):
-                chain.extend(blocks)
-                pool.share(chain.held)
-            table.num_tokens = found.num_tokens
-            table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
-            return found.num_tokens
+        found = self.index.match(table.root, tokens, limit)
+        table.seam_blocks, table.seam_tokens = found.seam_blocks, found.seam_tokens
+        for pool, chain, blocks in zip(self.pools, table.chains, found.blocks, strict=True):
+            chain.extend(blocks)
+            pool.share(chain.held)
+        table.num_tokens = found.num_tokens
+        table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
+        return found.num_tokens
 
+    @whole
     def index_table(self, table: BlockTable, with_tail: bool) -> None:
         """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.
 
@@ -338,19 +347,19 @@ class BlockManager:
         """
         if table.root is None:
             return
-        with self.lock:
-            parent, whole = table.root, table.whole_blocks(table.num_tokens)
-            chains = [chain.on_device for chain in table.chains]
-            for i in range(whole):
-                blocks = [chain[i] for chain in chains]
-                if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
-                    table.keys[i:] = [self.index_blocks(parent, table.packed(i), blocks), *table.keys[i + 1 :]]
-                parent = table.keys[i]
-            tail = [chain[whole] for chain in chains] if with_tail and table.tail_tokens else [NULL_BLOCK]
-            if NULL_BLOCK not in tail and not self.index.is_covered(parent, table.packed(whole)):
-                self.index_blocks(parent, table.packed(whole), tail)
-            self.index.prune(parent)
+        parent, whole = table.root, table.whole_blocks(table.num_tokens)
+        chains = [chain.on_device for chain in table.chains]
+        for i in range(whole):
+            blocks = [chain[i] for chain in chains]
+            if i == len(table.keys) or self.index.lacks(table.keys[i], blocks):
+                table.keys[i:] = [self.index_blocks(parent, table.packed(i), blocks), *table.keys[i + 1 :]]
+            parent = table.keys[i]
+        tail = [chain[whole] for chain in chains] if with_tail and table.tail_tokens else [NULL_BLOCK]
+        if NULL_BLOCK not in tail and not self.index.is_covered(parent, table.packed(whole)):
+            self.index_blocks(parent, table.packed(whole), tail)
+        self.index.prune(parent)
 
+    @whole
     def take_blocks(
         self, parent: bytes, packed: bytes, groups: Sequence[bool], after: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
@@ -359,42 +368,42 @@ class BlockManager:
         Returns one a group, the null block where it is not to have one, and which of them are new. These lie behind the
         blocks `after` where possible, and go to `index_blocks` when their content is there. Raises `OutOfBlocks`.
         """
-        with self.lock:
-            blocks = list(self.index.blocks_of(chain_key(parent, packed)) or [NULL_BLOCK] * len(self.pools))
-            is_covered = self.index.is_covered(parent, packed)
-            is_new = [wanted and not block and not is_covered for wanted, block in zip(groups, blocks, strict=True)]
-            self.check_room(int(any(is_new)))
-            for pool, block in zip(self.pools, blocks, strict=True):
-                pool.share([block] if block else [])
-            for group, pool in enumerate(self.pools):
-                if is_new[group]:
-                    (blocks[group],), claim = pool.take(1, after[group] or None)
-                    pool.unclaim(claim)
-            self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
-            return blocks, is_new
+        blocks = list(self.index.blocks_of(chain_key(parent, packed)) or [NULL_BLOCK] * len(self.pools))
+        is_covered = self.index.is_covered(parent, packed)
+        is_new = [wanted and not block and not is_covered for wanted, block in zip(groups, blocks, strict=True)]
+        self.check_room(int(any(is_new)))
+        for pool, block in zip(self.pools, blocks, strict=True):
+            pool.share([block] if block else [])
+        for group, pool in enumerate(self.pools):
+            if is_new[group]:
+                (blocks[group],), claim = pool.take(1, after[group] or None)
+                pool.unclaim(claim)
+        self._pinned.update((group, block) for group, block in enumerate(blocks) if block)
+        return blocks, is_new
 
+    @whole
     def hold(self, pins: Sequence[Pin]) -> None:
         """Pin blocks that are there until `unpin`."""
-        with self.lock:
-            for group, each in groupby(pins, key=itemgetter(0)):
-                self.pools[group].share([block for _, block in each])
-            self._pinned.update(pins)
+        for group, each in groupby(pins, key=itemgetter(0)):
+            self.pools[group].share([block for _, block in each])
+        self._pinned.update(pins)
 
+    @whole
     def take_runs(self, counts: Sequence[int], after: Sequence[int], room: int) -> list[list[int]]:
         """`counts[group]` new blocks of each group, pinned until `unpin`, behind block `after[group]` where possible.
 
         `room` more blocks are expected behind them. Raises `OutOfBlocks` and changes nothing.
         """
-        with self.lock:
-            self.make_room(counts)
-            taken = []
-            for pool, count, before in zip(self.pools, counts, after, strict=True):
-                blocks, claim = pool.take(count, before or None, room)
-                pool.unclaim(claim)
-                taken.append(blocks)
-            self._pinned.update((group, block) for group, blocks in enumerate(taken) for block in blocks)
-            return taken
+        self.make_room(counts)
+        taken = []
+        for pool, count, before in zip(self.pools, counts, after, strict=True):
+            blocks, claim = pool.take(count, before or None, room)
+            pool.unclaim(claim)
+            taken.append(blocks)
+        self._pinned.update((group, block) for group, blocks in enumerate(taken) for block in blocks)
+        return taken
 
+    @whole
     def index_blocks(self, parent: bytes, packed: bytes, blocks: Sequence[int], key: bytes | None = None) -> bytes:
         """Index `blocks`, one a group, in place of those that hold a beginning of these tokens; returns their key.
 
@@ -405,39 +414,23 @@ class BlockManager:
                 self.pools[group].discard(block)
         return self.index.add(parent, packed, blocks, key)
 
+    @whole
     def hold_prefixes(self, root: bytes) -> tuple[list[Entry], list[Pin]]:
         """What is indexed under `root`, parents first, with the blocks as they are now, pinned until `unpin`."""
-        with self.lock:
-            entries = [replace(entry, blocks=entry.blocks.copy()) for entry in self.index.below(root)]
-            pins = [(group, block) for entry in entries for group, block in enumerate(entry.blocks) if block]
-            self.hold(pins)
-            return entries, pins
+        entries = [replace(entry, blocks=entry.blocks.copy()) for entry in self.index.below(root)]
+        pins = [(group, block) for entry in entries for group, block in enumerate(entry.blocks) if block]
+        self.hold(pins)
+        return entries, pins
 
+    @whole
     def forget_prefixes(self) -> None:
         """Give up every cached block, with its memory, and forget what the others hold."""
-        with self.lock:
-            self.index.clear()
-            for pool in self.pools:
-                pool.discard_all()
-            self.budget.give_back()
+        self.index.clear()
+        for pool in self.pools:
+            pool.discard_all()
+        self.budget.give_back()
 
     def check_integrity(self) -> None:
         """Prove that the pools and the index agree with the live tables; for tests."""
         with self.lock:
-            held = +self._pinned
-            for table in self._tables.values():
-                assert table.root is None or len(table.tokens) == table.num_tokens, "token ids were lost"
-                assert self.reaches(table, table.num_tokens), "a window has lost tokens that are still seen"
-                for group, chain in enumerate(table.chains):
-                    chain.check_integrity()
-                    held.update((group, block) for block in chain.held)
-            for group, pool in enumerate(self.pools):
-                owned = {block: count for (owner, block), count in held.items() if owner == group}
-                pool.check_integrity(owned)
-                indexed = self.index.by_block[group]
-                for block in range(1, pool.num_blocks):
-                    assert block in indexed or not pool.is_cached(block), f"block {block} is kept for nobody"
-                    assert block not in indexed or block in owned or pool.is_cached(block), f"block {block} is gone"
-            self.index.check_integrity()
-            spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in self.pools)
-            assert spent <= self.budget.limit_bytes, "over the budget"
+            check_integrity(self, self._tables.values(), self._pinned)

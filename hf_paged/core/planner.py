@@ -12,6 +12,7 @@ from hf_paged.core.plan import Copy, Piece, Pin, Segment, StepPlan, Write, row_s
 from hf_paged.core.prefix import seen_from
 from hf_paged.core.table import BlockTable
 from hf_paged.core.trie import TrieNode, build_trie
+from hf_paged.core.whole import whole
 
 if TYPE_CHECKING:
     from hf_paged.core.foresight import Foreseen
@@ -72,6 +73,7 @@ class _View(NamedTuple):
     runs: tuple[Run, ...]
 
 
+@whole
 def plan_packed(
     manager: BlockManager,
     tables: Sequence[BlockTable],
@@ -84,45 +86,44 @@ def plan_packed(
     Rows whose pasts are equal and whose tokens begin alike end up sharing blocks; `room_tokens` more are expected
     behind each row. Raises `OutOfBlocks` and changes nothing where the pool cannot hold the new tokens.
     """
-    with manager.lock:
-        pasts: dict[Any, int] = {}
-        keys = [pasts.setdefault(_past(table), -1 - len(pasts)) for table in tables]
-        nodes = build_trie([[key, *row] for key, row in zip(keys, tokens, strict=True)])
-        bases = [table.num_tokens for table in tables]
-        _check_room(manager, tables, nodes, bases)
+    pasts: dict[Any, int] = {}
+    keys = [pasts.setdefault(_past(table), -1 - len(pasts)) for table in tables]
+    nodes = build_trie([[key, *row] for key, row in zip(keys, tokens, strict=True)])
+    bases = [table.num_tokens for table in tables]
+    _check_room(manager, tables, nodes, bases)
 
-        groups = range(len(manager.pools))
-        stretches: list[list[_Stretch]] = [[] for _ in groups]
-        sources: list[tuple[int, int, int]] = []
-        starts: list[int] = []
-        ends: list[int] = []
-        deepest = [0] * len(tables)
-        pins: list[Pin] = []
-        at = 0
-        for index, node in enumerate(nodes):
-            owner = node.rows[0]
-            table, base = tables[owner], bases[owner]
-            start, stop = max(node.start - 1, 0), node.stop - 1
-            if node.parent is not None and nodes[node.parent].rows[0] != owner:
-                pins += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
-            room = len(tokens[owner]) - stop + room_tokens
-            growth = manager.append([table], stop - start, room, [tokens[owner][start:stop]])
-            pins += growth.pins
-            starts.append(at)
-            if stop > start:
-                sources.append((owner, start, stop))
-            for chain, copies, into in zip(table.chains, growth.copies, stretches, strict=True):
-                into += _stretches(chain, base + start, base + stop, at, chunk_tokens, index, copies)
-            at += stop - start
-            ends.append(at)
-            for row in node.rows:
-                deepest[row] = index
-        for row, index in enumerate(deepest):
-            owner = nodes[index].rows[0]
-            if owner != row:
-                pins += manager.assign(tables[row], tables[owner], bases[row] + len(tokens[row]))
-        tails = _subtree_ends(nodes, ends)
-        views = [_views(tables, nodes, bases, starts, tails, group, stretches[group]) for group in groups]
+    groups = range(len(manager.pools))
+    stretches: list[list[_Stretch]] = [[] for _ in groups]
+    sources: list[tuple[int, int, int]] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    deepest = [0] * len(tables)
+    pins: list[Pin] = []
+    at = 0
+    for index, node in enumerate(nodes):
+        owner = node.rows[0]
+        table, base = tables[owner], bases[owner]
+        start, stop = max(node.start - 1, 0), node.stop - 1
+        if node.parent is not None and nodes[node.parent].rows[0] != owner:
+            pins += manager.assign(table, tables[nodes[node.parent].rows[0]], base + start)
+        room = len(tokens[owner]) - stop + room_tokens
+        growth = manager.append([table], stop - start, room, [tokens[owner][start:stop]])
+        pins += growth.pins
+        starts.append(at)
+        if stop > start:
+            sources.append((owner, start, stop))
+        for chain, copies, into in zip(table.chains, growth.copies, stretches, strict=True):
+            into += _stretches(chain, base + start, base + stop, at, chunk_tokens, index, copies)
+        at += stop - start
+        ends.append(at)
+        for row in node.rows:
+            deepest[row] = index
+    for row, index in enumerate(deepest):
+        owner = nodes[index].rows[0]
+        if owner != row:
+            pins += manager.assign(tables[row], tables[owner], bases[row] + len(tokens[row]))
+    tails = _subtree_ends(nodes, ends)
+    views = [_views(tables, nodes, bases, starts, tails, group, stretches[group]) for group in groups]
     chunks = [
         [_chunk_plan(stretches[group], views[group], lo, min(lo + chunk_tokens, at)) for group in groups]
         for lo in range(0, at, chunk_tokens)
@@ -223,6 +224,7 @@ def _chunk_plan(stretches: Sequence[_Stretch], views: Sequence[_View], lo: int, 
     )
 
 
+@whole
 def plan_decode(
     manager: BlockManager,
     tables: Sequence[BlockTable],
