@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from transformers import Pipeline, PreTrainedModel
@@ -63,18 +66,43 @@ def unpatch_model(model: T) -> T:
     return model
 
 
+@dataclass(eq=False)
+class _Scope:
+    """A `with paged(...)` block; `settings` are those within, `None` where the model is not patched."""
+
+    settings: PagedConfig | None
+
+
+# Of each model: what it was before the blocks that are open, and these, in the order in which they were entered.
+_scopes: weakref.WeakKeyDictionary[PreTrainedModel, list[_Scope]] = weakref.WeakKeyDictionary()
+_scopes_lock = threading.RLock()
+
+
 @contextmanager
 def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iterator[T]:
-    """`patch_model` for the length of a `with` block; a model that was patched before gets its old settings back."""
+    """`patch_model` for the length of a `with` block; a model that was patched before gets its old settings back.
+
+    Blocks of several threads may overlap: the settings are those of the last one that was entered and is not left yet.
+    """
     target = find_generating_model(model)
-    before = target.paged.config if is_patched(target) else None
+    with _scopes_lock:
+        before = _Scope(target.paged.config if is_patched(target) else None)
+        patch_model(model, config, **overrides)
+        scope = _Scope(target.paged.config)
+        scopes = _scopes.setdefault(target, [before])
+        scopes.append(scope)
     try:
-        yield patch_model(model, config, **overrides)
+        yield model
     finally:
-        if before is None:
-            unpatch_model(model)
-        else:
-            patch_model(model, before)
+        with _scopes_lock:
+            was_last = scopes[-1] is scope
+            scopes.remove(scope)
+            if len(scopes) == 1:
+                del _scopes[target]
+            if was_last and scopes[-1].settings is None:
+                unpatch_model(model)
+            elif was_last:
+                patch_model(model, scopes[-1].settings)
 
 
 def is_patched(model: object) -> bool:

@@ -12,12 +12,12 @@ from families import stock_model
 from mishaps import BadCriterion, Boom, assert_usable, expected
 from mode_parts import Run
 from pair import Pair
-from patched_copies import GREEDY, LLAMA, patched
+from patched_copies import GREEDY, LLAMA, is_patched, patched
 from prompts import batch, tokens
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged import PagedMemoryError, compat, patch_model
+from hf_paged import PagedMemoryError, compat, paged, patch_model, unpatch_model
 
 THREADS = 6
 PATIENCE_S = 60
@@ -161,6 +161,27 @@ def test_a_call_goes_on_while_another_thread_patches_with_other_settings(monkeyp
         assert torch.equal(first.result(PATIENCE_S), greedy(pair.stock, prompt))
     assert pair.paged.config.block_size == 16
     pair.ask([tokens(30, seed=1)])
+
+
+def test_with_blocks_of_threads_may_overlap():
+    pair = Pair("llama")
+    unpatch_model(pair.model)
+    prompt, streamer = batch([tokens(30, seed=1)]), Waits()
+
+    def ask():
+        with paged(pair.model, block_size=16):
+            return greedy(pair.model, prompt, streamer=streamer)
+
+    with ThreadPoolExecutor(1) as pool:
+        with paged(pair.model, block_size=16):
+            first = pool.submit(ask)
+            assert streamer.reached.wait(PATIENCE_S)
+        try:
+            assert is_patched(pair.model), "the other block is not left yet"
+        finally:
+            streamer.go_on.set()
+        assert torch.equal(first.result(PATIENCE_S), greedy(pair.stock, prompt))
+    assert not is_patched(pair.model)
 
 
 def in_threads(functions):
