@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from hf_paged import compat
 from hf_paged.backends import PREPARED, AttentionCall, attend_rows
 from hf_paged.compat import CACHE_NAME
 from hf_paged.cross import attend_shared
+from hf_paged.foreign import is_foreign
 from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
@@ -73,12 +76,31 @@ _KNOWN = frozenset(
 
 
 def patched_name(original: str, runtime: PagedRuntime) -> PagedName:
-    """Name of the attention function that hands over to `original`; registered when first asked for."""
+    """Name of the attention function that hands over to `original`."""
     name = PagedName(original)
     name.runtime = weakref.ref(runtime)
-    if not compat.is_registered(name):
-        compat.register_attention(name, partial(paged_attention_forward, original), original)
+    compat.register_attention(name, partial(paged_attention_forward, original), original)
     return name
+
+
+def take_names(configs: Iterable[PreTrainedConfig], runtime: PagedRuntime, of_others: bool = False) -> None:
+    """Has the models of `configs` attend with our function in the place of the one that each names.
+
+    `of_others`: names of another runtime are replaced, too, at once: a call that runs meanwhile never meets stock's.
+    """
+    for config in configs:
+        name = compat.attention_name(config)
+        is_ours = isinstance(name, PagedName) and not (of_others and name.runtime() is not runtime)
+        if name is not None and not is_ours:
+            compat.set_attention_name(config, patched_name(str(name), runtime))
+
+
+def give_names_back(configs: Iterable[PreTrainedConfig]) -> None:
+    """Has the models of `configs` attend with what each names, as stock has them."""
+    for config in configs:
+        name = compat.attention_name(config)
+        if isinstance(name, PagedName):
+            compat.set_attention_name(config, str(name))
 
 
 def paged_mask(device: torch.device) -> torch.Tensor:
@@ -117,6 +139,8 @@ def paged_attention_forward(
     if isinstance(key, SharedRows):
         function = compat.original_attention(original, module)
         kwargs = {"scaling": scaling, "dropout": dropout, **kwargs}
+        if is_foreign(function, module):
+            return function(module, query, key.to_dense(), value.to_dense(), attention_mask, **kwargs)
         return attend_shared(function, module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[-1] != 0:
         make_way(module, _runtime_of(module))

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ CACHE_NAME = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
 OLD_CACHE_NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]  # that are taken with a warning
+_ATTENTION_REGISTERED = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
@@ -294,15 +295,14 @@ def set_attention_name(config: PreTrainedConfig, name: str) -> None:
 
 
 def register_attention(name: str, function: Callable[..., Any], original: str) -> None:
-    """Register an attention function; its masks are those of the implementation `original`."""
+    """Register an attention function; its masks are those of the implementation `original`, if it has any."""
     ALL_ATTENTION_FUNCTIONS.register(name, function)
     if original in ALL_MASK_ATTENTION_FUNCTIONS:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, functools.partial(_masks_of, original))
 
 
-def is_registered(name: str) -> bool:
-    """Whether an attention function of that name exists."""
-    return name in ALL_ATTENTION_FUNCTIONS
+def _masks_of(original: str, *args: Any, **kwargs: Any) -> Any:
+    return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 
 
 def original_attention(name: str, module: Any) -> Callable[..., Any]:
@@ -312,6 +312,15 @@ def original_attention(name: str, module: Any) -> Callable[..., Any]:
     if function is None:
         raise RuntimeError(f"{type(module).__name__} has no eager attention function to hand over to")
     return function
+
+
+def attention_functions(name: str, files: Iterable[Any]) -> Iterator[Callable[..., Any]]:
+    """What attends and masks where a model whose modeling files are `files` names an implementation of attention."""
+    yield from (registered[name] for registered in _ATTENTION_REGISTERED if name in registered)
+    if name == "eager":
+        yield from (vars(file)["eager_attention_forward"] for file in files if "eager_attention_forward" in vars(file))
+    if name == "sdpa":
+        yield torch.nn.functional.scaled_dot_product_attention
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -12,6 +12,7 @@ import torch
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode, StoppingCriteriaList
 
 from hf_paged import compat
+from hf_paged.attention import take_names
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
@@ -75,6 +76,7 @@ class PagedGenerationMixin:
         if cache is not None:
             named = kwargs if kwargs.keys().isdisjoint(compat.OLD_CACHE_NAMES) else compat.named_as_today(self, kwargs)
             if CACHE_NAME in named:  # else by a name that only the model knows, to which it is like any other cache
+                take_names(runtime.attention_configs, runtime)
                 return runtime.run(super().__call__, cache, args, named)
         make_way(self, runtime)
         return super().__call__(*args, **kwargs)
@@ -84,6 +86,7 @@ class PagedGenerationMixin:
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         salt = kwargs.get("cache_salt")
+        take_names(self.paged.attention_configs, self.paged)  # `set_attn_implementation` may have come since
         self.paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
         outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)

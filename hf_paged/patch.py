@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from transformers import Pipeline, PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.attention import PagedName, patched_name
+from hf_paged.attention import give_names_back, take_names
 from hf_paged.config import PagedConfig
 from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
 from hf_paged.runtime import PagedRuntime
@@ -42,7 +42,7 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
             runtime = PagedRuntime(target, settings)
             target.paged.release()
             target.__dict__[RUNTIME_ATTRIBUTE] = runtime
-            _name_attention(target)
+            take_names(runtime.attention_configs, runtime, of_others=True)
         return model
     original, runtime = type(target), PagedRuntime(target, settings)
     target.__class__ = type(
@@ -51,7 +51,7 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
         {"__module__": original.__module__, "__qualname__": original.__qualname__, "_hf_paged_original": original},
     )
     target.__dict__[RUNTIME_ATTRIBUTE] = runtime
-    _name_attention(target)
+    take_names(runtime.attention_configs, runtime)
     return model
 
 
@@ -60,7 +60,7 @@ def unpatch_model(model: T) -> T:
     target = find_generating_model(model)
     if is_patched(target):
         target.paged.release()
-        _take_names_back(target)
+        give_names_back([*compat.attention_configs(target), *target.paged.attention_configs])
         del target.__dict__[RUNTIME_ATTRIBUTE]
         target.__class__ = target._hf_paged_original
     return model
@@ -129,18 +129,3 @@ def find_generating_model(model: Any) -> PreTrainedModel:
                 "(AutoModelForCausalLM), a PeftModel around one, or a text-generation pipeline"
             )
     return inner
-
-
-def _name_attention(model: PreTrainedModel) -> None:
-    """Names of another runtime are replaced at once: a call that runs meanwhile never meets the stock one."""
-    for config in compat.attention_configs(model):
-        name = compat.attention_name(config)
-        if name is not None and not (isinstance(name, PagedName) and name.runtime() is model.paged):
-            compat.set_attention_name(config, patched_name(str(name), model.paged))
-
-
-def _take_names_back(model: PreTrainedModel) -> None:
-    for config in compat.attention_configs(model):
-        name = compat.attention_name(config)
-        if isinstance(name, PagedName):
-            compat.set_attention_name(config, str(name))

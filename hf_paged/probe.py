@@ -15,6 +15,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.errors import is_refusal
+from hf_paged.foreign import foreign_attention
 from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.hooks import hooked, see_shapes
 from hf_paged.identity import rotary_depends_on_length
@@ -106,14 +107,16 @@ class Capability:
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
     """What the fast path may or may not be right in; the last says which hooks must see stock's shapes."""
     tree = Tree.of(model)
+    kinds = tree.kinds()
     return (
-        tuple(tree.kinds()),
+        tuple(kinds),
         model.training,
         model.training and compat.checkpoints_gradients(tree.attributes),  # then some models leave the cache alone
         model.dtype,
         compat.autocast_dtype(compat.compute_device(model)),
         compat.own_forward(model),
         compat.attention_name(model.config),
+        foreign_attention(model.config, kinds),
         settings.attention_backend,
         hooked(tree, see_shapes),
     )
@@ -131,7 +134,7 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfi
         if not compat.takes_position_ids(model):
             rows, obstacle = rows[:1], "model takes no position ids"
         stock = _stock(model, call, rows)
-        obstacle = stock.unfit or obstacle
+        obstacle = stock.unfit or obstacle or foreign_attention(model.config, map(type, model.modules()))
         found = Capability(obstacle) if obstacle else _compare(model, call, settings, rows, stock.logits)
     except UnsupportedAttentionError as error:
         found = Capability(str(error))

@@ -52,6 +52,7 @@ class PagedRuntime:
 
     Attributes:
         config: the `PagedConfig` in force.
+        attention_configs: of the model and its parts; each names an implementation of attention.
     """
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig):
@@ -64,6 +65,7 @@ class PagedRuntime:
         if config.kv_format is not None:
             footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
+        self.attention_configs = list(compat.attention_configs(model))
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._pool: KVPool | None = None

@@ -15,6 +15,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError, is_refusal
+from hf_paged.foreign import foreign_attention
 from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.probe import difference, in_one_line, tolerance_of
 from hf_paged.step import UnsupportedAttentionError
@@ -30,6 +31,9 @@ def try_decode(
 
     Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
     """
+    foreign = foreign_attention(model.config, map(type, model.modules()))
+    if foreign is not None:
+        return run_padded(request, cache), foreign
     twin = deepcopy(request.kwargs[CACHE_NAME])
     _pair(cache, paged_part(twin))
     try:

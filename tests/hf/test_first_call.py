@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import every_family
 from families import FAMILIES, stock_model
+from own_attention import as_llamas_own
 from pair import Pair
 from transformers import BloomForCausalLM, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -177,7 +178,7 @@ def test_k_and_v_have_no_gaps_where_a_model_that_is_fast_otherwise_cannot_have_t
         flat = (key.view(-1, key.shape[-1]), value.view(-1, value.shape[-1]))  # an error where there are gaps
         return eager(module, query, flat[0].view(key.shape), flat[1].view(value.shape), *args, **kwargs)
 
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", viewing)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", as_llamas_own(viewing))
     pair = Pair("llama", wrap=as_eager)
     answers = []
     for model in (pair.stock, pair.model):

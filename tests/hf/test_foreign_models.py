@@ -8,6 +8,7 @@ import prompts
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from own_attention import as_llamas_own
 from pair import Pair
 from torch import nn
 from transformers import GenerationMixin, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
@@ -136,7 +137,7 @@ def _eager(calls):
         calls.append(kwargs.get("boost"))
         return original(module, query * (1.0 + kwargs.get("boost", 0.0)), key, value, attention_mask, scaling, **kwargs)
 
-    return eager
+    return as_llamas_own(eager)
 
 
 @pytest.mark.parametrize("boost", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
