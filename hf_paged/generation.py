@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from copy import copy, deepcopy
 from functools import partial, wraps
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +175,9 @@ class PagedGenerationMixin:
         """Why `generate` is left to stock, or `None`."""
         if not compat.uses_dynamic_cache(self):
             return "model keeps a cache of its own"
-        if "prepare_inputs_for_generation" in self.__dict__:
+        own = self.__dict__.get("prepare_inputs_for_generation")
+        # PEFT leaves the model's own there, when it takes back what a call with a learnt prompt has put there.
+        if own is not None and own != MethodType(type(self).prepare_inputs_for_generation, self):
             return "prepare_inputs_for_generation was replaced on the instance"
         return self.paged.unfit(super().__call__)
 

@@ -119,6 +119,8 @@ def find_generating_model(model: Any) -> PreTrainedModel:
             inner = inner.model
         elif hasattr(inner, "get_base_model"):  # PEFT
             inner = inner.get_base_model()
+        elif hasattr(inner, "peft_config") and not isinstance(inner, PreTrainedModel):  # PEFT's mixed models
+            inner = inner._modules.get("base_model", inner._modules.get("model"))
         elif hasattr(inner, "_orig_mod"):  # torch.compile
             inner = inner._orig_mod
         elif hasattr(inner, "module"):  # DataParallel, DistributedDataParallel

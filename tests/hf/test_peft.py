@@ -1,5 +1,6 @@
 """PEFT around a patched model, and a patch around PEFT: adapters with prefixes of their own, merged, saved, loaded."""
 
+import copy
 import json
 
 import prompts
@@ -7,10 +8,10 @@ import pytest
 import torch
 from families import FAMILIES
 from pair import BLOCK_SIZE, Pair
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from hf_paged import patch_model
+from hf_paged import patch_model, unpatch_model
 
 ROW = prompts.single()
 TOKENS = 21
@@ -73,6 +74,48 @@ def test_each_adapter_has_prefixes_of_its_own_and_they_outlive_a_switch():
         reused.append(pair.reused)
     assert reused == [0, 0, TOKENS - 1, TOKENS - 1, 0, TOKENS - 1]
     assert len({tuple(answer.flatten().tolist()) for answer in answers.values()}) == 3
+
+
+def test_a_mixed_model_of_several_kinds_of_adapters():
+    models = []
+    for patched_first in (False, True):
+        base = FAMILIES["llama"].build()
+        base = patch_model(base, block_size=BLOCK_SIZE) if patched_first else base
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], lora_alpha=32), "a", mixed=True)
+        loud(model, "a", 1)
+        torch.manual_seed(2)
+        model.add_adapter("b", LoHaConfig(target_modules=["v_proj"], alpha=256, init_weights=False))
+        models.append(model.eval())
+    stock, *others = models[0], models[1], copy.deepcopy(models[0])
+    answers = set()
+    for names in (["a", "b"], ["a"], ["b"], ["a", "b"]):
+        stock.set_adapter(names)
+        expected = stock.generate(**ROW, do_sample=False, max_new_tokens=6)
+        answers.add(tuple(expected[0].tolist()))
+        for model in others:
+            assert patch_model(model, block_size=BLOCK_SIZE) is model
+            model.set_adapter(names)
+            assert torch.equal(model.generate(**ROW, do_sample=False, max_new_tokens=6), expected)
+    assert len(answers) == 3
+    for model in others:
+        stats = model.base_model.model.paged.stats()
+        assert (stats.fallbacks, stats.reused_tokens) == ({}, TOKENS - 1)
+        assert not hasattr(unpatch_model(model).base_model.model, "paged")
+
+
+def test_the_model_below_a_learnt_prompt_stays_fast():
+    pair = Pair()
+    learnt = []
+    for base in (pair.stock, pair.model):
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        loud(model, "default", 1)
+        learnt.append(model.generate(**ROW, do_sample=False, max_new_tokens=6))
+    assert torch.equal(*learnt)
+    assert list(pair.paged.stats().fallbacks) == [
+        "stock generate: prepare_inputs_for_generation was replaced on the instance"
+    ]
+    assert not torch.equal(pair.ask(ROW), learnt[0])
+    assert pair.paged.stats().fallbacks == {}
 
 
 def test_an_adapter_that_is_trained_does_not_find_what_it_had_left():
