@@ -67,6 +67,8 @@ def _is_separable(
     module: torch.nn.Module, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
     """Whether what a query sees does not depend on which token of its row it is, but for masks."""
+    if kwargs.get("dropout"):  # random numbers are drawn in the order of the rows
+        return False
     causal = kwargs.get("is_causal")
     if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
         return False

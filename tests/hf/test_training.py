@@ -417,3 +417,15 @@ def test_what_is_tried_draws_no_random_numbers_from_dropout(name):
     answer = pair.ask(rows, max_new_tokens=12)
     pair.both(without_dropout)
     assert not torch.equal(pair.ask(rows, max_new_tokens=12), answer), "there was no dropout: this test could not fail"
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_that_share_an_encoder_input_have_dropout_of_their_own(name, arguments):
+    """In training mode; what they attend to is the same, what they leave out is not."""
+    changes = {"attention_dropout": 0.3} if name == "bart" else {}
+    pair = Pair.of(FAMILIES[name].build(**changes).train())
+    rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+    answer = pair.ask(rows, max_new_tokens=12, **arguments)
+    pair.both(without_dropout)
+    assert not torch.equal(pair.ask(rows, max_new_tokens=12, **arguments), answer), "there was no dropout"
