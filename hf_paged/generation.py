@@ -33,6 +33,9 @@ MAX_ROOM_TOKENS = 4096
 # What `generate` takes for stop strings, and then hands on to the model, which has no use for it.
 _TOKENIZERS = frozenset(("tokenizer", "assistant_tokenizer"))
 
+# What an encoder has made, as it is given to a decoder.
+_ENCODED = ("encoder_outputs", "encoder_hidden_states")
+
 # The salt of the `generate` that runs: that of a draft model, inside it, has the same.
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 # The look at the weights that the `generate` that runs has begun.
@@ -154,7 +157,7 @@ class PagedGenerationMixin:
             if isinstance(model_kwargs.get(CACHE_NAME), PagedCache):
                 self.paged.check_root(model_kwargs[CACHE_NAME], salt)
             return super()._prepare_cache_for_generation(*arguments, **kwargs)
-        result, obstacle = None, self._paged_obstacle()
+        result, obstacle = None, self._paged_obstacle(model_kwargs)
         if obstacle is not None or self.config.is_encoder_decoder:
             result = super()._prepare_cache_for_generation(*arguments, **kwargs)
             if obstacle is None and not compat.is_plain_pair(model_kwargs.get(CACHE_NAME)):
@@ -171,8 +174,11 @@ class PagedGenerationMixin:
             return result
         return super()._prepare_cache_for_generation(*arguments, **kwargs)
 
-    def _paged_obstacle(self) -> str | None:
+    def _paged_obstacle(self, model_kwargs: dict[str, Any]) -> str | None:
         """Why `generate` is left to stock, or `None`."""
+        foreign = [name for name in _ENCODED if model_kwargs.get(name) is not None]
+        if foreign and not self.config.is_encoder_decoder:  # trocr and others put its K and V where text has its own
+            return f"argument {foreign[0]}, of an encoder that is not the model's"
         if not compat.uses_dynamic_cache(self):
             return "model keeps a cache of its own"
         own = self.__dict__.get("prepare_inputs_for_generation")

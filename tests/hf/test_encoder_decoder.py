@@ -6,10 +6,12 @@ import more_models
 import prompts
 import pytest
 import torch
+from families import PAD, VOCAB, randomize
 from pair import Pair
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, TrOCRConfig, TrOCRForCausalLM, WhisperForCausalLM
 from versions import skip_if_older
 
+from hf_paged import patch_model
 from hf_paged.cross import attend_shared
 from hf_paged.lazy import SharedRows
 
@@ -228,3 +230,39 @@ def test_a_cache_of_the_users_own_is_left_alone():
     )
     assert pair.paged.stats().fallbacks == {}
     assert pair.paged._pool is None
+
+
+# Decoders alone, which put K and V of somebody else's encoder in one cache with those of text
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_a_decoder_that_is_given_the_states_of_an_encoder(arguments):
+    config = TrOCRConfig(
+        vocab_size=VOCAB, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96, pad_token_id=PAD
+    )
+    stock = TrOCRForCausalLM(config).eval()
+    randomize(stock, 4, {})
+    pair = Pair.of(stock)
+    rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+    states = [torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    answers = [pair.ask(rows, encoder_hidden_states=each, **arguments) for each in states]
+    assert not torch.equal(*answers), "the encoder makes no difference: this test could not fail"
+    reason = "stock generate: argument encoder_hidden_states, of an encoder that is not the model's"
+    assert list(pair.paged.stats().fallbacks) == [reason]
+    pair.ask(rows, **arguments)
+    assert reason not in pair.paged.stats().fallbacks
+
+
+def test_an_assistant_that_is_a_decoder_alone():
+    """As distil-whisper: the assistant attends to what the encoder of the model has made."""
+    pair = Pair.of(more_models.build("whisper"))
+    config = copy.deepcopy(pair.stock.config)
+    config.num_hidden_layers = config.decoder_layers
+    helper = WhisperForCausalLM(config).eval()
+    randomize(helper, 6, {})
+    helpers = [helper, patch_model(copy.deepcopy(helper))]
+    inputs = {"input_features": inputs_of("whisper")["input_features"][:1]}
+    assistant = {"assistant_model": lambda model: helpers[model is pair.model]}
+    pair.skip_where_older_stock_refuses(inputs, **assistant)
+    pair.ask(inputs, max_new_tokens=NEW, **assistant)
+    assert helpers[1].paged.stats().fallbacks
