@@ -112,8 +112,13 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
 
 
 def stock_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A new cache as stock `generate` makes it for a model that is no encoder-decoder."""
+    """A new cache as stock `generate` makes it for a decoder."""
     return DynamicCache(config=config.get_text_config(decoder=True))
+
+
+def stock_pair(config: PreTrainedConfig) -> EncoderDecoderCache:
+    """A new cache as stock `generate` makes it for an encoder-decoder model."""
+    return EncoderDecoderCache(stock_cache(config), stock_cache(config))
 
 
 def local_tokens(model: PreTrainedModel, text: str) -> list[int] | None:

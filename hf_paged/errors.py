@@ -14,6 +14,10 @@ class PagedMemoryError(RuntimeError):
     """
 
 
+class ForeignKVError(ValueError):
+    """K and V of other tokens than a row's new ones, or of another shape than the layer has blocks for."""
+
+
 class UnseenLayersError(PagedMemoryError):
     """The host would have room, once it is known what each layer keeps: nothing has gone through the model yet."""
 

@@ -17,6 +17,7 @@ from hf_paged.attention import take_names
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
+from hf_paged.errors import ForeignKVError
 from hf_paged.identity import Sampling
 from hf_paged.media import EncodedLater, copied, encoded_later
 from hf_paged.probe import CACHE_UNUSED
@@ -42,6 +43,8 @@ _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 _BEGUN: ContextVar[Sampling | None] = ContextVar("begun", default=None)
 # What comes with the one prompt of the `generate` that runs, beside its tokens, before it is repeated for its samples.
 _ALONE: ContextVar[dict[str, Any] | None] = ContextVar("alone", default=None)
+# Filled by the `generate` that runs, where it asks the patched model itself.
+_ASKED: ContextVar[list[Any] | None] = ContextVar("asked", default=None)
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -95,12 +98,24 @@ class PagedGenerationMixin:
         outer = _SALT.set(_SALT.get() if salt is None else salt)
         outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
         outer_alone = _ALONE.set(None)
+        outer_asked = _ASKED.set(asked := [])
         try:
-            return super().generate(*args, **kwargs)
+            result = super().generate(*args, **kwargs)
         finally:
             _ALONE.reset(outer_alone)
+            _ASKED.reset(outer_asked)
             _BEGUN.reset(outer_begun)
             _SALT.reset(outer)
+        if not asked:
+            self._note_others()
+        return result
+
+    def _note_others(self) -> None:
+        """Say which models inside this one a `generate` of its own has left everything to, where none is patched."""
+        inside = {name: each for name, each in self.named_modules() if name and compat.can_generate(each)}
+        is_own = self._hf_paged_original.generate is not GenerationMixin.generate
+        if is_own and inside and not any(isinstance(each, PagedGenerationMixin) for each in inside.values()):
+            self.paged.hand_over(f"its own generate asks models inside it; patch model.{', model.'.join(inside)}")
 
     def _leaves_weights_alone(self, kwargs: dict[str, Any]) -> bool:
         """Whether stock's own code alone runs from here to `_prepare_cache_for_generation`, if it gets there."""
@@ -146,6 +161,8 @@ class PagedGenerationMixin:
         **kwargs: Any,
     ) -> Any:
         model_kwargs.pop("cache_salt", None)
+        if (asked := _ASKED.get()) is not None:
+            asked.append(self)
         salt = _SALT.get()
         chosen = (
             model_kwargs.get(CACHE_NAME) is not None
@@ -201,6 +218,13 @@ class PagedGenerationMixin:
         try:
             return self._packed_prefill(cache, input_ids, generation_config, model_kwargs, *args, **kwargs)
         except UnsupportedAttentionError:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        except ForeignKVError:  # git puts K and V of an image before those of text, dia has other heads for an encoder
+            if cache.held_by_user or cache.dense_len > 0:
+                raise
+            self.paged.hand_over("K and V that blocks for text cannot hold")
+            renew = compat.stock_pair if self.config.is_encoder_decoder else compat.stock_cache
+            model_kwargs[CACHE_NAME] = renew(self.config)
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             cache.prefilling = False

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hf_paged import compat
 from hf_paged.compat import CACHE_NAME
 from hf_paged.dense import DenseView
+from hf_paged.errors import ForeignKVError
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore
 
@@ -116,7 +117,7 @@ class PagedLayer(CacheLayerMixin):
     def _check_tokens(self, key_states: torch.Tensor, expected: int) -> None:
         given = key_states.shape[0] * key_states.shape[2]
         if given != expected:
-            raise ValueError(
+            raise ForeignKVError(
                 f"layer {self.index} of {CACHE_NAME} is given K and V of {given} tokens in a pass over {expected}; "
                 "a PagedCache keeps those of the sequence only, a DynamicCache takes any"
             )

@@ -25,7 +25,7 @@ from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Growth, Pin, StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.core.whole import whole
-from hf_paged.errors import PagedMemoryError, RefusedMemoryError, UnseenLayersError
+from hf_paged.errors import ForeignKVError, PagedMemoryError, RefusedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes, total_bytes
 from hf_paged.overflow import Overflow, UnseenLayers
 from hf_paged.stats import Counters
@@ -133,7 +133,7 @@ class KVPool:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
         """The store of a layer; made when first asked for, to fit `key` and `value` `[batch, kv_heads, tokens, dim]`.
 
-        Raises `ValueError` where it was made for another shape, dtype or device.
+        Raises `ForeignKVError` where it was made for another shape, dtype or device.
         """
         store = self.stores[index]
         if store is None:
@@ -143,7 +143,7 @@ class KVPool:
                     self.stores[index] = store = self._make_store(self.layer_groups[index], key, value)
                     self._keep_to_budget()
         if not store.accepts(key, value):
-            raise ValueError(
+            raise ForeignKVError(
                 f"key_states of layer {index} have {key.shape[1]} KV heads of dim {key.shape[3]} in {key.dtype} on "
                 f"{key.device}; this PagedCache holds {store.keys.shape[0]} heads of dim {store.key_dim} in "
                 f"{store.dtype} on {store.keys.device}. Was {CACHE_NAME} made for another model? Make a new "
