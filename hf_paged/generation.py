@@ -276,6 +276,9 @@ class PagedGenerationMixin:
         given, config = kwargs.get(CACHE_NAME), kwargs["generation_config"]
         cache = paged_part(given)
         if cache is None:
+            if (asked := _ASKED.get()) == []:
+                asked.append(self)
+                self.paged.hand_over("its own generate makes no cache for it")
             return decode(input_ids, **kwargs)
         if not assisted:
             for name in _TOKENIZERS & kwargs.keys() - compat.forward_arguments(self):

@@ -132,3 +132,23 @@ def test_a_generate_that_asks_a_model_inside_is_told_of(blip2):
     assert pair.paged.stats().fallbacks == {}
     assert inside.paged.stats().prompt_tokens == asked.numel()
     assert inside.paged.stats().blocks_in_use == 0
+
+
+def test_a_generate_of_its_own_that_makes_no_cache_is_told_of():
+    sizes = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_codebooks": 2}
+    decoder = transformers.MusicgenDecoderConfig(vocab_size=32, pad_token_id=32, bos_token_id=32, **sizes)
+    encoder = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    codebooks = {"codebook_size": 32, "codebook_dim": 16, "target_bandwidths": [0.4], "sampling_rate": 160}
+    audio = transformers.EncodecConfig(hidden_size=16, num_filters=4, upsampling_ratios=[2, 2], **codebooks)
+    config = transformers.MusicgenConfig(
+        text_encoder=encoder.to_dict(), audio_encoder=audio.to_dict(), decoder=decoder.to_dict()
+    )
+    stock = transformers.MusicgenForConditionalGeneration(config).eval()
+    for part in (stock.decoder, stock.text_encoder):
+        randomize(part, 4, {})
+    stock.generation_config.decoder_start_token_id = stock.generation_config.pad_token_id = 32
+    stock.generation_config.guidance_scale = 1.0
+    pair = Pair.of(stock)
+    for arguments in ({}, {"do_sample": True}):
+        pair.ask({"input_ids": torch.tensor([prompts.tokens(6), prompts.tokens(6, 1)])}, **arguments)
+        assert pair.paged.stats().fallbacks == {"stock generate: its own generate makes no cache for it": 1}
