@@ -182,6 +182,17 @@ def test_users_instance_forward_survives():
     assert model.forward is forward
 
 
+def test_a_generate_that_was_taken_along_outlives_the_patch():
+    """Libraries wrap `generate` on the instance."""
+    model = patched()
+    taken = model.generate
+    model.generate = lambda *args, **kwargs: taken(*args, **kwargs)
+    assert_generates_as_stock(model)
+    assert model.paged.stats().prompt_tokens
+    unpatch_model(model)
+    assert_generates_as_stock(model)
+
+
 def test_unpatch_without_patch_is_a_no_op():
     model = copy_of(LLAMA)
     before = snapshot(model)
