@@ -42,7 +42,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
 
 
-def _tolerance(model: PreTrainedModel, pool: KVPool) -> float:
+def tolerance_with(model: PreTrainedModel, pool: KVPool) -> float:
     """That of the weights, or of the K and V that `pool` has seen of them, whichever is coarser: autocast rounds."""
     stored = [layer.dtype for layer in pool.stores if layer is not None]
     return max(map(tolerance_of, [model.dtype, *stored]))
@@ -172,7 +172,7 @@ def _compare(
         "use_cache": True,
     }
     decoded = run_decode(ModelCall(call, decode, inputs[:, -1:], None, False), cache, backend)
-    tolerance = _tolerance(model, cache.pool)
+    tolerance = tolerance_with(model, cache.pool)
     for row, reference in enumerate(expected):
         error = difference(torch.stack([outputs.logits[row, -1], decoded.logits[row, -1]]), reference)
         if not error <= tolerance:
@@ -250,7 +250,7 @@ def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: Page
         for part in (tokens[:, :-1], tokens[:, -1:]):
             given = {"input_ids": part, CACHE_NAME: cache, "use_cache": True}
             outputs = run_padded(ModelCall(call, given, part, None, False), cache)
-        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
+        return difference(outputs.logits[:, -1], expected) <= tolerance_with(model, cache.pool)
     except Exception as error:  # whatever a model does with what it did not expect, copies are right
         if is_refusal(error):
             raise

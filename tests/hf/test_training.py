@@ -103,6 +103,18 @@ def test_mixed_precision_takes_the_fast_path_before_and_after_it_is_set_up(warme
     assert pair.paged.stats().fallbacks == {}
 
 
+def test_decode_steps_of_an_encoder_decoder_are_fast_with_mixed_precision():
+    """Their logits come out in float32."""
+    pair = Pair("bart")
+    for model in (pair.stock, pair.model):
+        prepared(model)
+    rows = [prompts.tokens(20, 1), prompts.tokens(11, 2)]
+    for _ in range(2):  # tokens are not promised to be equal here
+        pair.paged.reset_stats()
+        pair.model.generate(**prompts.batch(rows), do_sample=False, max_new_tokens=12)
+    assert pair.check().fallbacks == {"prefixes not reused: encoder-decoder model": 1}
+
+
 @pytest.mark.parametrize("rows", [prompts.single(), prompts.shared_prefix()], ids=["single", "shared"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_autocast_takes_the_fast_path_with_the_logits_of_stock(family, rows):
