@@ -15,7 +15,7 @@ from torch import nn
 # Attributes that are compared by value.
 PLAIN_KINDS = (bool, int, float, str, np.generic, type(None))
 PLAIN_TENSORS = {torch.Tensor, nn.Parameter}
-_FIELDS = itemgetter("_modules", "_parameters", "_buffers", "training", "_forward_hooks", "_forward_pre_hooks")
+_FIELDS = itemgetter("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 # As functions: in a `map` they take half the time of an attribute in a comprehension.
 _is_meta, _layout, _version = torch.Tensor.is_meta.__get__, torch.Tensor.layout.__get__, torch.Tensor._version.__get__
 _shape, _dtype = torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__
@@ -60,7 +60,8 @@ class Tree:
             below = list(chain.from_iterable([each[0].values() for each in read if each[0]]))
             children += below
             level = [module for module in below if module is not None]
-        submodules, parameters, buffers, *watched = zip(*fields, strict=True)
+        submodules, parameters, buffers, *hooks = zip(*fields, strict=True)
+        training = tuple([each.get("training", False) for each in attributes])  # `torch.compile` asks what it wraps
         names, held = _names(submodules), []
         for group in (parameters, buffers):
             names += _names(group)
@@ -69,7 +70,7 @@ class Tree:
         looks_behind = not set(map(type, tensors)) <= PLAIN_TENSORS or any(map(_is_meta, tensors))
         if looks_behind:
             held = tensors = [part for each in modules for _, tensor in held_tensors(each) for part in parts(tensor)]
-        return cls(modules, attributes, tensors, names, children + held, *watched, looks_behind)
+        return cls(modules, attributes, tensors, names, children + held, training, *hooks, looks_behind)
 
     def kinds(self) -> list[Any]:
         """What computes: the class of each module, and the code of each `forward` that was put in its place."""

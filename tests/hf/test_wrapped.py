@@ -119,6 +119,38 @@ def test_compiled_layers():
         torch._dynamo.reset()
 
 
+def compiled_in_their_places(model):
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    return model
+
+
+def compiled_inside(model):
+    model.model = torch.compile(model.model, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("first", ["patched", "compiled"])
+@pytest.mark.parametrize("compile_", [compiled_in_their_places, compiled_inside])
+def test_compiled_parts(compile_, first):
+    """`torch.compile` puts modules around them that are not made as others are."""
+    torch._dynamo.reset()
+    try:
+        stock = FAMILIES["llama"].build()
+        pair = Pair.of(stock) if first == "patched" else Pair.of(compile_(stock))
+        if first == "patched":
+            pair.ask(prompts.shared_prefix())
+            pair.stock, pair.model = compile_(pair.stock), compile_(pair.model)
+        ask_everything(pair)
+        assert pair.paged.stats().fallbacks == {}
+        assert pair.reused > 0
+        pair.model.train()
+        pair.model.generate(**prompts.single(), max_new_tokens=2)
+        assert any("training mode" in reason for reason in pair.paged.stats().fallbacks)
+    finally:
+        torch._dynamo.reset()
+
+
 def test_data_parallel_models():
     pair = Pair()
     wrapped = nn.DataParallel(pair.model)
