@@ -90,7 +90,7 @@ class Capability:
             token depends on the highest position in the pass.
         later: what is found out when it is needed, for all that this is known of.
         layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
-        sees_shapes: whether there are hooks that must see what stock computes, row by row.
+        sees_shapes: whether code of others must see what stock computes, row by row: hooks, attention.
     """
 
     obstacle: str | None
@@ -105,7 +105,7 @@ class Capability:
 
 
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
-    """What the fast path may or may not be right in; the last says which hooks must see stock's shapes."""
+    """What the fast path may or may not be right in; the last says who of others must see stock's shapes."""
     tree = Tree.of(model)
     kinds = tree.kinds()
     return (
@@ -116,9 +116,8 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
         compat.autocast_dtype(compat.compute_device(model)),
         compat.own_forward(model),
         compat.attention_name(model.config),
-        foreign_attention(model.config, kinds),
         settings.attention_backend,
-        hooked(tree, see_shapes),
+        hooked(tree, see_shapes) or foreign_attention(model.config, kinds),
     )
 
 
@@ -134,7 +133,7 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfi
         if not compat.takes_position_ids(model):
             rows, obstacle = rows[:1], "model takes no position ids"
         stock = _stock(model, call, rows)
-        obstacle = stock.unfit or obstacle or foreign_attention(model.config, map(type, model.modules()))
+        obstacle = stock.unfit or obstacle
         found = Capability(obstacle) if obstacle else _compare(model, call, settings, rows, stock.logits)
     except UnsupportedAttentionError as error:
         found = Capability(str(error))
@@ -276,7 +275,7 @@ def ignores_padding(model: PreTrainedModel, call: Callable[..., Any], settings: 
                 given["position_ids"] = positions[:, start:stop]
             real = mask[:, start:stop].bool().cpu()
             outputs = run_padded(ModelCall(call, given, part, None if real.all() else real, False), cache)
-        return difference(outputs.logits[:, -1], expected) <= _tolerance(model, cache.pool)
+        return difference(outputs.logits[:, -1], expected) <= tolerance_with(model, cache.pool)
     except Exception as error:  # whatever a model does with what it did not expect, nothing is then taken from it
         if is_refusal(error):
             raise

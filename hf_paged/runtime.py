@@ -23,6 +23,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import footprint_of
+from hf_paged.foreign import foreign_attention
 from hf_paged.forward import (
     DECODER_ONLY,
     ENCODER_DECODER,
@@ -192,7 +193,7 @@ class PagedRuntime:
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        obstacle = self._prompt_obstacle()
+        obstacle = self._prompt_obstacle() or foreign_attention(model.config, map(type, model.modules()))
         if obstacle is None:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
