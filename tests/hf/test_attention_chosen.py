@@ -64,6 +64,18 @@ def test_a_cache_that_comes_back_goes_on_with_another_implementation():
     assert pair.paged.stats().fallbacks == {}
 
 
+def test_a_loop_of_the_users_own_goes_on_with_another_implementation():
+    pair = Pair()
+    logits = []
+    for model, output in zip((pair.stock, pair.model), pair.hold([piece(27, 1)]), strict=True):
+        model.set_attn_implementation("eager")
+        pair.paged.reset_stats()
+        with torch.no_grad():
+            logits.append(model(output.sequences[:, -1:], past_key_values=output.past_key_values).logits)
+    assert_close(logits[1], logits[0], "logits of one more token")
+    assert pair.paged.stats().fallbacks == {}
+
+
 def test_models_that_share_a_config_are_unpatched_one_by_one():
     pairs = [Pair(), Pair()]
     for module in pairs[1].model.modules():
