@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.config import PagedConfig
-from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views
+from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views, zeros_matter
 
 
 class Capabilities:
@@ -62,3 +62,10 @@ class Capabilities:
                 # Where attention is cut by columns, a few of them do not show it.
                 later.ignores_padding = known.window_limit is None and ignores_padding(model, call, self._exact)
         return later.ignores_padding
+
+    def zeros_matter(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability, name: str) -> bool:
+        """Whether zeros in the argument `name`, which is for token types, say more than leaving it out."""
+        if name not in known.later.zeros_matter:
+            with compat.random_state_kept(model):
+                known.later.zeros_matter[name] = zeros_matter(model, call, name)
+        return known.later.zeros_matter[name]

@@ -103,6 +103,8 @@ def cache_layout(config: PreTrainedConfig) -> CacheLayout:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, *_STATE_LAYERS, *_STATE_AND_KV_LAYERS, *_NO_KV):
             raise ValueError(f"config: layer {index} keeps a {type(layer).__name__}, which is not made of KV blocks")
         keeps_kv = isinstance(layer, DynamicLayer)
+        if getattr(layer, "sliding_window", None) == 1:
+            raise ValueError(f"config: layer {index} has a window of 1 token, of which stock's own cache keeps all")
         places.append(len(windows) if keeps_kv else None)
         if keeps_kv:
             windows.append(getattr(layer, "sliding_window", None))

@@ -36,7 +36,7 @@ KNOWN_ARGUMENTS = frozenset(
         "cache_position",
     )
 )
-# One number a token, whose zeros say what leaving them out says: that there is only text.
+# One number a token. Zeros mostly say what leaving them out says: that there is only text.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
 _ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
@@ -103,6 +103,11 @@ class ModelCall:
         return self.kwargs.get(self.names.mask)
 
     @property
+    def token_types(self) -> list[str]:
+        """The arguments for token types that are given."""
+        return [name for name in TOKEN_TYPES if self.kwargs.get(name) is not None]
+
+    @property
     def positions(self) -> torch.Tensor | None:
         """Position ids of the decoder."""
         return self.kwargs.get(self.names.positions)
@@ -124,6 +129,8 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         cache: its cache.
         window_limit: longest sequence for which the model's attention is known to be what the backends compute.
     """
+    if not request.tokens:
+        return "no tokens"
     kwargs, known = request.kwargs, KNOWN_ARGUMENTS
     if request.names == ENCODER_DECODER:
         known = known | frozenset(request.names) | _ENCODER_ARGUMENTS
@@ -145,7 +152,9 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     new, tokens = request.new_columns, request.tokens
     if positions is not None and positions.is_floating_point():
         return "position ids that may be fractions"
-    if positions is not None and positions.dim() != 2 and tokens > 1 and not _planes_agree(positions, new):
+    if positions is not None and positions.dim() < 2:
+        return "position ids of one dimension"
+    if positions is not None and positions.dim() > 2 and tokens > 1 and not _planes_agree(positions, new):
         return "position ids of several dimensions"
     if new is not None and not bool(new[:, -1].all()):
         return "padding on the right"
@@ -277,8 +286,10 @@ def run_padded(request: ModelCall, cache: PagedCache, tokens: Sequence[Sequence[
     cache.readmit_rows()
     lengths = [table.num_tokens for table in cache.tables]
     stored = request.new_columns
-    # Stock attends to padding where a window holds nothing else, and in falcon where attentions are asked for.
-    if request.kwargs.get("output_attentions") or (any(cache.windows) and _has_holes(cache, stored)):
+    # Stock attends to padding where a row or a window holds nothing else, and in falcon where attentions are asked for.
+    is_empty = stored is not None and not bool(request.mask.bool().any(dim=1).all())
+    only_padding = is_empty or (any(cache.windows) and _has_holes(cache, stored))
+    if request.kwargs.get("output_attentions") or only_padding:
         stored = None
     try:
         cache.begin_dense(request.tokens, stored, over_host=True, tokens=tokens)

@@ -236,6 +236,7 @@ class PagedGenerationMixin:
         cache: PagedCache,
         input_ids: torch.LongTensor,
         generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -245,14 +246,31 @@ class PagedGenerationMixin:
         model at a time. Raises `UnsupportedAttentionError` where the prompt must be cut as stock does.
         """
         chunk_size = generation_config.prefill_chunk_size
-        if chunk_size is not None:
+        if chunk_size is not None and self._may_cut_tokens(cache, chunk_size, input_ids, model_kwargs):
             cache.chunk_tokens = chunk_size * input_ids.shape[0]
             generation_config = copy(generation_config)
             generation_config.prefill_chunk_size = None
         try:
-            return super()._prefill(input_ids, generation_config, *args, **kwargs)
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             cache.chunk_tokens = None
+
+    def _may_cut_tokens(
+        self, cache: PagedCache, chunk_size: int, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether chunks of packed tokens come to the same as stock's chunks of columns.
+
+        Those cut the token ids whatever the prompt is given as, the mask even where it is the encoder's, and position
+        ids from the first column on.
+        """
+        columns = (input_ids.shape[1], input_ids.shape[1] + cache.dense_len)  # with or without what is cached
+        given = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
+        return (
+            chunk_size > 0
+            and not self.config.is_encoder_decoder
+            and model_kwargs.get("inputs_embeds") is None
+            and all(each is None or each.shape[-1] in columns for each in given)
+        )
 
     @wraps(GenerationMixin._sample)
     def _sample(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:

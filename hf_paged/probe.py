@@ -62,16 +62,18 @@ def in_one_line(error: Exception) -> str:
 
 @dataclass(slots=True)
 class Later:
-    """What only padded passes need to know, `None` until the first of them does.
+    """What only some passes need to know, `None` until the first of them does.
 
     Attributes:
         may_have_gaps: whether dense K and V may have gaps, as views of the blocks have.
         ignores_padding: whether padding on the left changes nothing for the tokens behind it.
+        zeros_matter: by name of an argument for token types, whether zeros say more than leaving it out.
         resumes: why prompts cannot begin with what earlier calls have computed, or `None`; by the names of their media.
     """
 
     may_have_gaps: bool | None = None
     ignores_padding: bool | None = None
+    zeros_matter: dict[str, bool] = field(default_factory=dict)
     resumes: dict[frozenset[str], str | None] = field(default_factory=dict)
 
 
@@ -223,12 +225,15 @@ def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Te
     arguments = {"input_ids": tokens, CACHE_NAME: cache, "use_cache": True}
     if compat.takes_position_ids(model):  # told as `generate` does
         arguments["position_ids"] = torch.arange(len(longest), device=tokens.device).expand(tokens.shape)
-    logits = call(**arguments).logits
+    outputs = call(**arguments)
+    logits = outputs.logits
     layout = compat.cache_layout(config)
     last_two = [each[len(row) - 2 : len(row)].float() for each, row in zip(logits, rows, strict=True)]
     layer_bytes, kept, given = tuple(compat.token_bytes(cache)), compat.kept_tokens(cache), len(longest)
     if added := compat.added_layers(cache, layout):
         unfit = added
+    elif outputs.get(CACHE_NAME, cache) is not cache:
+        unfit = "the model puts the cache into another one"
     elif max(kept, default=0) == 0:
         unfit = CACHE_UNUSED
     elif max(kept) > given:
@@ -282,6 +287,20 @@ def ignores_padding(model: PreTrainedModel, call: Callable[..., Any], settings: 
         return False
     finally:
         cache.release()
+
+
+@torch.no_grad()
+def zeros_matter(model: PreTrainedModel, call: Callable[..., Any], name: str) -> bool:
+    """Whether token types of zeros change what the model computes: gpt2 takes them for tokens, and adds these."""
+    tokens = _prompts(_plain_tokens(model), compat.compute_device(model))[0].unsqueeze(0)
+    given = {"input_ids": tokens, "use_cache": False}
+    try:
+        typed, plain = call(**given, **{name: torch.zeros_like(tokens)}).logits, call(**given).logits
+    except Exception as error:  # whatever a model does with what it did not expect, keeping nothing is right
+        if is_refusal(error):
+            raise
+        return True
+    return not difference(typed, plain) <= tolerance_of(model.dtype)
 
 
 def _counts_positions(

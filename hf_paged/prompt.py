@@ -85,7 +85,8 @@ def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[
     new = request.new_columns
     if new is None:
         new = torch.ones(request.inputs.shape, dtype=torch.bool, device="cpu")
-    if not _is_padded_left(request.mask, torch.cat([cache.stored_columns(), new], dim=1)) or not ignores_padding():
+    columns = torch.cat([cache.stored_columns(), new], dim=1)
+    if not _is_padded_left(request.mask, columns) or not columns.any(dim=1).all() or not ignores_padding():
         return None
     places = [row.nonzero().flatten().tolist() for row in new]
     if request.positions is not None:

@@ -303,7 +303,7 @@ class PagedRuntime:
         inputs = kwargs.get(names.ids)
         if inputs is None:
             inputs = kwargs.get(names.embeds)
-        if args or inputs is None or inputs.dim() not in (2, 3):
+        if args or inputs is None or inputs.dim() not in (2, 3) or not len(inputs):
             return call(*args, **kwargs)
         self._check_owner(cache, model)
         if both is not cache:
@@ -361,6 +361,9 @@ class PagedRuntime:
                 return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
             capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
+        if cache.root is not None and self._types_matter(request, capability):
+            cache.untrack()
+            self.counters.fall_back("prefixes not reused: token types that the model adds to its tokens")
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         if obstacle is None and request.tokens > 1:
             obstacle = capability.prompt_obstacle
@@ -380,6 +383,11 @@ class PagedRuntime:
             self._check_not_lost(cache, lengths, obstacle)
         self._note_padded(cache, obstacle)
         return self._stock_shaped.run(self._model(), request, cache, capability)
+
+    def _types_matter(self, request: ModelCall, known: Capability) -> bool:
+        """Whether K and V of the tokens depend on token types that are given although they are zeros."""
+        model, call = self._model(), request.call
+        return any(self._capabilities.zeros_matter(model, call, known, name) for name in request.token_types)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""

@@ -1,0 +1,130 @@
+"""Calls that hardly anybody makes, and models that hardly anybody has: as stock answers, or refuses, to the word."""
+
+import pytest
+import torch
+from compare import every_family
+from families import FAMILIES, PAD
+from pair import NEW, Pair, eager, piece
+from prompts import batch, ragged, single, tokens
+
+
+def assert_refused_alike(pair: Pair, inputs: dict, *, to_the_word: bool = True, **kwargs) -> None:
+    """Both models raise the same, and nothing stays in use."""
+    raised = []
+    for model in (pair.stock, pair.model):
+        with pytest.raises(Exception) as caught:
+            model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW, **kwargs})
+        raised.append((type(caught.value), str(caught.value) if to_the_word else None))
+    assert raised[0] == raised[1]
+    pair.check()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_token_types_of_zeros_that_the_model_adds_to_its_tokens(rows):
+    """gpt2 takes token types for tokens: what was computed without them is not what they make of the same prompt."""
+    pair = Pair("gpt2")
+    plain = batch([piece(21, 1), piece(13, 2), piece(21, 1)][:rows])
+    typed = {**plain, "token_type_ids": torch.zeros_like(plain["input_ids"])}
+    without = pair.ask(plain)
+    for _ in range(2):
+        assert not torch.equal(pair.ask(typed), without), "the types make a difference"
+        pair.ask(plain)
+    assert pair.reused, "calls without types still find each other"
+
+
+def test_token_types_of_zeros_with_beams_and_longer_prompts():
+    pair = Pair("gpt2")
+    for length in (13, 21, 17):
+        inputs = batch([piece(21, 1)[:length]])
+        pair.ask(inputs)
+        pair.ask({**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}, num_beams=2)
+
+
+@pytest.mark.parametrize("chunk", [0, -2])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bart"])
+def test_chunks_of_no_tokens(name, chunk):
+    assert_refused_alike(Pair(name), ragged(), prefill_chunk_size=chunk)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("family", every_family(lambda family: "encoder_decoder" in family.tags))
+def test_chunks_of_an_encoder_decoder(family, arguments):
+    """Stock cuts the encoder's mask, too, and so must we: padding then counts."""
+    pair = Pair(family.name)
+    for inputs in (ragged(), single()):
+        pair.skip_where_older_stock_refuses(inputs, prefill_chunk_size=4, **arguments)
+        pair.ask(inputs, prefill_chunk_size=4, **arguments)
+
+
+def test_chunks_of_embeddings():
+    """Stock cuts the token ids that are not there."""
+    pair = Pair("llama")
+    embeds = pair.stock.get_input_embeddings()(ragged()["input_ids"]).detach()
+    assert_refused_alike(pair, {"inputs_embeds": embeds}, to_the_word=False, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding"])
+def test_chunks_with_more_positions_or_more_mask_than_tokens(name):
+    """Stock's chunks count positions from the left, a prompt in one piece from the right."""
+    pair, ids = Pair(name), torch.tensor([piece(9, 1)])
+    for more in ({"position_ids": torch.arange(14)[None]}, {"attention_mask": torch.ones(1, 12, dtype=torch.long)}):
+        given = {"input_ids": ids, **more}
+        assert not torch.equal(pair.ask(given, prefill_chunk_size=4), pair.ask(given))
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (2, 0), (0, 5)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3_next", "deepseek_v3"])
+def test_no_tokens_or_no_rows(name, shape):
+    pair, nothing = Pair(name), {"input_ids": torch.zeros(*shape, dtype=torch.long)}
+    try:
+        pair.stock.generate(**nothing, do_sample=False, max_new_tokens=NEW)
+    except Exception:
+        assert_refused_alike(pair, nothing)
+    else:
+        pair.ask(nothing)
+    pair.ask([piece(9, 1)])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_position_ids_of_one_dimension(name, arguments):
+    pair = Pair(name)
+    for start in (0, 3):
+        pair.ask({"input_ids": torch.tensor([tokens(9)]), "position_ids": torch.arange(9) + start}, **arguments)
+
+
+EMPTY_ROW = batch([piece(17, 1), [], piece(5, 2)])  # as tokenizers make of an empty text
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"num_beams": 2}, {"prefill_chunk_size": 4}, {"max_new_tokens": 12}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral_sliding", "falcon_alibi", "gpt_oss", "opt"])
+def test_a_row_of_padding_alone(name, arguments):
+    """With masks of numbers, attention that may look nowhere looks everywhere, padding included."""
+    pair = Pair(name, wrap=eager if name == "llama" else lambda model: model)
+    pair.skip_where_older_stock_refuses(EMPTY_ROW, **arguments)
+    pair.ask(EMPTY_ROW, **arguments)
+    pair.ask([piece(17, 1)])
+    nothing = {"input_ids": torch.full((1, 4), PAD + 5), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
+    pair.ask(nothing, **arguments)
+
+
+@pytest.mark.parametrize("name", ["mistral_sliding", "gemma3", "gpt_oss"])
+def test_a_window_of_one_token(name):
+    """Stock's layer then keeps everything, by `[-0:]`."""
+    pair = Pair.of(FAMILIES[name].build(sliding_window=1))
+    for arguments in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+        pair.ask([piece(21, 1)], **arguments)
+    pair.ask(ragged())
+    assert any("window of 1" in reason for reason in pair.paged.stats().fallbacks)
+
+
+def test_a_model_that_puts_its_cache_into_another_one():
+    """gpt2 with cross-attention makes a pair of the cache that it is given."""
+    pair = Pair.of(FAMILIES["gpt2"].build(add_cross_attention=True))
+    ends = list(range(3, 60))
+    for arguments in ({}, {"num_beams": 2}, {"eos_token_id": ends}, {"do_sample": True, "num_return_sequences": 2}):
+        pair.ask(ragged(), **arguments)
+    pair.ask(single())
+    assert any("stock generate" in reason for reason in pair.paged.stats().fallbacks)
