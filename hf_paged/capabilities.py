@@ -65,6 +65,8 @@ class Capabilities:
 
     def zeros_matter(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability, name: str) -> bool:
         """Whether zeros in the argument `name`, which is for token types, say more than leaving it out."""
+        if known.sees_shapes:
+            return True  # hooks are not shown what only tries something out
         if name not in known.later.zeros_matter:
             with compat.random_state_kept(model):
                 known.later.zeros_matter[name] = zeros_matter(model, call, name)

@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.generation.candidate_generator import _MapInputEmbedding
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -37,6 +38,8 @@ CACHE_NAME = next(
 )
 OLD_CACHE_NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]  # that are taken with a warning
 _ATTENTION_REGISTERED = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+# The argument of gemma4's forward that asks for K and V, on which its draft models work.
+KV_WANTED = "return_shared_kv_states"
 # What configs say about the K and V of a layer.
 KV_FIELDS = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
 # Layers of transformers' own cache that have no K and V: a state, or nothing at all. The last kinds are newer.
@@ -194,6 +197,14 @@ class LayoutMemo:
 def uses_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether stock `generate` would give this model a `DynamicCache`."""
     return model._supports_default_dynamic_cache() and "mamba" not in type(model).__name__.lower()
+
+
+def takes_ids_by_turns(model: PreTrainedModel) -> bool:
+    """Whether the input embeddings look up all tokens in one pass, and in the next ones the last token alone.
+
+    `generate` puts such into draft models with other tokenizers. Every pass counts, also one that tries something out.
+    """
+    return any(isinstance(module, _MapInputEmbedding) for module in model.modules())
 
 
 def is_plain_pair(cache: object) -> bool:

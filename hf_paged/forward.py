@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from hf_paged import compat
 from hf_paged.attention import paged_mask
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
@@ -296,6 +297,7 @@ def run_padded(request: ModelCall, cache: PagedCache, tokens: Sequence[Sequence[
     except UnseenLayersError:
         _look_at_layers(request, cache)
         cache.begin_dense(request.tokens, stored, over_host=True, tokens=tokens)
+    cache.step.hands_out = bool(request.kwargs.get(compat.KV_WANTED))
     outputs = request.call(**request.kwargs)
     if any(layer.seen != cache.dense_len for layer in cache.paged_layers):
         cache.finish(stored, request.tokens)

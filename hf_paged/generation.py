@@ -204,6 +204,8 @@ class PagedGenerationMixin:
         # PEFT leaves the model's own there, when it takes back what a call with a learnt prompt has put there.
         if own is not None and own != MethodType(type(self).prepare_inputs_for_generation, self):
             return "prepare_inputs_for_generation was replaced on the instance"
+        if compat.takes_ids_by_turns(self):
+            return "input embeddings that take token ids by turns"
         return self.paged.unfit(super().__call__)
 
     def _prefill(

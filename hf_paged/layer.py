@@ -105,6 +105,8 @@ class PagedLayer(CacheLayerMixin):
             store.write(step.plans[self.index], key_states, value_states)
             dense = step.dense(store.group)
             keys, values = store.read(lambda memory: dense.of(memory, visible))
+        if step.hands_out:
+            return keys.clone(), values.clone()
         return (keys.contiguous(), values.contiguous()) if cache.copies_dense else (keys, values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:

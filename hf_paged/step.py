@@ -34,6 +34,7 @@ class Step:
         windows_seen: sliding window of each layer's attention call, by layer.
         readers: who gives layers dense K and V where the device does not hold all of them, by group.
         keeps_nothing: whether layers store nothing, and return what they are given.
+        hands_out: whether the model hands dense K and V out to its caller, for whom they stay as they are.
     """
 
     plans: Sequence[StepPlan]
@@ -47,6 +48,7 @@ class Step:
     windows_seen: dict[int, int | None] = field(default_factory=dict)
     readers: dict[int, AsComputed | OverHost] = field(default_factory=dict)
     keeps_nothing: bool = False
+    hands_out: bool = False
     _dense: dict[int, DenseView] = field(default_factory=dict)
 
     @property

@@ -1,11 +1,18 @@
 """Calls that hardly anybody makes, and models that hardly anybody has: as stock answers, or refuses, to the word."""
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from compare import every_family
-from families import FAMILIES, PAD
+from families import FAMILIES, PAD, SPECIAL_TOKENS, randomize
 from pair import NEW, Pair, eager, piece
 from prompts import batch, ragged, single, tokens
+from tolerances import assert_close
+from versions import skip_if_older
+
+from hf_paged import PagedCache, patch_model
+from hf_paged.compat import CACHE_NAME
 
 
 def assert_refused_alike(pair: Pair, inputs: dict, *, to_the_word: bool = True, **kwargs) -> None:
@@ -128,3 +135,78 @@ def test_a_model_that_puts_its_cache_into_another_one():
         pair.ask(ragged(), **arguments)
     pair.ask(single())
     assert any("stock generate" in reason for reason in pair.paged.stats().fallbacks)
+
+
+class SortedVocabulary(transformers.PreTrainedTokenizerFast):
+    """Stock takes the order of the vocabulary for that of the draft's logits, and `tokenizers` shuffles it."""
+
+    def get_vocab(self):
+        return dict(sorted(super().get_vocab().items()))
+
+
+def tokenizer(first: int, size: int) -> SortedVocabulary:
+    """One token a letter, for `size` of them."""
+    letters = [chr(first + number) for number in range(size)]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(letters, range(size), strict=True)), letters[2]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    inner.decoder = tokenizers.decoders.Fuse()
+    return SortedVocabulary(tokenizer_object=inner, pad_token=letters[0], unk_token=letters[2])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"do_sample": True, "max_new_tokens": 30}], ids=str)
+@pytest.mark.parametrize("patched", [False, True], ids=["stock draft", "patched draft"])
+def test_a_draft_model_with_another_tokenizer(patched, arguments):
+    """Sampling, stock gives the draft embeddings that take all tokens once, and then one at a time."""
+    pair = Pair()
+
+    def draft(model):
+        made = FAMILIES["qwen2"].build(vocab_size=100)
+        return patch_model(made, block_size=8) if patched and model is pair.model else made
+
+    # Made anew for each call: stock keeps what it has made of a draft model by the tokenizers.
+    given = {
+        "tokenizer": lambda model: tokenizer(0x4E00, 120),
+        "assistant_tokenizer": lambda model: tokenizer(0x4E00 - 5, 100),
+    }
+    for _ in range(2):
+        pair.ask(single(), assistant_model=draft, **given, **arguments)
+
+
+def gemma4_draft():
+    """A draft model that reads the K and V of the model it is for."""
+    if not hasattr(transformers, "Gemma4AssistantForCausalLM"):
+        skip_if_older(f"transformers {transformers.__version__} has no draft model of gemma4")
+    text = {**FAMILIES["gemma4"].config, "num_hidden_layers": 2, "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0, **SPECIAL_TOKENS}  # fmt: skip
+    config = transformers.Gemma4AssistantConfig(
+        text_config=transformers.Gemma4TextConfig(**text), backbone_hidden_size=64, tie_word_embeddings=False
+    )
+    draft = transformers.Gemma4AssistantForCausalLM(config).eval().float()
+    randomize(draft, 5, {})
+    draft.generation_config.num_assistant_tokens = 3
+    return draft
+
+
+@pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"do_sample": True, "max_new_tokens": 40}], ids=str)
+def test_a_draft_model_that_reads_the_models_own_kv(arguments):
+    pair = Pair("gemma4")
+    for length in (21, 8, 9):
+        pair.ask([piece(length, 1)], assistant_model=lambda model: gemma4_draft(), **arguments)
+
+
+@torch.no_grad()
+def test_kv_that_a_model_hands_out_stay_as_they_are():
+    """After the cache has gone on, and is gone."""
+    pair, handed = Pair("gemma4"), []
+    for model in (pair.stock, pair.model):
+        config = model.config
+        cache = PagedCache(config, block_size=8) if model is pair.model else transformers.DynamicCache(config=config)
+        for length in (7, 1, 14):
+            ids, wanted = torch.tensor([piece(length, length)]), {CACHE_NAME: cache, "return_shared_kv_states": True}
+            shared = dict(model(ids, **wanted).shared_kv_states)
+            handed.append([tensor for kind in sorted(shared) for tensor in shared[kind]])
+        del cache, wanted, shared
+    for expected, actual in zip(handed[:3], handed[3:], strict=True):
+        for wanted, got in zip(expected, actual, strict=True):
+            assert_close(got, wanted, "shared K and V")
