@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from hf_paged.cache import PagedCache
 from hf_paged.lazy import SharedRows
-from hf_paged.portable import as_stock, reduced
+from hf_paged.portable import as_stock, dense_copy, reduced
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -130,6 +130,12 @@ class CrossCache(Cache):
         if before and before != (owners := [before[row] for row in rows]):
             self.rows.owners = owners
             self._forget_views()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
+        """Of each layer K and V of all rows, copied, and that there is no window."""
+        for layer in self.layers:
+            keys, values = (None if each is None else dense_copy(each) for each in (layer.keys, layer.values))
+            yield keys, values, None
 
     def _forget_views(self) -> None:
         for layer in self.layers:

@@ -26,7 +26,7 @@ def as_stock(cache: PagedCache, layers: Sequence[Any] | None = None) -> DynamicC
         if compat.keeps_state(mine):
             vars(theirs).update(state_of(mine))
         if getattr(mine, "keys", None) is not None:
-            compat.fill_layer(theirs, _dense(mine.keys), _dense(mine.values), mine.get_seq_length())
+            compat.fill_layer(theirs, dense_copy(mine.keys), dense_copy(mine.values), mine.get_seq_length())
     return stock
 
 
@@ -35,6 +35,6 @@ def reduced(stock: Cache) -> tuple[Any, ...]:
     return object.__new__, (type(stock),), vars(stock)
 
 
-def _dense(kv: torch.Tensor) -> torch.Tensor:
+def dense_copy(kv: torch.Tensor) -> torch.Tensor:
     """The tensor alone: a view would take all of the pool's memory along."""
     return (kv.to_dense() if isinstance(kv, SharedRows) else kv).clone(memory_format=torch.contiguous_format)

@@ -216,3 +216,19 @@ def test_kv_that_a_model_hands_out_stay_as_they_are():
     for expected, actual in zip(handed[:3], handed[3:], strict=True):
         for wanted, got in zip(expected, actual, strict=True):
             assert_close(got, wanted, "shared K and V")
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_iterating_over_the_cache_of_an_encoder_decoder(name):
+    """Six things a layer: K, V and window of the decoder's tokens, then of the encoder's."""
+    pair, listed = Pair(name), []
+    for model in (pair.stock, pair.model):
+        output = model.generate(**ragged(), do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True)
+        listed.append([tuple(layer) for layer in getattr(output, CACHE_NAME)])
+        del output
+    assert [len(layer) for layer in listed[1]] == [6, 6]
+    for expected, actual in zip(*listed, strict=True):
+        for wanted, got in zip(expected, actual, strict=True):
+            assert (wanted is None) == (got is None)
+            if wanted is not None:
+                assert_close(got, wanted, name)
