@@ -269,7 +269,6 @@ class PagedGenerationMixin:
         given = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]
         return (
             chunk_size > 0
-            and not self.config.is_encoder_decoder
             and model_kwargs.get("inputs_embeds") is None
             and all(each is None or each.shape[-1] in columns for each in given)
         )
