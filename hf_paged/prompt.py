@@ -77,7 +77,9 @@ def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[
 
     `ignores_padding`: asked whether that may be so although there is padding on the left.
     """
-    if cache.root is None or request.input_name != "input_ids" or _unusual(request):
+    if cache.root is None or request.input_name != "input_ids" or _unusual(request) or not request.tokens:
+        return None
+    if request.positions is not None and request.positions.dim() < 2:
         return None
     if cache.columns is None and request.new_columns is None:
         is_plain = _hides_nothing(request) and at_usual_positions(request, cache)
