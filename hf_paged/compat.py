@@ -353,9 +353,9 @@ def _has_autocast(kind: str) -> bool:
 
 
 def random_state_kept(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """What is computed inside draws no random numbers from those that follow: models in training mode have dropout."""
+    """What is computed inside draws no random numbers from those that follow: dropout does, and big_bird always."""
     device = compute_device(model)
-    return torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=model.training)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def own_forward(model: PreTrainedModel) -> Any:
