@@ -401,23 +401,6 @@ def crop_zero_empties() -> bool:
 
 # Arguments that are dropped once the tokens that stand for them are computed: what stock does after a prompt.
 MEDIA_INPUTS = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
-_MEDIA_WORDS = ("image", "video", "audio", "vision", "speech")
-_MARK_WORDS = ("start", "begin", "end")  # of tokens around them
-
-
-def named_tokens(config: PreTrainedConfig) -> dict[str, int]:
-    """The token ids that a config has a name for, such as that of an image's place."""
-    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
-    return {name: value for name, value in named.items() if isinstance(value, int)}
-
-
-def media_tokens(config: PreTrainedConfig) -> set[int]:
-    """The token ids in whose places features of images, sound and the like are put."""
-    return {
-        token
-        for name, token in named_tokens(config).items()
-        if any(word in name for word in _MEDIA_WORDS) and not any(word in name for word in _MARK_WORDS)
-    }
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int:

@@ -38,7 +38,7 @@ KNOWN_ARGUMENTS = frozenset(
     )
 )
 # One number a token. Zeros mostly say what leaving them out says: that there is only text.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 # What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
 _ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
 

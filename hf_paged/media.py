@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from hf_paged import compat
 from hf_paged.core.prefix import KEY_BYTES, pack_tokens
 from hf_paged.forward import TOKEN_TYPES, ModelCall
+from hf_paged.token_names import media_tokens
 
 _PLAIN_KINDS = (type(None), bool, int, float, str)
 
@@ -59,7 +60,7 @@ def media_of(
     ids, positions = request.inputs[0].tolist(), request.positions
     if positions is not None:
         positions = positions[..., :1, :]
-    stands_for = compat.media_tokens(config)
+    stands_for = media_tokens(config)
     columns = [column for column, token in enumerate(ids) if token in stands_for]
     columns += [int(each.reshape(-1, request.tokens).any(dim=0).nonzero().max()) for each in types]
     stop = max(columns, default=-1) + 1

@@ -22,6 +22,7 @@ from hf_paged.identity import rotary_depends_on_length
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.token_names import named_tokens
 from hf_paged.weights import Tree
 
 # Two prompts with a common beginning that ends inside a block, of unequal length, and one token more for each.
@@ -341,7 +342,7 @@ def _cache(model: PreTrainedModel, settings: PagedConfig, rows: int) -> PagedCac
 
 def _plain_tokens(model: PreTrainedModel) -> Callable[[int], int]:
     """Maps any number to a token id that the config has no name for: a name may stand for an image."""
-    vocabulary, named = compat.vocabulary_size(model.config), {*compat.named_tokens(model.config).values()}
+    vocabulary, named = compat.vocabulary_size(model.config), set().union(*named_tokens(model.config).values())
 
     def plain(number: int) -> int:
         return next((token for i in range(vocabulary) if (token := (number + i) % vocabulary) not in named), 0)

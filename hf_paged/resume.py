@@ -134,11 +134,10 @@ def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
     """A call with some columns of the distinct rows, on `cache`; media go with the first columns."""
     request, rows = prompt.call, prompt.rows
     part, names = slice(columns.start, columns.stop), request.names
-    kwargs = {**request.kwargs, CACHE_NAME: cache}
-    if prompt.media is not None:
-        kwargs |= prompt.media.given
-    if columns.start:
-        kwargs = {name: value for name, value in kwargs.items() if name not in compat.MEDIA_INPUTS}
+    given = {} if prompt.media is None else prompt.media.given
+    taken = frozenset() if columns.start else given.keys()  # models write features into mappings that were empty
+    kwargs = {**request.kwargs, **given, CACHE_NAME: cache}
+    kwargs = {name: value for name, value in kwargs.items() if name in taken or name not in compat.MEDIA_INPUTS}
     index = torch.tensor(rows, device=request.inputs.device)
     for name in (request.input_name, names.positions, *TOKEN_TYPES):
         each = kwargs.get(name)

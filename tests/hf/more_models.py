@@ -31,11 +31,12 @@ IMAGE_TOKENS = 4
 
 @dataclass(frozen=True)
 class Model:
-    """How to build one model: `config(config_class)` gives the config of `class_name`."""
+    """How to build one model: `config(config_class)` gives the config of `class_name`; it never says `unsaid`."""
 
     class_name: str
     config_name: str
     config: Callable
+    unsaid: tuple[int, ...] = ()
 
 
 def _flat(class_name: str, config_name: str, **fields) -> Model:
@@ -56,7 +57,8 @@ HYBRIDS = {
 }  # fmt: skip
 
 # Of random weights: with the same scale everywhere, an encoder-decoder says one token over and over.
-SCALE = {"encoder_attn": 0.5, "fc2": 0.3, "shared": 0.15, "word_embeddings.weight": 0.15, "embed_tokens": 0.5}
+SCALE = {"encoder_attn": 0.5, "fc2": 0.3, "shared": 0.15, "word_embeddings.weight": 0.15, "embed_tokens": 0.5,
+         "dense_h_to_4h": 0.5}  # fmt: skip
 SEQ2SEQ = {
     "d_model": 64,
     "encoder_layers": 2,
@@ -128,6 +130,31 @@ def _llava(kind):
                 image_token_index=IMAGE, image_seq_length=IMAGE_TOKENS, vision_feature_layer=-1)  # fmt: skip
 
 
+OVIS2_MARKS = (IMAGE_START, 114, 115, 116, IMAGE_END)  # beside an image in a prompt they stand for features
+
+
+def _ovis2(kind):
+    vision = {**VISION, "patch_size": 8, "vocab_size": 40, "hidden_stride": 1, "num_visual_indicator_tokens": 5}
+    return kind(vision_config=vision, text_config={**SIZES, "model_type": "qwen2"}, image_token_id=IMAGE,
+                visual_indicator_token_ids=OVIS2_MARKS, vocab_size=VOCAB, hidden_size=64)  # fmt: skip
+
+
+def _fuyu(kind):
+    text = {**SIZES, "model_type": "persimmon", "num_hidden_layers": 3}
+    return kind(text_config=text, vocab_size=VOCAB, image_size=16, patch_size=4, image_token_id=IMAGE)
+
+
+def _ernie4_5_vl_moe(kind):
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4,
+              "in_channels": 3, "spatial_merge_size": 2, "temporal_merge_size": 2}  # fmt: skip
+    text = {**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [3, 3, 2], "rope_theta": 10000.0},
+            "moe_intermediate_size": [32, 32], "moe_k": 2, "moe_num_experts": 4,
+            "mlp_layer_types": ["dense", "sparse"]}  # fmt: skip
+    return kind(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO,
+                image_start_token_id=IMAGE_START, image_end_token_id=IMAGE_END, video_start_token_id=115,
+                video_end_token_id=116)  # fmt: skip
+
+
 def _mllama(kind):
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1,
               "attention_heads": 2, "image_size": 16, "patch_size": 8, "max_num_tiles": 1, "vision_output_dim": 64,
@@ -148,6 +175,9 @@ VISION_LANGUAGE = {
         lambda kind: kind(vision_config=VISION, text_config={**SIZES, "model_type": "llama"}, image_token_id=IMAGE,
                           scale_factor=2, pad_token_id=PAD),
     ),
+    "ovis2": Model("Ovis2ForConditionalGeneration", "Ovis2Config", _ovis2, unsaid=OVIS2_MARKS),
+    "fuyu": Model("FuyuForCausalLM", "FuyuConfig", _fuyu, unsaid=(IMAGE,)),
+    "ernie4_5_vl_moe": Model("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeConfig", _ernie4_5_vl_moe),
     "mllama": Model("MllamaForConditionalGeneration", "MllamaConfig", _mllama),
 }  # fmt: skip
 
@@ -166,6 +196,7 @@ def build(name: str) -> torch.nn.Module:
     randomize(built, 3 if config.is_encoder_decoder else 5, SCALE)
     settings = built.generation_config
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, 1, None
+    settings.suppress_tokens = list(model.unsaid) or None
     if config.is_encoder_decoder and settings.decoder_start_token_id is None:
         settings.decoder_start_token_id = 1
     return built
@@ -182,20 +213,30 @@ def plain_tokens(length: int, seed: int = 0) -> list[int]:
     return [token % 100 + 3 for token in prompts.tokens(length, seed)]
 
 
+MARKED = ("qwen2_5_vl", "ovis2", "ernie4_5_vl_moe")  # images have a token before and behind them
+
+
 def image_prompt(name: str, texts: list[tuple[int, int, int]], images: list[int]) -> dict[str, torch.Tensor]:
     """Rows of text with an image in it, `(tokens before, tokens after, seed)` each; image `i` has its own pixels."""
-    marks = ([IMAGE_START], [IMAGE_END]) if name == "qwen2_5_vl" else ([], [])
+    marks = ([IMAGE_START], [IMAGE_END]) if name in MARKED else ([], [])
     rows = [
         [*plain_tokens(before, seed), *marks[0], *[IMAGE] * IMAGE_TOKENS, *marks[1], *plain_tokens(after, seed + 50)]
         for before, after, seed in texts
     ]
     inputs = prompts.batch(rows)
     pixels = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in images])
-    if name == "qwen2_5_vl":  # patches in a row: 4 × 4 of them, 3 × 2 × 4 × 4 numbers each
-        inputs["pixel_values"] = pixels.repeat(1, 2, 1, 1).reshape(len(rows) * 16, -1)
+    if name == "fuyu":
+        return {**inputs, "image_patches": pixels[:, :, ::2, ::2].reshape(len(rows), IMAGE_TOKENS, 48)}
+    if name in ("qwen2_5_vl", "ernie4_5_vl_moe"):  # 4 × 4 patches in a row, of as many frames as go into one
+        frames = 2 if name == "qwen2_5_vl" else 1
+        inputs["pixel_values"] = pixels.repeat(1, frames, 1, 1).reshape(len(rows) * 16, -1)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(rows))
         types = {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
-        return {**inputs, **(types if takes("Qwen2_5_VLForConditionalGeneration", "mm_token_type_ids") else {})}
+        types["moe_mm_token_type_ids"] = types["mm_token_type_ids"] + torch.isin(
+            inputs["input_ids"], torch.tensor([IMAGE_START, IMAGE_END])
+        )
+        class_name = VISION_LANGUAGE[name].class_name
+        return {**inputs, **{kind: each for kind, each in types.items() if takes(class_name, kind)}}
     inputs["pixel_values"] = pixels.unsqueeze(1) if name == "idefics3" else pixels
     if name == "gemma3":
         inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()

@@ -16,6 +16,7 @@ from versions import IS_PINNED
 from hf_paged import compat
 from hf_paged.forward import TOKEN_TYPES, ModelCall
 from hf_paged.media import EncodedLater, copied, media_of
+from hf_paged.token_names import media_tokens
 
 NEW = 10
 LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": 2}
@@ -112,6 +113,18 @@ def test_a_prompt_whose_end_was_evicted(name):
     assert any(found) or name == "gemma3"  # of whose window less is left
     assert not any(0 < reused < end for reused in found)
     pair.pool.check_integrity()
+
+
+def test_tokens_around_an_image_that_come_with_it():
+    """What ovis2 puts in the place of the one behind it is another thing where there is no image."""
+    pair, inputs = tried("ovis2")[0], prompt("ovis2", image=1)
+    ids = inputs["input_ids"]
+    ids = ids[:, : int((ids[0] == more_models.IMAGE).nonzero().max()) + 1]
+    for last in ([5, 6, 7], [more_models.IMAGE_END, 5, 6], [5, more_models.IMAGE_END, 7]):
+        pair.ask(followed_by(inputs, ids, last), max_new_tokens=NEW)
+        assert pair.reused == 0
+    pair.ask(followed_by(inputs, ids, [*last, 8]), max_new_tokens=NEW)
+    assert_counted(pair, 1, ids.shape[1] + len(last))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -380,6 +393,22 @@ def test_what_follows_is_no_part_of_it():
 )
 def test_what_is_not_understood_is_left_alone(changed, arguments):
     assert media(**arguments) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ({"image_token_id": 3, "eos_token_id": [1, 2]}, {3}),
+        ({"visual_indicator_token_ids": (3, 4), "vision_start_token_id": 5, "image_end_token_id": 6}, {3, 4}),
+        ({"audio_token_index": None, "speech_token_index": 4}, {4}),
+        ({"attribute_map": {"video_token_id": "patch_id"}, "patch_id": 3}, {3}),
+    ],
+    ids=str,
+)
+def test_tokens_that_stand_for_media(named, found):
+    config = type("Config", (), {"attribute_map": named.pop("attribute_map", {})})()
+    vars(config).update(named)
+    assert media_tokens(config) == found
 
 
 def test_one_row_of_several():
