@@ -141,7 +141,8 @@ def _ovis2(kind):
 
 def _fuyu(kind):
     text = {**SIZES, "model_type": "persimmon", "num_hidden_layers": 3}
-    return kind(text_config=text, vocab_size=VOCAB, image_size=16, patch_size=4, image_token_id=IMAGE)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "image_size": 16, "patch_size": 4}
+    return kind(text_config=text, image_token_id=IMAGE, **sizes)
 
 
 def _ernie4_5_vl_moe(kind):
