@@ -223,15 +223,24 @@ class PagedGenerationMixin:
             return self._packed_prefill(cache, input_ids, generation_config, model_kwargs, *args, **kwargs)
         except UnsupportedAttentionError:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        except ForeignKVError:  # git puts K and V of an image before those of text, dia has other heads for an encoder
-            if cache.held_by_user or cache.dense_len > 0:
+        except ForeignKVError:
+            if not self._takes_stock_cache(cache, model_kwargs):
                 raise
-            self.paged.hand_over("K and V that blocks for text cannot hold")
-            renew = compat.stock_pair if self.config.is_encoder_decoder else compat.stock_cache
-            model_kwargs[CACHE_NAME] = renew(self.config)
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             cache.prefilling = False
+
+    def _takes_stock_cache(self, cache: PagedCache, model_kwargs: dict[str, Any]) -> bool:
+        """Put stock's cache in the place of `cache` if its first pass was given K and V that it cannot hold.
+
+        Git puts K and V of an image before those of text, dia has other heads for an encoder.
+        """
+        if cache.held_by_user or cache.dense_len > 0:
+            return False
+        self.paged.hand_over("K and V that blocks for text cannot hold")
+        renew = compat.stock_pair if self.config.is_encoder_decoder else compat.stock_cache
+        model_kwargs[CACHE_NAME] = renew(self.config)
+        return True
 
     def _packed_prefill(
         self,
@@ -288,7 +297,18 @@ class PagedGenerationMixin:
 
     @wraps(GenerationMixin._assisted_decoding)
     def _assisted_decoding(self, input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-        return self._paged_decoding(super()._assisted_decoding, input_ids, kwargs, assisted=True)
+        decode = super()._assisted_decoding
+
+        def retrying(input_ids: torch.LongTensor, **kwargs: Any) -> Any:
+            """As `_prefill`, of which this loop makes no use."""
+            try:
+                return decode(input_ids, **kwargs)
+            except ForeignKVError:
+                if not self._takes_stock_cache(paged_part(kwargs[CACHE_NAME]), kwargs):
+                    raise
+                return decode(input_ids, **kwargs)
+
+        return self._paged_decoding(retrying, input_ids, kwargs, assisted=True)
 
     def _paged_decoding(
         self, decode: Callable[..., Any], input_ids: torch.LongTensor, kwargs: dict[str, Any], assisted: bool = False

@@ -65,6 +65,20 @@ def test_an_image_that_comes_before_the_text_in_the_cache(arguments):
     assert len({type(each.past_key_values) for each in outputs}) == 1
 
 
+def test_guesses_behind_an_image_that_comes_before_the_text():
+    """This loop has its prompt computed with the first guesses."""
+    pair = Pair.of(built("GitForCausalLM", transformers.GitConfig(vision_config=VISION, **TEXT)))
+    text = {"input_ids": torch.tensor([[1, *prompts.tokens(8), *prompts.tokens(8)]])}
+    answers = []
+    for seed in (0, 1):
+        given = {**text, "pixel_values": images(seed)[:1]}
+        answers.append(pair.ask(given, max_new_tokens=10, prompt_lookup_num_tokens=3))
+        assert "stock generate: K and V that blocks for text cannot hold" in pair.paged.stats().fallbacks
+    assert not torch.equal(*answers)
+    pair.ask(text, max_new_tokens=10, prompt_lookup_num_tokens=3)
+    assert "stock generate: K and V that blocks for text cannot hold" not in pair.paged.stats().fallbacks
+
+
 def test_an_encoder_with_other_heads_than_the_decoder():
     if not hasattr(transformers, "DiaConfig"):
         pytest.skip(f"transformers {transformers.__version__} has no dia")
