@@ -93,7 +93,7 @@ class PagedCache(Cache):
         self.copies_dense = True
         # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
         self.root: PrefixRoot | None = None
-        self.position_shifts: list[int] = []  # how far positions of each plane are ahead of the tokens
+        self.position_shifts: list[float] = []  # how far positions of each plane are ahead of the tokens
         self.alone: dict[str, Any] | None = None  # of a prompt: the call's arguments for one row that is repeated
         # Found out once a loop of `generate`: what is fast, what that was tried in, and what CUDA graphs are good for.
         self.capability = self.circumstances = self.standing = None

@@ -37,7 +37,7 @@ class Media:
     names: frozenset[str]
     stop: int
     digest: bytes
-    shifts: list[int]
+    shifts: list[float]
 
     def root(self, key: bytes) -> bytes:
         """Where prompts that begin with these media are found, of those that are found under the root `key`."""
@@ -161,13 +161,14 @@ def copied(value: Any) -> Any:
     return twin
 
 
-def _shifts(positions: torch.Tensor | None, stop: int, tokens: int) -> list[int] | None:
+def _shifts(positions: torch.Tensor | None, stop: int, tokens: int) -> list[float] | None:
     """How far each plane's positions are ahead of the columns from `stop` on; `None` where not all are as far."""
     if positions is None:
         return [0]
-    if positions.is_floating_point() or positions.shape[-1] != tokens:
+    if positions.shape[-1] != tokens:
         return None
-    ahead = (positions - torch.arange(tokens, device=positions.device)).reshape(-1, tokens)[:, stop:].tolist()
+    exact = positions.double() if positions.is_floating_point() else positions  # qwen3_omni's are, and mostly whole
+    ahead = (exact - torch.arange(tokens, device=positions.device)).reshape(-1, tokens)[:, stop:].tolist()
     return [plane[0] for plane in ahead] if all(len(set(plane)) == 1 for plane in ahead) else None
 
 

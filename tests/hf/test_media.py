@@ -388,11 +388,25 @@ def test_what_follows_is_no_part_of_it():
         ("nothing behind it", {"ids": IDS[:, :4], "pixel_values": PIXELS}),
         ("two rows", {"ids": IDS.expand(2, -1), "pixel_values": PIXELS.expand(2, -1, -1, -1)}),
         ("positions with gaps behind it", {"positions": torch.tensor([[0, 1, 2, 3, 4, 6]]), "pixel_values": PIXELS}),
-        ("fractions of positions", {"positions": torch.arange(6.0).unsqueeze(0), "pixel_values": PIXELS}),
+        (
+            "fractions of positions behind it",
+            {"positions": torch.tensor([[0, 1, 2, 2.5, 3.1, 4.1000001]], dtype=torch.double), "pixel_values": PIXELS},
+        ),
+        (
+            "positions that are rounded",
+            {"positions": torch.tensor([[0, 1, 2, 3, 1000, 1001]]).bfloat16(), "pixel_values": PIXELS},
+        ),
     ],
 )
 def test_what_is_not_understood_is_left_alone(changed, arguments):
     assert media(**arguments) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float])
+def test_positions_may_be_as_far_ahead_in_another_type(dtype):
+    positions = torch.tensor([[0, 1, 2, 2, 9, 10]], dtype=dtype) + (0.5 if dtype.is_floating_point else 0)
+    expected = 5.5 if dtype.is_floating_point else 5
+    assert media(positions=positions, pixel_values=PIXELS).shifts == [expected]
 
 
 @pytest.mark.parametrize(
