@@ -402,6 +402,9 @@ def crop_zero_empties() -> bool:
 # Arguments that are dropped once the tokens that stand for them are computed: what stock does after a prompt.
 MEDIA_INPUTS = frozenset(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
 
+# Attributes that transformers notes on modules in their first pass, and that change nothing of it.
+NOTED_ONCE = frozenset(("_output_capturing_hooks_installed",))
+
 
 def vocabulary_size(config: PreTrainedConfig) -> int:
     """Number of token ids."""

@@ -190,7 +190,7 @@ def _attributes(model: PreTrainedModel) -> dict[tuple[int, str], Any]:
         (index, name): (value, _version(value)) if isinstance(value, torch.Tensor) else value
         for index, module in enumerate(model.modules())
         for name, value in vars(module).items()
-        if isinstance(value, (torch.Tensor, *PLAIN_KINDS))
+        if isinstance(value, (torch.Tensor, *PLAIN_KINDS)) and name not in compat.NOTED_ONCE
     }
 
 
