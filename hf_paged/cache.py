@@ -97,8 +97,7 @@ class PagedCache(Cache):
         self.alone: dict[str, Any] | None = None  # of a prompt: the call's arguments for one row that is repeated
         # Found out once a loop of `generate`: what is fast, what that was tried in, and what CUDA graphs are good for.
         self.capability = self.circumstances = self.standing = None
-        # Packed tokens per forward pass where the caller limits them.
-        self.chunk_tokens: int | None = None
+        self.chunk_tokens: int | None = None  # packed ones per forward pass, where the caller limits them
 
     def _make_layers(self) -> list[Any]:
         if not self.layout.has_states and None not in self.layout.places:
@@ -169,6 +168,7 @@ class PagedCache(Cache):
 
     def end_prompt(self) -> None:
         """The rows hold their prompts, and what follows is generated: later calls may begin with them."""
+        self.alone = None  # which may be large
         self.index_rows(with_tails=False)
         for table in self.tables:
             table.prompt_tokens = table.num_tokens

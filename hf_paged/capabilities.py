@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.config import PagedConfig
+from hf_paged.forward import ModelCall
 from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views, zeros_matter
 
 
@@ -63,11 +64,18 @@ class Capabilities:
                 later.ignores_padding = known.window_limit is None and ignores_padding(model, call, self._exact)
         return later.ignores_padding
 
-    def zeros_matter(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability, name: str) -> bool:
+    def unkept(self, model: PreTrainedModel, request: ModelCall, known: Capability) -> str | None:
+        """Why nothing of a call is kept for later ones, nor taken from earlier ones; or `None`."""
+        if known.sees_shapes:  # and code of others is not shown what only tries something out
+            return known.obstacle
+        if any(self._zeros_matter(model, request.call, known.later, name) for name in request.token_types):
+            return "token types that the model adds to its tokens"
+        return None
+
+    @staticmethod
+    def _zeros_matter(model: PreTrainedModel, call: Callable[..., Any], later: Later, name: str) -> bool:
         """Whether zeros in the argument `name`, which is for token types, say more than leaving it out."""
-        if known.sees_shapes:
-            return True  # hooks are not shown what only tries something out
-        if name not in known.later.zeros_matter:
+        if name not in later.zeros_matter:
             with compat.random_state_kept(model):
-                known.later.zeros_matter[name] = zeros_matter(model, call, name)
-        return known.later.zeros_matter[name]
+                later.zeros_matter[name] = zeros_matter(model, call, name)
+        return later.zeros_matter[name]

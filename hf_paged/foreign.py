@@ -38,10 +38,10 @@ def foreign_attention(config: PreTrainedConfig, kinds: Iterable[Any]) -> str | N
 
 def is_foreign(function: Callable[..., Any], module: torch.nn.Module) -> bool:
     """Whether the function that `module` attends with is neither transformers' nor of the module's own file."""
-    return _is_foreign(function, [sys.modules[type(module).__module__]])
+    return _is_foreign(function, [sys.modules.get(type(module).__module__)])
 
 
-def _is_foreign(function: Callable[..., Any], files: list[ModuleType]) -> bool:
+def _is_foreign(function: Callable[..., Any], files: list[ModuleType | None]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
@@ -27,7 +27,7 @@ class Media:
 
     Attributes:
         given: the arguments that they are, for one row.
-        names: arguments that go into the tokens that stand for them, and are not given again to what follows.
+        names: of all arguments that say more than tokens do.
         stop: columns up to the last of these tokens.
         digest: of all that the K and V of the first `stop` columns depend on.
         shifts: of each plane of position ids, how far they are ahead of the columns behind these.
@@ -54,8 +54,9 @@ def media_of(
     types = [request.kwargs[name][..., :1, :] for name in TOKEN_TYPES if name in names]
     others = [name for name in sorted(names) if name not in TOKEN_TYPES]
     values = request.kwargs if request.rows == 1 else alone or {}
-    dropped = compat.MEDIA_INPUTS.intersection(names)
-    if not dropped or not values.keys() >= set(others) or any(each.shape[-1] != request.tokens for each in types):
+    if compat.MEDIA_INPUTS.isdisjoint(names) or not values.keys() >= set(others):
+        return None
+    if any(each.shape[-1] != request.tokens for each in types):
         return None
     ids, positions = request.inputs[0].tolist(), request.positions
     if positions is not None:
@@ -73,22 +74,31 @@ def media_of(
         content += _content(None if positions is None else positions[..., : stop + 1])
     except TypeError:
         return None
-    return Media(given, dropped, stop, blake2b(content, digest_size=KEY_BYTES).digest(), shifts)
+    return Media(given, frozenset(names), stop, blake2b(content, digest_size=KEY_BYTES).digest(), shifts)
 
 
 class EncodedLater(dict[str, Any]):
     """What encoders put out, by kind of media: computed when it is first looked at, if ever.
 
-    A prompt whose images were seen before is found again by the pixels.
-
-    Args:
-        sources: of each kind, the encoder and its arguments.
+    A prompt whose images were seen before is found again by the pixels, `inputs`. What is made of it like any other
+    mapping, as accelerate's hooks make one on other devices, holds what was computed.
     """
 
-    def __init__(self, sources: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]]):
-        super().__init__(dict.fromkeys(sources))
-        self._sources = dict(sources)
-        self.inputs = {name: arguments for name, (_, arguments) in sources.items()}
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._sources: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {}
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, sources: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]]) -> EncodedLater:
+        """Of each kind, the encoder and its arguments."""
+        later = cls.fromkeys(sources)
+        later._sources = dict(sources)
+        later.inputs = {kind: arguments for kind, (_, arguments) in sources.items()}
+        return later
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # or `dict(...)` would not look by `__getitem__`
 
     def __getitem__(self, name: str) -> Any:
         if name in self._sources:
@@ -113,13 +123,12 @@ class EncodedLater(dict[str, Any]):
         def one(kind: str) -> Any:
             return repeat({kind: copied(self[kind])})[kind]
 
-        return EncodedLater({kind: (one, {"kind": kind}) for kind in self})
+        return EncodedLater.of({kind: (one, {"kind": kind}) for kind in self})
 
     def copy(self) -> EncodedLater:
         """One that computes for itself what was not computed yet."""
-        twin = EncodedLater(self._sources)
-        twin.inputs = self.inputs
-        twin.update({name: dict.__getitem__(self, name) for name in self})
+        twin = EncodedLater({name: dict.__getitem__(self, name) for name in self})
+        twin._sources, twin.inputs = dict(self._sources), self.inputs
         return twin
 
 
@@ -144,7 +153,7 @@ def encoded_later(model: Any, prepare: Callable[[Any, dict[str, Any]], Any], mod
     prepared = prepare(stand_in, model_kwargs)
     given = prepared["mm_encoder_outputs"]
     if sources:
-        prepared["mm_encoder_outputs"] = later = EncodedLater(sources)
+        prepared["mm_encoder_outputs"] = later = EncodedLater.of(sources)
         later.update({name: value for name, value in given.items() if name not in sources})
     return prepared
 
@@ -178,7 +187,7 @@ def _content(value: Any) -> bytes:
         plain = value.detach().cpu().contiguous()
         return f"{plain.dtype} {list(plain.shape)} ".encode() + plain.flatten().view(torch.uint8).numpy().tobytes()
     if isinstance(value, EncodedLater):
-        return _content([value.inputs, {name: value[name] for name in value.keys() - value.inputs.keys()}])
+        return _content([value.inputs, {name: value[name] for name in value if name not in value.inputs}])
     if isinstance(value, Mapping):  # outputs of an encoder, or arguments
         return _content([*value, *value.values()])
     if isinstance(value, list | tuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -249,40 +249,47 @@ def reads_views(model: PreTrainedModel, call: Callable[..., Any], settings: Page
     """Whether the padded path is right where dense K and V are views of the blocks: gpt_neox_japanese calls `view`."""
     cache = _cache(model, settings, len(_ROW_TOKENS))
     cache.copies_dense = False
-    try:
-        tokens = torch.stack([row[: min(_ROW_TOKENS)] for row in _prompts(_plain_tokens(model), cache.pool.device)])
-        expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
-        for part in (tokens[:, :-1], tokens[:, -1:]):
-            given = {"input_ids": part, CACHE_NAME: cache, "use_cache": True}
-            outputs = run_padded(ModelCall(call, given, part, None, False), cache)
-        return difference(outputs.logits[:, -1], expected) <= tolerance_with(model, cache.pool)
-    except Exception as error:  # whatever a model does with what it did not expect, copies are right
-        if is_refusal(error):
-            raise
-        return False
-    finally:
-        cache.release()
+    tokens = torch.stack([row[: min(_ROW_TOKENS)] for row in _prompts(_plain_tokens(model), cache.pool.device)])
+    parts = tokens[:, :-1], tokens[:, -1:]
+    return _padded_is_right(model, call, cache, tokens, [({"input_ids": part}, None) for part in parts])
 
 
 @torch.no_grad()
 def ignores_padding(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfig) -> bool:
     """Whether a padded pass gives a row behind padding the logits that stock gives it without: some count columns."""
     cache = _cache(model, settings, 1)
+    tokens = _prompts(_plain_tokens(model), cache.pool.device)[0].unsqueeze(0)
+    padded = torch.cat([tokens.new_zeros(1, _PADDING), tokens], dim=1)
+    mask = (torch.arange(padded.shape[1], device=tokens.device) >= _PADDING).long().unsqueeze(0)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    parts = []
+    for start, stop in ((0, _PADDING + _SHARED_TOKENS), (_PADDING + _SHARED_TOKENS, padded.shape[1])):
+        given = {"input_ids": padded[:, start:stop], "attention_mask": mask[:, :stop]}
+        if compat.takes_position_ids(model):
+            given["position_ids"] = positions[:, start:stop]
+        real = mask[:, start:stop].bool().cpu()
+        parts.append((given, None if real.all() else real))
+    return _padded_is_right(model, call, cache, tokens, parts)
+
+
+def _padded_is_right(
+    model: PreTrainedModel,
+    call: Callable[..., Any],
+    cache: PagedCache,
+    tokens: torch.Tensor,
+    parts: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor | None]],
+) -> bool:
+    """Whether padded passes over `parts` of `tokens`, arguments and new columns, end in stock's logits.
+
+    The cache is given up.
+    """
     try:
-        tokens = _prompts(_plain_tokens(model), cache.pool.device)[0].unsqueeze(0)
         expected = call(input_ids=tokens, use_cache=False).logits[:, -1]
-        padded = torch.cat([tokens.new_zeros(1, _PADDING), tokens], dim=1)
-        mask = (torch.arange(padded.shape[1], device=tokens.device) >= _PADDING).long().unsqueeze(0)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        for start, stop in ((0, _PADDING + _SHARED_TOKENS), (_PADDING + _SHARED_TOKENS, padded.shape[1])):
-            part = padded[:, start:stop]
-            given = {"input_ids": part, "attention_mask": mask[:, :stop], CACHE_NAME: cache, "use_cache": True}
-            if compat.takes_position_ids(model):
-                given["position_ids"] = positions[:, start:stop]
-            real = mask[:, start:stop].bool().cpu()
-            outputs = run_padded(ModelCall(call, given, part, None if real.all() else real, False), cache)
+        for given, columns in parts:
+            kwargs = {**given, CACHE_NAME: cache, "use_cache": True}
+            outputs = run_padded(ModelCall(call, kwargs, given["input_ids"], columns, False), cache)
         return difference(outputs.logits[:, -1], expected) <= tolerance_with(model, cache.pool)
-    except Exception as error:  # whatever a model does with what it did not expect, nothing is then taken from it
+    except Exception as error:  # whatever a model does with what it did not expect, the other way is right
         if is_refusal(error):
             raise
         return False

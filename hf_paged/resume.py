@@ -59,7 +59,7 @@ class StockShaped:
     def _run_prompt(
         self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, resumes: dict[frozenset[str], str | None]
     ) -> tuple[Any, int, int]:
-        request, cache.alone = prompt.call, None  # which may be large
+        request = prompt.call
         if prompt.media is not None and prompt.ids is not None:
             cache.position_shifts = prompt.media.shifts
             for table in cache.tables:

@@ -23,7 +23,6 @@ from hf_paged.config import PagedConfig
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import footprint_of
-from hf_paged.foreign import foreign_attention
 from hf_paged.forward import (
     DECODER_ONLY,
     ENCODER_DECODER,
@@ -119,9 +118,8 @@ class PagedRuntime:
     def release(self) -> None:
         """Give the pool's memory back to the system, on every tier and with its files, cached prefixes included.
 
-        CUDA graphs go with it. The next `generate` takes what it needs again.
-
-        Blocks of running calls, and of caches that are still held, stay theirs until they are gone.
+        CUDA graphs go with it. The next `generate` takes what it needs again. Blocks of running calls, and of caches
+        that are still held, stay theirs until they are gone.
         """
         with self._lock:
             self._graphs.clear()
@@ -193,7 +191,7 @@ class PagedRuntime:
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        obstacle = self._prompt_obstacle() or foreign_attention(model.config, map(type, model.modules()))
+        obstacle = self._prompt_obstacle()
         if obstacle is None:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
@@ -361,9 +359,10 @@ class PagedRuntime:
                 return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
             capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
-        if cache.root is not None and self._types_matter(request, capability):
+        unkept = None if cache.root is None else self._capabilities.unkept(self._model(), request, capability)
+        if unkept is not None:
             cache.untrack()
-            self.counters.fall_back("prefixes not reused: token types that the model adds to its tokens")
+            self.counters.fall_back(f"prefixes not reused: {unkept}")
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         if obstacle is None and request.tokens > 1:
             obstacle = capability.prompt_obstacle
@@ -383,11 +382,6 @@ class PagedRuntime:
             self._check_not_lost(cache, lengths, obstacle)
         self._note_padded(cache, obstacle)
         return self._stock_shaped.run(self._model(), request, cache, capability)
-
-    def _types_matter(self, request: ModelCall, known: Capability) -> bool:
-        """Whether K and V of the tokens depend on token types that are given although they are zeros."""
-        model, call = self._model(), request.call
-        return any(self._capabilities.zeros_matter(model, call, known, name) for name in request.token_types)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""

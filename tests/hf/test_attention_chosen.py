@@ -8,6 +8,7 @@ from tolerances import assert_close
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from versions import skip_if_older
 
 from hf_paged import patch_model, unpatch_model
 
@@ -204,7 +205,7 @@ def test_decode_steps_over_blocks_leave_it_its_place(name, monkeypatch):
     """Models whose prompts are never packed; those with an encoder attend to its output as well, row by row."""
     pair, near = Pair(name), Near()
     if pair.stock.config._attn_implementation != "sdpa":
-        pytest.skip(f"{name} has no functions of attention to replace in this transformers")
+        skip_if_older(f"{name} has no functions of attention to replace in this version")
     rows = [piece(60, 1), piece(60, 1), piece(23, 2)]
     without = pair.ask(rows)
     in_the_place_of_sdpa(near, monkeypatch)

@@ -6,6 +6,7 @@ import torch
 import transformers
 from families import PAD, VOCAB, randomize
 from pair import Pair
+from versions import skip_if_older
 
 from hf_paged import patch_model
 
@@ -81,7 +82,7 @@ def test_guesses_behind_an_image_that_comes_before_the_text():
 
 def test_an_encoder_with_other_heads_than_the_decoder():
     if not hasattr(transformers, "DiaConfig"):
-        pytest.skip(f"transformers {transformers.__version__} has no dia")
+        skip_if_older(f"transformers {transformers.__version__} has no dia")
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,

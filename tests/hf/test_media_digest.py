@@ -1,0 +1,114 @@
+"""What media are, by the arguments of a call: their digest, where they end, and what is not understood."""
+
+import more_models
+import pytest
+import torch
+from media_prompts import skip_where_inputs_have_no_names
+
+from hf_paged.forward import ModelCall
+from hf_paged.media import copied, media_of
+from hf_paged.token_names import media_tokens
+
+CONFIG = more_models.build("llava").config
+IDS = torch.tensor([[5, 6, more_models.IMAGE, more_models.IMAGE, 7, 8]])
+
+
+def media(ids=IDS, positions=None, alone=None, **arguments):
+    skip_where_inputs_have_no_names()
+    kwargs = {"input_ids": ids, "position_ids": positions, **arguments}
+    return media_of(CONFIG, ModelCall(None, kwargs, ids, None, True), list(arguments), alone)
+
+
+PIXELS = torch.arange(12.0).reshape(1, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"pixel_values": PIXELS + torch.eye(2)},
+        {"pixel_values": PIXELS.double()},
+        {"pixel_values": PIXELS.reshape(1, 3, 4, 1)},
+        {"pixel_values": [PIXELS]},
+        {"pixel_values": PIXELS, "image_sizes": [[2, 2]]},
+        {"image_sizes": PIXELS},
+        {"pixel_values": PIXELS, "positions": torch.tensor([[0, 1, 2, 2, 4, 5]])},
+        {"pixel_values": PIXELS, "ids": torch.tensor([[5, 9, more_models.IMAGE, more_models.IMAGE, 7, 8]])},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_other_media_have_another_digest(other):
+    one, two = media(pixel_values=PIXELS), media(**other)
+    assert one.digest == media(pixel_values=PIXELS.clone()).digest
+    assert (one.stop, two.stop) == (4, 4)
+    assert one.digest != two.digest
+
+
+def test_what_follows_is_no_part_of_it():
+    longer = torch.cat([IDS, torch.tensor([[9, 9, 9]])], dim=1)
+    assert media(pixel_values=PIXELS).digest == media(longer, pixel_values=PIXELS).digest
+    types = (IDS == more_models.IMAGE).long()
+    with_types = [
+        media(ids, pixel_values=PIXELS, token_type_ids=torch.nn.functional.pad(types, (0, ids.shape[1] - 6)))
+        for ids in (IDS, longer)
+    ]
+    assert with_types[0].digest == with_types[1].digest
+    assert with_types[0].names != media(pixel_values=PIXELS).names, "types may make other masks, which are tried apart"
+
+
+@pytest.mark.parametrize(
+    ("changed", "arguments"),
+    [
+        ("an argument that is no input of media", {"weights": PIXELS}),
+        ("nothing that can be compared", {"pixel_values": object()}),
+        ("no token for it", {"ids": torch.tensor([[5, 6, 7]]), "pixel_values": PIXELS}),
+        ("nothing behind it", {"ids": IDS[:, :4], "pixel_values": PIXELS}),
+        ("two rows", {"ids": IDS.expand(2, -1), "pixel_values": PIXELS.expand(2, -1, -1, -1)}),
+        ("positions with gaps behind it", {"positions": torch.tensor([[0, 1, 2, 3, 4, 6]]), "pixel_values": PIXELS}),
+        (
+            "fractions of positions behind it",
+            {"positions": torch.tensor([[0, 1, 2, 2.5, 3.1, 4.1000001]], dtype=torch.double), "pixel_values": PIXELS},
+        ),
+        ("rounded ones", {"positions": torch.tensor([[0, 1, 2, 3, 1000, 1001]]).bfloat16(), "pixel_values": PIXELS}),
+    ],
+)
+def test_what_is_not_understood_is_left_alone(changed, arguments):
+    assert media(**arguments) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float])
+def test_positions_may_be_as_far_ahead_in_another_type(dtype):
+    extra = 0.5 if dtype.is_floating_point else 0
+    positions = torch.tensor([[0, 1, 2, 2, 9, 10]], dtype=dtype) + extra
+    assert media(positions=positions, pixel_values=PIXELS).shifts == [5 + extra]
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ({"image_token_id": 3, "eos_token_id": [1, 2]}, {3}),
+        ({"visual_indicator_token_ids": (3, 4), "vision_start_token_id": 5, "image_end_token_id": 6}, {3, 4}),
+        ({"audio_token_index": None, "speech_token_index": 4}, {4}),
+        ({"attribute_map": {"video_token_id": "patch_id"}, "patch_id": 3}, {3}),
+    ],
+    ids=str,
+)
+def test_tokens_that_stand_for_media(named, found):
+    config = type("Config", (), {"attribute_map": named.pop("attribute_map", {})})()
+    vars(config).update(named)
+    assert media_tokens(config) == found
+
+
+def test_one_row_of_several():
+    repeated = {"pixel_values": PIXELS.repeat(2, 1, 1, 1)}
+    found = media(IDS.expand(2, -1), alone={"pixel_values": PIXELS}, **repeated)
+    assert found.digest == media(pixel_values=PIXELS).digest
+    assert found.given["pixel_values"] is PIXELS
+    assert media(IDS.expand(2, -1), alone={}, **repeated) is None
+
+
+def test_copies_of_mappings_are_apart():
+    inner = {"image": {"features": PIXELS}}
+    twin = copied(inner)
+    twin["image"]["features"] = None
+    assert inner["image"]["features"] is PIXELS
+    assert copied(PIXELS) is PIXELS
