@@ -22,7 +22,6 @@ from hf_paged.core.prefix import KEY_BYTES, TOKEN_BYTES, are_plain, pack_tokens
 from hf_paged.core.table import BlockTable
 from hf_paged.errors import is_refusal
 
-_OF_THE_CALL = frozenset(("record_past",))  # no part of a state
 State = list[dict[str, Any]]  # of each layer that has one, by attribute
 
 
@@ -150,7 +149,7 @@ def state_of_row(layers: Iterable[dict[str, Any]], row: int) -> State:
             return {name: part(each) for name, each in value.items()}
         return value[row : row + 1].clone() if isinstance(value, torch.Tensor) else value
 
-    return [{name: part(value) for name, value in layer.items() if name not in _OF_THE_CALL} for layer in layers]
+    return [{name: part(value) for name, value in layer.items()} for layer in layers]
 
 
 def joined(states: Sequence[State]) -> State:

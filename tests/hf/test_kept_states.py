@@ -122,6 +122,7 @@ def test_rows_that_end_early_are_found_again():
     assert end not in plain[0, :3].tolist() + plain[1, :8].tolist(), "row 0 ends before row 1"
     pair.paged.clear()
     pair.ask(rows, max_new_tokens=10, eos_token_id=end)
+    assert kept(pair) == 4, "of each row behind its prompt and behind its answer"
     pair.ask([OTHER + plain[0, :4].tolist() + tokens(6, seed=3)])
     assert (pair.computed, pair.reused) == (7, 51 + 3)
 
