@@ -63,7 +63,7 @@ def test_right_and_as_fast_as_expected(model_type, way, special):
     assert [cell for cell in cells if cell.wrong] == [], special
     if IS_PINNED:  # older versions call attention differently
         once, again, chat = WAYS.get(way, (way, way, way))
-        expected = {mode: once for mode in walk.MODES} | dict(zip(walk.AGAIN, (again, chat), strict=True))
+        expected = dict.fromkeys(walk.MODES, once) | dict(zip(walk.AGAIN, (again, chat), strict=True))
         assert {cell.mode: cell.way for cell in cells} == expected, special
 
 
