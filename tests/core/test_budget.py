@@ -143,6 +143,15 @@ def test_what_a_guest_caches_goes_when_it_is_the_oldest():
     manager.check_integrity()
 
 
+def test_a_guest_for_whom_there_is_no_room_drives_nobody_out():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=11)
+    guest = Guest(manager)
+    append(manager, manager.new_table(ROOT), 32)
+    cached_blocks(manager, 1, first=100)
+    assert not guest.add("one")
+    assert manager.cached == 1
+
+
 def test_idle_memory_goes_back_for_a_guest():
     manager, (_, given_back) = manager_with_idle_memory(15, budget=32)
     guest = Guest(manager)
