@@ -1,8 +1,9 @@
 """``python -m benchmarks.stock_shapes``: prompts that are not packed, in calls that follow one another and as samples.
 
-Two models that nobody has to download: SmolLM2's own weights below an image encoder of SmolVLM-256M's shape with random
-weights, and random weights with the latent attention and the experts of deepseek_v3. What a model is, its answers are
-compared with stock's on the same weights. Calls take turns: each is made of the one model, then of the other.
+Three models that nobody has to download: SmolLM2's own weights below an image encoder of SmolVLM-256M's shape with
+random weights, random weights with the latent attention and the experts of deepseek_v3, and random weights of
+LFM2-350M's shape, ten layers of short convolutions and six of attention. What a model is, its answers are compared with
+stock's on the same weights. Calls take turns: each is made of the one model, then of the other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel, SmolVLMConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Lfm2Config, PreTrainedModel, SmolVLMConfig
 from transformers import SmolVLMForConditionalGeneration as SmolVLM
 
 from hf_paged import patch_model
@@ -73,6 +74,18 @@ def latent_attention_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def hybrid_model() -> PreTrainedModel:
+    """Random weights of LFM2-350M's shape, with SmolLM2's vocabulary."""
+    kinds = {"c": "conv", "a": "full_attention"}
+    config = Lfm2Config(
+        vocab_size=49_152, hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=8, conv_L_cache=3, max_position_embeddings=8192, initializer_range=0.05,
+        layer_types=[kinds[each] for each in "ccaccaccacacacac"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def image_inputs(tokens: list[int]) -> Inputs:
     """A prompt with an image that is cut into tiles, as SmolVLM's processor does it."""
     ids = [*tokens[:20], *[IMAGE_TOKEN] * (TILES * TILE_TOKENS), *tokens[20:60]]
@@ -87,6 +100,7 @@ def text_inputs(tokens: list[int]) -> Inputs:
 
 MODELS: dict[str, tuple[str, Callable[[], PreTrainedModel], Callable[[list[int]], Inputs]]] = {
     "image": ("an image of 5 tiles, 320 tokens", vision_language_model, image_inputs),
+    "hybrid": ("1,000 tokens, convolutions and attention", hybrid_model, text_inputs),
     "latent": ("1,000 tokens, latent attention", latent_attention_model, text_inputs),
 }
 

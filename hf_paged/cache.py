@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -20,12 +20,13 @@ from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.dense import dense_plan
 from hf_paged.dense_host import dense_readers
+from hf_paged.kept_states import lone_rows
 from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.sequences import Sequences
-from hf_paged.state import PagedStateLayer, state_of
+from hf_paged.state import make_layers, state_of
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -66,8 +67,7 @@ class PagedCache(Cache):
         self.model_config = config.get_text_config(decoder=True)
         self.layout = compat.cache_layout(self.model_config) if layout is None else layout
         self.windows = self.layout.windows
-        super().__init__(layers=self._make_layers())
-        # Those that keep K and V, and those that keep a state; a layer may be both.
+        super().__init__(layers=make_layers(self))
         self.paged_layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
         self.states = [layer for layer in self.layers if compat.keeps_state(layer)]
         self.sequences = Sequences(pool)
@@ -77,39 +77,23 @@ class PagedCache(Cache):
         self.dense_len = 0
         self.columns: torch.Tensor | None = None
         self.finished: set[int] = set()
+        self.ended: set[int] = set()  # rows that are done and computed nevertheless
         self.step: Step | None = None
         self.prepared: PreparedDecode | None = None  # of the pass under way
         self.is_copying = False  # whether the pass under way, in any of its chunks, gives rows copies of their tails
         self.pending: list[tuple[Any, ...]] = []
-        # The model whose weights made the K and V, where a patched model did.
-        self.owner: weakref.ref[Any] | None = None
-        # False only for a cache that `generate` made for itself and has not handed out.
-        self.held_by_user = True
+        self.owner: weakref.ref[Any] | None = None  # the model whose weights made K and V, where that is patched
+        self.held_by_user = True  # False only for a cache that `generate` made for itself and has not handed out
         # What `generate` is doing with the cache just now.
         self.generating = self.prefilling = self.assisted = self.fell_back = False
-        # Whether rows are computed to the end of the call, because more than K and V goes with them.
-        self.keeps_rows = bool(self.states)
-        # Whether dense K and V are given without gaps, as stock's are: attention of a model's own may rely on that.
-        self.copies_dense = True
-        # Where the rows' tokens are found and kept in the prefix index; `None`: nothing is reused or kept.
-        self.root: PrefixRoot | None = None
+        self.keeps_rows = bool(self.states)  # whether rows are computed to the end of the call, done or not
+        self.copies_dense = True  # whether dense K and V have no gaps, as stock's: attention may rely on that
+        self.root: PrefixRoot | None = None  # where tokens are found and kept; `None`: nothing is reused or kept
         self.position_shifts: list[float] = []  # how far positions of each plane are ahead of the tokens
         self.alone: dict[str, Any] | None = None  # of a prompt: the call's arguments for one row that is repeated
         # Found out once a loop of `generate`: what is fast, what that was tried in, and what CUDA graphs are good for.
         self.capability = self.circumstances = self.standing = None
         self.chunk_tokens: int | None = None  # packed ones per forward pass, where the caller limits them
-
-    def _make_layers(self) -> list[Any]:
-        if not self.layout.has_states and None not in self.layout.places:
-            return [PagedLayer(self, place) for place in self.layout.places]
-        layers = []
-        for place, stock in zip(self.layout.places, compat.stock_cache(self.model_config).layers, strict=True):
-            if place is None:
-                layers.append(stock)
-            else:
-                both = compat.keeps_state(stock)
-                layers.append(PagedStateLayer(self, place, stock) if both else PagedLayer(self, place))
-        return layers
 
     # -- what the rows hold --------------------------------------------------------------------------------------
 
@@ -172,12 +156,27 @@ class PagedCache(Cache):
         self.index_rows(with_tails=False)
         for table in self.tables:
             table.prompt_tokens = table.num_tokens
+        self.keep_states(range(len(self.tables)))
+
+    def end_answers(self) -> None:
+        """Nothing more is generated: later calls may begin with all that the rows hold."""
+        self.index_rows(with_tails=not self.held_by_user)
+        if self.states:
+            self.keep_states(lone_rows(self.tables) - self.ended)
+
+    def keep_states(self, rows: Iterable[int]) -> None:
+        """Let later calls go on from the states that these rows are in, if their tokens say what these depend on."""
+        if self.states and not self.is_recording:
+            self.pool.kept_states.keep_rows(self.tables, rows, list(map(state_of, self.states)))
 
     def finish_rows(self, done: Sequence[bool]) -> None:
         """Rows that are done give their blocks back and are left out of later passes; the last one stays.
 
         Passes that are stock-shaped compute every row, so nothing changes there.
         """
+        if self.states and (ended := {row for row, is_done in enumerate(done) if is_done} - self.ended):
+            self.keep_states(ended & lone_rows(self.tables))
+            self.ended |= ended
         if self.fell_back or self.keeps_rows:
             return
         for row, is_done in enumerate(done):
@@ -243,6 +242,7 @@ class PagedCache(Cache):
         """Nothing was seen, and no pass is under way."""
         self.dense_len, self.columns, self.step, self.prepared, self.is_copying = 0, None, None, None, False
         self.finished.clear()
+        self.ended.clear()
         for layer in self.paged_layers:
             layer.seen = layer.kept = 0
         for layer in self.states:

@@ -23,6 +23,7 @@ class Capabilities:
             # Whether passes are put together right has nothing to do with how exactly K and V are stored.
             self._exact = replace(config, kv_cache_dtype="auto", verify=False, offload_folder=None)
         self._found: dict[tuple[Any, ...], Capability] = {}
+        self._unpacked: dict[tuple[Any, ...], Capability] = {}
 
     def of(self, model: PreTrainedModel, call: Callable[..., Any]) -> tuple[Capability, bool]:
         """What the fast path does for the model as it is now, and whether that is news. `call`: stock's `__call__`."""
@@ -41,6 +42,14 @@ class Capabilities:
             found = replace(found, obstacle=hooks, sees_shapes=True)
         self._found[key] = found
         return found, True
+
+    def unpacked(self, circumstances: tuple[Any, ...], obstacle: str) -> Capability:
+        """The same, of a model in these circumstances whose prompts are never packed, for the reason `obstacle`."""
+        if circumstances not in self._unpacked:
+            hooks = circumstances[-1]
+            later = Later(may_have_gaps=False) if hooks is None else Later(False, False)
+            self._unpacked[circumstances] = Capability(hooks or obstacle, later=later, sees_shapes=hooks is not None)
+        return self._unpacked[circumstances]
 
     def seen_bytes(self, model: PreTrainedModel) -> tuple[int, ...] | None:
         """Bytes of one token's K and V in each layer of the model as it is now, if they have been seen."""

@@ -213,10 +213,9 @@ def run_decode(
     active = [row for row in range(request.rows) if row not in cache.finished]
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
-    tokens = None
-    if cache.root is not None and request.input_name == "input_ids" and at_usual_positions(request, cache):
-        listed = request.inputs.tolist()
-        tokens = [listed[row] for row in active] if some else listed
+    tokens = usual_tokens(request, cache)
+    if tokens is not None and some:
+        tokens = [tokens[row] for row in active]
     pool = cache.pool
     foreseen = None if graphs is None else graphs.foreseen(cache)
     append = partial(plan_decode, pool.manager, tables, tokens, cache.room_tokens, foreseen)
@@ -252,6 +251,13 @@ def run_decode(
     if some:
         outputs.logits = spread_rows(outputs.logits, index, request.rows)
     return outputs
+
+
+def usual_tokens(request: ModelCall, cache: PagedCache) -> list[list[int]] | None:
+    """Ids of each row's new tokens, where they are to be found again and have the positions that ids imply."""
+    if cache.root is None or request.input_name != "input_ids" or not at_usual_positions(request, cache):
+        return None
+    return request.inputs.tolist()
 
 
 def at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:

@@ -330,7 +330,7 @@ class PagedGenerationMixin:
         try:
             result = decode(input_ids, **kwargs)
             cache.held_by_user |= bool(config.return_dict_in_generate)
-            cache.index_rows(with_tails=not cache.held_by_user)
+            cache.end_answers()
             if cache.owner is None:
                 runtime.hand_over(CACHE_UNUSED)
         finally:

@@ -27,6 +27,7 @@ from hf_paged.core.table import BlockTable
 from hf_paged.core.whole import whole
 from hf_paged.errors import ForeignKVError, PagedMemoryError, RefusedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes, total_bytes
+from hf_paged.kept_states import KeptStates
 from hf_paged.overflow import Overflow, UnseenLayers
 from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
@@ -93,6 +94,7 @@ class KVPool:
             most_blocks * sum(block_bytes) if self._is_bounded else limit_bytes,
             _weak(self._free_limit) if given_bytes is None and on_demand and not self._is_bounded else None,
         )
+        self.kept_states = KeptStates(self.manager)
         self._refusal: RefusedMemoryError | None = None
         if device.type == "cpu" and can_give_back():
             self.manager.budget.on_give_back = _weak(self._give_back)
@@ -119,12 +121,13 @@ class KVPool:
         """Bytes of the blocks that were handed out and whose memory has not been given back since.
 
         In whole blocks; where several share a page, the system holds up to a page a head more at the ends of a run.
-        With what blocks pass through on their way to and from the host.
+        With the states that are kept for later calls, and what blocks pass through on their way to and from the host.
         """
         pools = self.manager.pools
         written = [layer for layer in self.stores if layer is not None]
         staging = sum(each.staging_bytes for each in (self.tiers, self.overflow) if each is not None)
-        return staging + sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
+        kept = staging + self.manager.budget.guest_bytes
+        return kept + sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
 
     def _free_limit(self, touched_bytes: int) -> int:
         """The budget where none was set: most of what is free now, beside what the pool has taken itself."""
@@ -300,6 +303,7 @@ class KVPool:
     def forget_prefixes(self) -> None:
         """Give up everything that is kept for later calls, on every tier."""
         self.free(())
+        self.kept_states.clear()
         self.manager.forget_prefixes()
         if self.tiers is not None:
             self.tiers.clear()

@@ -46,8 +46,9 @@ class Prompt(NamedTuple):
         return 1 if self.media is None else self.media.stop
 
     def padding(self, row: int) -> int:
-        """Columns before the row's first token."""
-        return 0 if self.ids is None else self.call.tokens - len(self.ids[row])
+        """Columns without a token, which come before the row's first one where `ids` say it all."""
+        new = self.call.new_columns
+        return 0 if new is None else self.call.tokens - int(new[row].sum())
 
 
 def prompt_of(

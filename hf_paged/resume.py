@@ -6,9 +6,11 @@ begin with what another call has left, as it would with a cache that is given ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,14 +19,23 @@ from hf_paged import compat
 from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
 from hf_paged.compat import CACHE_NAME
+from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import TOKEN_TYPES, ModelCall, run_padded
+from hf_paged.kept_states import KeptState, State, joined, state_of_row
 from hf_paged.probe import Capability, difference, in_one_line, tolerance_of
 from hf_paged.prompt import Prompt, described, prompt_of
+from hf_paged.state import put_states, state_of
 from hf_paged.stats import Counters
 from hf_paged.trial import MIN_TRIAL_TOKENS
 from hf_paged.weights import PLAIN_KINDS
 
+# Where a prompt parts from earlier ones, the next is likely to do so, too. A state is kept there, which takes a pass of
+# its own, if it saves that many tokens.
+MIN_PARTING_TOKENS = 32
+# Pieces that a prompt ends with when layers that keep a state are tried. They are short, because later logits depend
+# less on it; one is as short as a convolution's kernel, none a single token, which takes another way through them.
+_LAST_TOKENS = (10, 2)
 _UNTRIED = "untried"
 
 
@@ -64,41 +75,87 @@ class StockShaped:
             cache.position_shifts = prompt.media.shifts
             for table in cache.tables:
                 table.root = prompt.media.root(table.root)
-        obstacle = resumes.get(prompt.names, _UNTRIED)
+        kind = prompt.names
+        if cache.states and request.new_columns is not None:
+            kind |= {"padding"}  # which another pass may have to hide from a state
+        obstacle = resumes.get(kind, _UNTRIED)
         if obstacle is None:
             return _run_less(prompt, cache)
-        columns = _reuse(prompt, cache, list(range(request.rows)))
+        rows = list(range(request.rows))
+        columns = max(_reuse(prompt, cache, rows).columns, _parting(prompt, cache, rows))
         _empty(cache)
         if not columns and len(prompt.rows) == request.rows:
             return run_padded(request, cache, prompt.ids), request.real_tokens, 0
         if obstacle != _UNTRIED:
             self._counters.fall_back(f"prompts not shared: {obstacle}")
             return run_padded(request, cache, prompt.ids), request.real_tokens, 0
-        outputs, obstacle = _try_both(model, prompt, cache, columns or max(prompt.least_columns, request.tokens // 2))
+        half = max(prompt.least_columns, request.tokens // 2)
+        columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
+        outputs, obstacle = _try_both(model, prompt, cache, columns)
         if obstacle != _UNTRIED:
-            resumes[prompt.names] = obstacle
+            resumes[kind] = obstacle
         return outputs, request.real_tokens, 0
 
 
-def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int]) -> int:
-    """Let all tables, those of `rows`, hold what earlier calls have computed of as many first columns; returns these.
+class _Reuse(NamedTuple):
+    """Earlier calls have computed the first `columns` of a prompt, and left `states` of its rows behind them."""
 
-    0 where media lie behind them.
+    columns: int = 0
+    states: Sequence[KeptState] = ()
+
+
+def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int]) -> _Reuse:
+    """Let all tables, those of `rows`, hold what earlier calls have computed of as many first columns.
+
+    None where media lie behind them, or where some row has no state there.
     """
     limit = prompt.call.tokens - prompt.keep
     while prompt.ids is not None and limit >= prompt.least_columns:
         wanted = [max(0, limit - prompt.padding(row)) for row in rows]
-        found = [
-            cache.pool.match(table, prompt.ids[row], most)
+        states = [
+            _take(cache, table, prompt.ids[row], most)
             for table, row, most in zip(cache.tables, rows, wanted, strict=True)
         ]
-        if found == wanted:
-            return limit if any(found) else 0
+        found = [table.num_tokens for table in cache.tables]
+        if found == wanted and (all(found) if cache.states else any(found)):
+            return _Reuse(limit, states if cache.states else ())
         _empty(cache)
+        if found == wanted:
+            break
         limit = min(
             prompt.padding(row) + count for row, count, most in zip(rows, found, wanted, strict=True) if count < most
         )
-    return 0
+    return _Reuse()
+
+
+def _take(cache: PagedCache, table: BlockTable, ids: list[int], most: int) -> KeptState | None:
+    """Let an empty table hold what earlier calls have computed of its tokens `ids`, at most so many.
+
+    Where layers keep a state: up to a token behind which one was kept, which is returned.
+    """
+    if not cache.states:
+        cache.pool.match(table, ids, most)
+        return None
+    kept_states = cache.pool.kept_states
+    while (kept := kept_states.longest(table.root, ids, most)) is not None:
+        if cache.pool.match(table, ids, kept.num_tokens) == kept.num_tokens:
+            return kept
+        cache.pool.manager.crop(table, 0)
+        kept_states.forget(kept)  # K and V before it are gone
+    return None
+
+
+def _parting(prompt: Prompt, cache: PagedCache, rows: list[int]) -> int:
+    """Columns up to which all of `rows` begin like earlier prompts, where states will be wanted; else 0."""
+    if not cache.states or prompt.ids is None:
+        return 0
+    limit, common = prompt.call.tokens - prompt.keep, cache.pool.manager.common_tokens
+    padding = list(map(prompt.padding, rows))
+    columns = min(
+        before + common(table.root, prompt.ids[row], limit - before)
+        for table, row, before in zip(cache.tables, rows, padding, strict=True)
+    )
+    return columns if columns >= max(prompt.least_columns, max(padding) + MIN_TRIAL_TOKENS) else 0
 
 
 def _empty(cache: PagedCache) -> None:
@@ -111,23 +168,38 @@ def _run_less(prompt: Prompt, cache: PagedCache) -> tuple[Any, int, int]:
     request, rows = prompt.call, prompt.rows
     if len(rows) < request.rows:
         cache.sequences.select(rows)
-    columns = _reuse(prompt, cache, rows)
+    begin, states = _reuse(prompt, cache, rows)
     reused = [table.num_tokens for table in cache.tables]
     places = [rows.index(owner) for owner in prompt.owners]
-    rest = _part(prompt, cache, range(columns, request.tokens))
+    parting, computed_tokens = _parting(prompt, cache, rows), 0
+    stops = [parting] if parting - begin >= MIN_PARTING_TOKENS else []
     try:
-        cache.add_columns(None if request.new_columns is None else request.new_columns[rows, :columns], columns)
+        cache.add_columns(None if request.new_columns is None else request.new_columns[rows, :begin], begin)
         for layer in cache.paged_layers:
-            layer.move_to(columns)
-        ids = prompt.ids and [prompt.ids[row][count:] for row, count in zip(rows, reused, strict=True)]
-        outputs = run_padded(rest, cache, ids)
+            layer.move_to(begin)
+        if states:
+            put_states(cache.states, joined([kept.state for kept in states]))
+        for start, stop in pairwise([begin, *stops, request.tokens]):
+            part = _part(prompt, cache, range(start, stop))
+            outputs = run_padded(part, cache, _ids(prompt, rows, range(start, stop)))
+            computed_tokens += part.real_tokens
+            if stop == parting:
+                cache.keep_states(range(len(rows)))
     except BaseException:
         cache.release()
         raise
     if len(rows) < request.rows:
         cache.reorder_cache(torch.tensor(places, device="cpu"))
         outputs.logits = outputs.logits[torch.tensor(places, device=outputs.logits.device)]
-    return outputs, rest.real_tokens, sum(reused[place] for place in places)
+    return outputs, computed_tokens, sum(reused[place] for place in places)
+
+
+def _ids(prompt: Prompt, rows: list[int], columns: range) -> list[list[int]] | None:
+    """Of the tokens of these rows in some columns, padding left out."""
+    if prompt.ids is None:
+        return None
+    bounds = [[max(0, each - prompt.padding(row)) for each in (columns.start, columns.stop)] for row in rows]
+    return [prompt.ids[row][start:stop] for row, (start, stop) in zip(rows, bounds, strict=True)]
 
 
 def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
@@ -154,14 +226,18 @@ def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
 
 @torch.no_grad()
 def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns: int) -> tuple[Any, str | None]:
-    """A prompt as stock computes it, and then its distinct rows in two pieces, on a cache of their own.
+    """A prompt as stock computes it, and then its distinct rows in pieces, on a cache of their own.
 
-    The first of these has `columns` columns. Returns the outputs of the former, and why prompts like this must not be
-    computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
+    The first of these has `columns` columns, or less. Returns the outputs of the former, and why prompts like this must
+    not be computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
     """
     request, before = prompt.call, _attributes(model)
     outputs = run_padded(request, cache, prompt.ids)
-    if columns < MIN_TRIAL_TOKENS:
+    stops, least = {columns, request.tokens}, MIN_TRIAL_TOKENS
+    if cache.states:
+        stops.update(request.tokens - last for last in _LAST_TOKENS)
+        least += max(map(prompt.padding, prompt.rows))
+    if min(stops) < max(least, prompt.least_columns):
         return outputs, _UNTRIED
     if _changed(before, _attributes(model)):
         return outputs, "modules that keep a state of their own"
@@ -169,9 +245,12 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns
     twin.copies_dense = cache.copies_dense
     try:
         twin.ensure_rows(len(prompt.rows))
-        pieces = range(columns), range(columns, request.tokens)
+        states: list[State] = []
         with compat.random_state_kept(model):
-            *_, last = [run_padded(_part(prompt, twin, piece), twin) for piece in pieces]
+            for start, stop in pairwise([0, *sorted(stops)]):
+                last = run_padded(_part(prompt, twin, range(start, stop)), twin)
+                if stop == columns:
+                    states = [state_of_row(map(state_of, twin.states), row) for row in range(len(prompt.rows))]
     except Exception as error:  # whatever a model does with what it did not expect, one piece is right
         is_short = isinstance(error, PagedMemoryError) or is_refusal(error)
         return outputs, _UNTRIED if is_short else in_one_line(error)
@@ -180,8 +259,17 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns
     expected = outputs.logits[prompt.rows, -1]
     error = difference(last.logits[:, -1], expected)
     if error <= tolerance_of(expected.dtype):
+        _keep(prompt, cache, states, columns)
         return outputs, None
     return outputs, f"logits of a prompt in two pieces differ from stock by {error:.1g} of the largest"
+
+
+def _keep(prompt: Prompt, cache: PagedCache, states: list[State], columns: int) -> None:
+    """Keep the states that the distinct rows had behind so many columns, if their layers have any."""
+    if cache.states and prompt.ids is not None:
+        for row, state in zip(prompt.rows, states, strict=True):
+            (tokens,) = _ids(prompt, [row], range(columns))
+            cache.pool.kept_states.keep(cache.tables[row].root, tokens, state.copy)
 
 
 def _attributes(model: PreTrainedModel) -> dict[tuple[int, str], Any]:

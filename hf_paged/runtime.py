@@ -30,20 +30,19 @@ from hf_paged.forward import (
     fast_path_obstacle,
     padding_columns,
     run_decode,
-    run_padded,
 )
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
 from hf_paged.prefixes import Prefixes, PrefixRoot
-from hf_paged.probe import Capability, circumstances
+from hf_paged.probe import Capability
 from hf_paged.replay import DecodeGraphs
 from hf_paged.resume import StockShaped
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
+from hf_paged.stepwise import Stepwise, check_not_lost, note_padded
 from hf_paged.streams import TIERED_DEVICES
-from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 from hf_paged.verify import Verification
 
 
@@ -73,12 +72,12 @@ class PagedRuntime:
         self._layout = compat.LayoutMemo()
         self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities = Capabilities(config)
-        self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
         self._copied_before = self._evicted_before = 0
         self._warned: set[str] = set()
         self._verification = Verification(config)
         self.counters = Counters()
         self._stock_shaped = StockShaped(self._capabilities, self.counters)
+        self._stepwise = Stepwise(config, self._capabilities, self._stock_shaped, self.counters)
         self._prefixes = Prefixes(model, config.prefix_caching, self.counters)
         self._graphs = DecodeGraphs(model, config.cuda_graphs, self.counters)
 
@@ -156,7 +155,7 @@ class PagedRuntime:
         return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
-        """Root of the prefixes to save or load; `ValueError` where none are kept."""
+        """Root of the prefixes to save or load; `ValueError` where there are none."""
         obstacle = self._prompt_obstacle()
         root = None if obstacle else self._prefixes.root(salt, self._current_pool(self._model()))
         if root is None:
@@ -191,11 +190,10 @@ class PagedRuntime:
         pool = self._current_pool(model)
         cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
         cache.room_tokens, cache.held_by_user = room_tokens, False
-        obstacle = self._prompt_obstacle()
-        if obstacle is None:
+        if not model.config.is_encoder_decoder:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
-            self.counters.fall_back(f"prefixes not reused: {obstacle}")
+            self.counters.fall_back(f"prefixes not reused: {self._prompt_obstacle()}")
         slow = plain_torch_reason(self.config.attention_backend, pool.device)
         if slow is not None:
             self.counters.fall_back(slow)
@@ -226,7 +224,7 @@ class PagedRuntime:
         return self._looked_at[1]
 
     def _prompt_obstacle(self) -> str | None:
-        """Why prompts of the model are never packed, nor found again by their tokens; or `None`."""
+        """Why prompts of the model are never packed, and nothing of them is written to files; or `None`."""
         if self._model().config.is_encoder_decoder:
             return "encoder-decoder model"
         return "layers that keep a state" if self.layout().has_states else None
@@ -355,8 +353,9 @@ class PagedRuntime:
             return self._run_unplanned(request, cache), request.real_tokens, 0
         capability = cache.capability if cache.generating else None
         if capability is None:
-            if self._prompt_obstacle() is not None:
-                return self._run_stepwise(request, cache, lengths), request.real_tokens, 0
+            prompt_obstacle = self._prompt_obstacle()
+            if prompt_obstacle is not None:
+                return self._stepwise.run(self._model(), request, cache, lengths, prompt_obstacle)
             capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
         unkept = None if cache.root is None else self._capabilities.unkept(self._model(), request, capability)
@@ -379,62 +378,24 @@ class PagedRuntime:
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
-            self._check_not_lost(cache, lengths, obstacle)
-        self._note_padded(cache, obstacle)
+            check_not_lost(cache, lengths, obstacle)
+        note_padded(self.counters, cache, obstacle)
         return self._stock_shaped.run(self._model(), request, cache, capability)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""
-        self._note_padded(cache, "all tokens are given in each step")
+        note_padded(self.counters, cache, "all tokens are given in each step")
         cache.readmit_rows()
         outputs = request.call(**request.kwargs)
         cache.step = None
         return outputs
 
-    def _run_stepwise(self, request: ModelCall, cache: PagedCache, lengths: list[int]) -> Any:
-        """The outputs of a model whose prompts are never packed: single tokens may read blocks, once that was tried."""
-        if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
-            return run_padded(request, cache)  # there is nothing to read, and models may take another way here
-        obstacle = self._prompt_obstacle() if request.tokens > 1 else fast_path_obstacle(request, cache)
-        if obstacle is None:
-            backend = backend_for(self.config.attention_backend, request.inputs.device)
-            if cache.circumstances is None or not cache.generating:
-                cache.circumstances = circumstances(self._model(), self.config)
-            key = (*cache.circumstances, cache.columns is None)
-            if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
-                outputs, self._trials[key] = try_decode(self._model(), request, cache, backend)
-                return outputs
-            obstacle = self._trials.get(key, "decode steps before the first trial")
-        if obstacle is None:
-            try:
-                return run_decode(request, cache, backend)
-            except UnsupportedAttentionError as error:
-                obstacle = str(error)
-                cache.roll_back(lengths)
-            self._check_not_lost(cache, lengths, obstacle)
-        self._note_padded(cache, obstacle)
-        return run_padded(request, cache)
-
-    @staticmethod
-    def _check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
-        """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
-        if lengths and not cache.tables:
-            raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass") from None
-
     def _share_equal_rows(self, cache: PagedCache) -> None:
         """After a padded prompt, unless decode steps are known to be padded, too: they read each row on its own."""
         known = cache.capability
-        trial = None if known else self._trials.get((*circumstances(self._model(), self.config), cache.columns is None))
-        if (known.obstacle if known else trial) is None and len(cache.tables) > 1:
+        obstacle = known.obstacle if known else self._stepwise.obstacle(self._model(), cache)
+        if obstacle is None and len(cache.tables) > 1:
             share_equal_rows(cache)
-
-    def _note_padded(self, cache: PagedCache, obstacle: str) -> None:
-        """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""
-        if cache.chunk_tokens is not None:
-            raise UnsupportedAttentionError(obstacle)
-        if not cache.fell_back:
-            cache.fell_back = True
-            self.counters.fall_back(obstacle)
 
     def _count_prompt(self, request: ModelCall, cache: PagedCache, computed_tokens: int, reused_tokens: int) -> None:
         drafted = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,3 +68,24 @@ class PagedStateLayer(LinearAttentionLayer, PagedLayer):
 def state_of(layer: LinearAttentionLayer) -> dict[str, Any]:
     """What a layer keeps besides K and V, by attribute."""
     return {name: value for name, value in vars(layer).items() if name not in PAGED_ATTRIBUTES}
+
+
+def put_states(layers: Sequence[LinearAttentionLayer], states: Sequence[dict[str, Any]]) -> None:
+    """Let layers go on from `states`, one of each, as `state_of` gives them."""
+    for layer, state in zip(layers, states, strict=True):
+        vars(layer).update(state)
+
+
+def make_layers(cache: PagedCache) -> list[Any]:
+    """The layers of a cache: K and V in blocks, states as stock keeps them."""
+    places = cache.layout.places
+    if not cache.layout.has_states and None not in places:
+        return [PagedLayer(cache, place) for place in places]
+    layers = []
+    for place, stock in zip(places, compat.stock_cache(cache.model_config).layers, strict=True):
+        if place is None:
+            layers.append(stock)
+        else:
+            both = compat.keeps_state(stock)
+            layers.append(PagedStateLayer(cache, place, stock) if both else PagedLayer(cache, place))
+    return layers

@@ -16,7 +16,7 @@ from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.foreign import foreign_attention
-from hf_paged.forward import ModelCall, run_decode, run_padded
+from hf_paged.forward import ModelCall, run_decode, run_padded, usual_tokens
 from hf_paged.probe import difference, in_one_line, tolerance_of, tolerance_with
 from hf_paged.step import UnsupportedAttentionError
 
@@ -31,14 +31,14 @@ def try_decode(
 
     Returns the outputs of the former, and why steps like this must not be fast, or `None`. Raises `PagedMemoryError`.
     """
-    foreign = foreign_attention(model.config, map(type, model.modules()))
+    foreign, ids = foreign_attention(model.config, map(type, model.modules())), usual_tokens(request, cache)
     if foreign is not None:
-        return run_padded(request, cache), foreign
+        return run_padded(request, cache, ids), foreign
     twin = deepcopy(request.kwargs[CACHE_NAME])
     _pair(cache, paged_part(twin))
     try:
         before = _own_states(model)
-        outputs = run_padded(request, cache)
+        outputs = run_padded(request, cache, ids)
         if _differ(before, _own_states(model)):
             return outputs, "modules that keep a state of their own"
         request = replace(request, kwargs={**request.kwargs, CACHE_NAME: twin})

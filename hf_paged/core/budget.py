@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import count, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_paged.core.whole import changing_nothing
 
@@ -19,13 +19,33 @@ GROWTH_STEP_BYTES = 2**26
 SPARE_SHARE = 1 / 64
 
 
+class Guest(Protocol):
+    """Cached memory that is not made of blocks, in parts of one size.
+
+    Attributes:
+        block_bytes: of a part.
+        cached: how many there are.
+    """
+
+    block_bytes: int
+
+    @property
+    def cached(self) -> int: ...
+
+    def oldest_first(self) -> Iterable[tuple[Any, int]]:
+        """The parts, and the `stamp` of when each was last used."""
+
+    def give_up(self, part: Any) -> None:
+        """Forget a part, for its memory."""
+
+
 class Budget:
     """`limit_bytes` for the blocks of all pools that join.
 
-    What counts are blocks that are in use or cached, and the null blocks. Memory beyond the limit is not touched as
-    long as there is something to do about it: idle memory goes back first, then cached blocks do. Idle blocks that
-    share a page with blocks in use cannot go back, and no call fails for them: they may come on top of the limit. A
-    pool on its own may count in blocks instead of bytes: each of them costs 1 then.
+    What counts are blocks that are in use or cached, the null blocks, and what guests have cached. Memory beyond the
+    limit is not touched as long as there is something to do about it: idle memory goes back first, then what is cached.
+    Idle blocks that share a page with blocks in use cannot go back, and no call fails for them: they may come on top of
+    the limit. A pool on its own may count in blocks instead of bytes: each of them costs 1 then.
 
     Args:
         limit_bytes: the limit, or where to begin.
@@ -45,6 +65,7 @@ class Budget:
         self._find_limit = find_limit
         self._ceiling_bytes = limit_bytes if find_limit is None else 0
         self._pools: list[BlockPool] = []
+        self._guests: list[Guest] = []
         self._clock = count()
         self.on_give_back: Callable[[int, list[range]], None] | None = None
         self.before_eviction: Callable[[list[tuple[BlockPool, int]]], None] | None = None
@@ -52,6 +73,21 @@ class Budget:
     def join(self, pool: BlockPool) -> None:
         """`pool` draws on this budget from now on."""
         self._pools.append(pool)
+
+    def admit(self, guest: Guest) -> None:
+        """`guest` draws on this budget from now on: what it caches goes when it is the oldest."""
+        self._guests.append(guest)
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a guest may cache so many bytes more, for which what was not used for longer has made room."""
+        self.look_up(num_bytes)
+        if num_bytes > self.free_bytes:
+            return False
+        self.make_room(num_bytes)
+        while (excess := self.touched_bytes + num_bytes - self.limit_bytes) > 0:
+            if not (self.give_back() or self.evict_bytes(excess)):
+                return False
+        return True
 
     def stamp(self) -> int:
         """A number that rises from call to call: when a block was last used."""
@@ -65,17 +101,22 @@ class Budget:
     @property
     def uncached_bytes(self) -> int:
         """What is left without giving up cached blocks."""
-        return self.free_bytes - sum(pool.cached * pool.block_bytes for pool in self._pools)
+        return self.free_bytes - sum(each.cached * each.block_bytes for each in (*self._pools, *self._guests))
+
+    @property
+    def guest_bytes(self) -> int:
+        """What guests have cached."""
+        return sum(guest.cached * guest.block_bytes for guest in self._guests)
 
     @property
     def untouched_bytes(self) -> int:
         """What is left beside memory that was taken already."""
-        return self.limit_bytes - sum((pool.touched + 1) * pool.block_bytes for pool in self._pools)
+        return self.limit_bytes - self.guest_bytes - sum((pool.touched + 1) * pool.block_bytes for pool in self._pools)
 
     @property
     def touched_bytes(self) -> int:
         """Memory that was taken and not given back."""
-        return sum(pool.touched * pool.block_bytes for pool in self._pools)
+        return self.guest_bytes + sum(pool.touched * pool.block_bytes for pool in self._pools)
 
     @property
     def idle_bytes(self) -> int:
@@ -143,18 +184,21 @@ class Budget:
             self.give_back()
 
     def make_room(self, num_bytes: int) -> None:
-        """Give up the least recently used cached blocks until `num_bytes` more fit, or nothing is cached."""
+        """Give up what was cached and not used for the longest, until `num_bytes` more fit or nothing is left."""
         self.evict_bytes(num_bytes - self.uncached_bytes)
 
     def evict_bytes(self, num_bytes: int) -> bool:
-        """Give up the least recently used cached blocks, `num_bytes` of them; returns whether there was any."""
+        """Give up what was cached and not used for the longest, `num_bytes` of it; returns whether there was any."""
         victims = []
-        for pool, block in self._oldest_first():
+        for owner, part in self._oldest_first(self._guests):
             if num_bytes <= 0:
                 break
-            victims.append((pool, block))
-            num_bytes -= pool.block_bytes
-        self.give_up(victims)
+            victims.append((owner, part))
+            num_bytes -= owner.block_bytes
+        self.give_up([(owner, part) for owner, part in victims if owner in self._pools])
+        for owner, part in victims:
+            if owner in self._guests:
+                owner.give_up(part)
         return bool(victims)
 
     def evict(self, num_blocks: int) -> int:
@@ -170,9 +214,10 @@ class Budget:
         for pool, block in victims:
             pool.give_up(block)
 
-    def _oldest_first(self) -> Iterator[tuple[BlockPool, int]]:
-        for _, pool, block in merge(*map(_stamped, self._pools), key=lambda each: each[0]):
-            yield pool, block
+    def _oldest_first(self, guests: Sequence[Guest] = ()) -> Iterator[tuple[Any, Any]]:
+        """What is cached in the pools, and by these guests, with whose it is."""
+        for _, owner, part in merge(*map(_stamped, (*self._pools, *guests)), key=lambda each: each[0]):
+            yield owner, part
 
 
 def _spare(pool: BlockPool, num_sequences: int) -> int:
@@ -180,5 +225,5 @@ def _spare(pool: BlockPool, num_sequences: int) -> int:
     return min(num_sequences, max(1, int(pool.in_use * SPARE_SHARE)))
 
 
-def _stamped(pool: BlockPool) -> Iterable[tuple[int, BlockPool, int]]:
-    return ((stamp, pool, block) for block, stamp in pool.oldest_first())
+def _stamped(owner: BlockPool | Guest) -> Iterable[tuple[int, Any, Any]]:
+    return ((stamp, owner, part) for part, stamp in owner.oldest_first())

@@ -32,4 +32,4 @@ def check_integrity(manager: BlockManager, tables: Iterable[BlockTable], pinned:
             assert block not in indexed or block in owned or pool.is_cached(block), f"block {block} is gone"
     manager.index.check_integrity()
     spent = sum((pool.in_use + pool.cached + 1) * pool.block_bytes for pool in manager.pools)
-    assert spent <= manager.budget.limit_bytes, "over the budget"
+    assert spent + manager.budget.guest_bytes <= manager.budget.limit_bytes, "over the budget"

@@ -339,6 +339,11 @@ class BlockManager:
         table.tokens, table.keys = list(tokens[: found.num_tokens]), found.keys
         return found.num_tokens
 
+    def common_tokens(self, root: bytes, tokens: Sequence[int], limit: int) -> int:
+        """How many of `tokens`, at most `limit`, earlier sequences that are still there begin with as well."""
+        with self.lock:
+            return 0 if self.is_torn or not are_plain(tokens) else self.index.match(root, tokens, limit).num_tokens
+
     @whole
     def index_table(self, table: BlockTable, with_tail: bool) -> None:
         """Let later sequences find the full blocks of a table, and with `with_tail` the last, partly filled one.

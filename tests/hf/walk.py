@@ -27,7 +27,9 @@ from tolerances import TIE, bound
 from hf_paged import patch_model
 
 BLOCK_SIZE = 8
-MODES = ("greedy", "samples", "beams", "next turn")
+AGAIN = ("next turns", "chat")  # what earlier calls have computed comes again: in a batch, and in turns of one prompt
+MODES = ("greedy", "samples", "beams", *AGAIN)
+TURNS = 3
 SLOW_SECONDS = 90
 MARKERS = ("<!-- capabilities: begin -->", "<!-- capabilities: end -->")
 # Named first where not all can be.
@@ -61,9 +63,11 @@ def _inputs(mode: str) -> dict:
     system = prompts.tokens(30)
     if mode == "samples":
         return prompts.batch([prompts.tokens(33, seed=3)])
+    if mode == "chat":
+        return prompts.batch([prompts.tokens(37, seed=4)])
     rows = [system + prompts.tokens(length, seed=50 + length) for length in (1, 9)]
     rows += [system[:7] + prompts.tokens(4, seed=60), prompts.tokens(3, seed=61)]
-    if mode == "next turn":
+    if mode == "next turns":
         rows = [row + prompts.tokens(6, seed=90) for row in rows]
     return prompts.batch(rows)
 
@@ -72,7 +76,8 @@ ARGUMENTS = {
     "greedy": {"do_sample": False},
     "samples": {"do_sample": True, "num_return_sequences": 3, "temperature": 1.3},
     "beams": {"do_sample": False, "num_beams": 3},
-    "next turn": {"do_sample": False},
+    "next turns": {"do_sample": False},
+    "chat": {"do_sample": False},
 }
 
 
@@ -92,25 +97,31 @@ def walk(stock: torch.nn.Module, new_tokens: int = 10, **settings) -> list[Cell]
 
 @torch.no_grad()
 def _ask(model, mode, new_tokens):
-    torch.manual_seed(5)
-    output = model.generate(
-        **_inputs(mode),
-        max_new_tokens=new_tokens,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **ARGUMENTS[mode],
-    )
-    return output.sequences, output.logits
+    inputs = _inputs(mode)
+    for turn in range(TURNS if mode == "chat" else 1):
+        torch.manual_seed(5)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **ARGUMENTS[mode],
+        )
+        said = output.sequences[0].tolist() + prompts.tokens(6, seed=90 + turn)
+        inputs = prompts.batch([said])
+        sequences, logits = output.sequences, output.logits
+        del output  # and its cache
+    return sequences, logits
 
 
 def _way(stats, mode) -> tuple[str, str | None]:
-    """How the last call was computed, and why it was not fast."""
+    """How the calls were computed, and why they were not fast."""
     reasons = list(stats.fallbacks)
     for reason in reasons:
         if reason.startswith("stock generate: "):
             return "stock", reason.removeprefix("stock generate: ")
     padded = [reason for reason in reasons if not reason.startswith(("prefixes not reused: ", "prompts not shared: "))]
-    is_reused = mode == "next turn" and stats.reused_tokens
+    is_reused = mode in AGAIN and stats.reused_tokens
     if padded:
         return "padded, reused" if is_reused else "padded", padded[0]
     if is_reused:

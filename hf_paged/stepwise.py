@@ -1,0 +1,96 @@
+"""Models whose prompts are never packed: encoder-decoders, and such as keep a state. Decode steps may read blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_paged.backends import backend_for
+from hf_paged.cache import PagedCache
+from hf_paged.capabilities import Capabilities
+from hf_paged.compat import CACHE_NAME
+from hf_paged.config import PagedConfig
+from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.probe import circumstances
+from hf_paged.resume import StockShaped
+from hf_paged.stats import Counters
+from hf_paged.step import UnsupportedAttentionError
+from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
+
+
+class Stepwise:
+    """Runs the passes of one such model; whether its decode steps may be fast is tried once, on one of a real call.
+
+    Args:
+        config: settings of the model.
+        capabilities: told of what was found out.
+        stock_shaped: runs its prompts.
+        counters: told of passes that are padded.
+    """
+
+    def __init__(self, config: PagedConfig, capabilities: Capabilities, stock_shaped: StockShaped, counters: Counters):
+        self._config = config
+        self._capabilities = capabilities
+        self._stock_shaped = stock_shaped
+        self._counters = counters
+        self._trials: dict[tuple[Any, ...], str | None] = {}  # why decode steps of such a model must not be fast
+
+    def run(
+        self, model: PreTrainedModel, request: ModelCall, cache: PagedCache, lengths: list[int], prompt_obstacle: str
+    ) -> tuple[Any, int, int]:
+        """The outputs, and the numbers of tokens that were computed and that earlier calls had computed.
+
+        Args:
+            model: the patched one.
+            request: its call.
+            cache: that of the call.
+            lengths: tokens that each row holds.
+            prompt_obstacle: why prompts are not packed.
+        """
+        if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
+            return run_padded(request, cache), request.real_tokens, 0  # models may take another way where nothing is
+        circumstances = self._circumstances(model, cache)
+        obstacle = prompt_obstacle if request.tokens > 1 else fast_path_obstacle(request, cache)
+        backend = backend_for(self._config.attention_backend, request.inputs.device)
+        if obstacle is None:
+            key = (*circumstances, cache.columns is None)
+            if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:
+                outputs, self._trials[key] = try_decode(model, request, cache, backend)
+                return outputs, request.real_tokens, 0
+            obstacle = self._trials.get(key, "decode steps before the first trial")
+        if obstacle is None:
+            try:
+                return run_decode(request, cache, backend), request.rows, 0
+            except UnsupportedAttentionError as error:
+                obstacle = str(error)
+                cache.roll_back(lengths)
+            check_not_lost(cache, lengths, obstacle)
+        note_padded(self._counters, cache, obstacle)
+        known = self._capabilities.unpacked(circumstances, prompt_obstacle)
+        return self._stock_shaped.run(model, request, cache, known)
+
+    def obstacle(self, model: PreTrainedModel, cache: PagedCache) -> str | None:
+        """Why decode steps on `cache` will not be fast, as far as that is known."""
+        return self._trials.get((*self._circumstances(model, cache), cache.columns is None))
+
+    def _circumstances(self, model: PreTrainedModel, cache: PagedCache) -> tuple[Any, ...]:
+        """Found out once a loop of `generate`."""
+        if cache.circumstances is None or not cache.generating:
+            cache.circumstances = circumstances(model, self._config)
+        return cache.circumstances
+
+
+def note_padded(counters: Counters, cache: PagedCache, obstacle: str) -> None:
+    """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""
+    if cache.chunk_tokens is not None:
+        raise UnsupportedAttentionError(obstacle)
+    if not cache.fell_back:
+        cache.fell_back = True
+        counters.fall_back(obstacle)
+
+
+def check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
+    """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
+    if lengths and not cache.tables:
+        raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass") from None
