@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.sequences import Sequences
-from hf_paged.state import make_layers, state_of
+from hf_paged.state import make_layers, select_states, state_of
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -77,7 +77,8 @@ class PagedCache(Cache):
         self.dense_len = 0
         self.columns: torch.Tensor | None = None
         self.finished: set[int] = set()
-        self.ended: set[int] = set()  # rows that are done and computed nevertheless
+        self.ended: set[int] = set()  # rows that are done, whether they are finished or computed nevertheless
+        self.lone: set[int] = set()  # rows whose states are to be kept when they end
         self.step: Step | None = None
         self.prepared: PreparedDecode | None = None  # of the pass under way
         self.is_copying = False  # whether the pass under way, in any of its chunks, gives rows copies of their tails
@@ -85,8 +86,8 @@ class PagedCache(Cache):
         self.owner: weakref.ref[Any] | None = None  # the model whose weights made K and V, where that is patched
         self.held_by_user = True  # False only for a cache that `generate` made for itself and has not handed out
         # What `generate` is doing with the cache just now.
-        self.generating = self.prefilling = self.assisted = self.fell_back = False
-        self.keeps_rows = bool(self.states)  # whether rows are computed to the end of the call, done or not
+        self.generating = self.prefilling = self.assisted = self.fell_back = self.reads_blocks = False
+        self.keeps_rows = False  # whether rows are computed to the end of the call, done or not
         self.copies_dense = True  # whether dense K and V have no gaps, as stock's: attention may rely on that
         self.root: PrefixRoot | None = None  # where tokens are found and kept; `None`: nothing is reused or kept
         self.position_shifts: list[float] = []  # how far positions of each plane are ahead of the tokens
@@ -157,37 +158,45 @@ class PagedCache(Cache):
         for table in self.tables:
             table.prompt_tokens = table.num_tokens
         self.keep_states(range(len(self.tables)))
+        self.lone = lone_rows(self.tables) if self.states else set()
 
     def end_answers(self) -> None:
         """Nothing more is generated: later calls may begin with all that the rows hold."""
         self.index_rows(with_tails=not self.held_by_user)
-        if self.states:
-            self.keep_states(lone_rows(self.tables) - self.ended)
+        self.keep_states(self.lone - self.ended)
 
-    def keep_states(self, rows: Iterable[int]) -> None:
+    def keep_states(self, rows: Collection[int]) -> None:
         """Let later calls go on from the states that these rows are in, if their tokens say what these depend on."""
-        if self.states and not self.is_recording:
-            self.pool.kept_states.keep_rows(self.tables, rows, list(map(state_of, self.states)))
+        if self.states and rows and not self.is_recording:
+            places = [(self.tables[row], self.active_rows.index(row)) for row in rows]
+            self.pool.kept_states.keep_rows(places, list(map(state_of, self.states)))
+
+    @property
+    def active_rows(self) -> list[int]:
+        """Those that take part in decode steps, and that states are of."""
+        return [row for row in range(len(self.tables)) if row not in self.finished]
 
     def finish_rows(self, done: Sequence[bool]) -> None:
         """Rows that are done give their blocks back and are left out of later passes; the last one stays.
 
         Passes that are stock-shaped compute every row, so nothing changes there.
         """
-        if self.states and (ended := {row for row, is_done in enumerate(done) if is_done} - self.ended):
-            self.keep_states(ended & lone_rows(self.tables))
-            self.ended |= ended
-        if self.fell_back or self.keeps_rows:
-            return
-        for row, is_done in enumerate(done):
-            if is_done and row not in self.finished and len(self.finished) < len(self.tables) - 1:
-                self.finished.add(row)
-                self.index_rows([row], with_tails=True)
-                self.pool.free([self.tables[row]])
+        ending = {row for row, is_done in enumerate(done) if is_done} - self.ended
+        self.keep_states(ending & self.lone)
+        self.ended |= ending
+        active = self.active_rows
+        leaving = [row for row in active if row in self.ended][: len(active) - 1]
+        if leaving and not self.keeps_rows and (self.reads_blocks or not self.fell_back):
+            self.finished.update(leaving)
+            self.index_rows(leaving, with_tails=True)
+            self.pool.free([self.tables[row] for row in leaving])
+            select_states(self.states, [active.index(row) for row in self.active_rows])
 
     def readmit_rows(self) -> None:
         """Finished rows take part again, without what they held: for a pass that must compute every row."""
         if self.finished:
+            active = self.active_rows
+            select_states(self.states, [active.index(row) if row in active else 0 for row in range(len(self.tables))])
             self.columns = self.stored_columns().clone()
             self.columns[list(self.finished)] = False
             for row in self.finished:
@@ -223,13 +232,9 @@ class PagedCache(Cache):
         moved_on = bool(self.states) and self.step is not None
         self.step, self.prepared, copying = None, None, self.is_copying
         self.sequences.unpin()
-        counts = [min(num_tokens, table.num_tokens) for table, num_tokens in zip(self.tables, lengths, strict=False)]
-        lost = self.tables and (self.sequences.is_torn or not all(map(self.pool.manager.reaches, self.tables, counts)))
-        if (copying and self.dense_len) or lost or moved_on:
+        if (copying and self.dense_len) or moved_on or not self.sequences.keep_first(lengths):
             self.release()
             return
-        for table, num_tokens in zip(self.tables, counts, strict=False):
-            self.pool.manager.crop(table, num_tokens)
         for layer in self.paged_layers:
             layer.move_to(self.dense_len)
 
@@ -371,15 +376,11 @@ class PagedCache(Cache):
 
     def _go_back(self, tokens_to_remove: int, keep: int) -> None:
         counts = [keep] * len(self.tables) if self.columns is None else self.columns[:, :keep].sum(dim=1).tolist()
-        counts = [min(count, table.num_tokens) for table, count in zip(self.tables, counts, strict=True)]
-        manager = self.pool.manager
-        if not all(map(manager.reaches, self.tables, counts)):
+        if not self.sequences.keep_first(counts):
             raise ValueError(
                 f"crop({tokens_to_remove}): the sliding-window layers of {CACHE_NAME} have given up what lay before "
                 f"their window; call {CACHE_NAME}.activate_past_recording() before the tokens that are to be removed"
             )
-        for table, count in zip(self.tables, counts, strict=True):
-            manager.crop(table, count)
         if self.columns is not None:
             self.columns = self.columns[:, :keep]
         self.dense_len = keep
@@ -410,8 +411,7 @@ class PagedCache(Cache):
         self.sequences.select(rows)
         if self.columns is not None:
             self.columns = self.columns[rows]
-        for layer in self.states:
-            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device="cpu"))
+        select_states(self.states, rows)
 
     def activate_past_recording(self) -> None:
         """Window layers keep what falls out of their window from now on, and show it, until the next `crop`.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_paged import compat
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall
+from hf_paged.identity import rotary_depends_on_length
 from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views, zeros_matter
 
 
@@ -43,12 +44,17 @@ class Capabilities:
         self._found[key] = found
         return found, True
 
-    def unpacked(self, circumstances: tuple[Any, ...], obstacle: str) -> Capability:
+    def unpacked(self, model: PreTrainedModel, circumstances: tuple[Any, ...], obstacle: str) -> Capability:
         """The same, of a model in these circumstances whose prompts are never packed, for the reason `obstacle`."""
         if circumstances not in self._unpacked:
             hooks = circumstances[-1]
             later = Later(may_have_gaps=False) if hooks is None else Later(False, False)
-            self._unpacked[circumstances] = Capability(hooks or obstacle, later=later, sees_shapes=hooks is not None)
+            self._unpacked[circumstances] = Capability(
+                hooks or obstacle,
+                whole_batches=rotary_depends_on_length(model),
+                later=later,
+                sees_shapes=hooks is not None,
+            )
         return self._unpacked[circumstances]
 
     def seen_bytes(self, model: PreTrainedModel) -> tuple[int, ...] | None:

@@ -210,7 +210,7 @@ def run_decode(
     `windows_seen` is filled with the sliding window of each layer's attention call. `graphs`: where the step may come
     from a graph.
     """
-    active = [row for row in range(request.rows) if row not in cache.finished]
+    active = cache.active_rows
     some = len(active) < request.rows
     tables = [cache.tables[row] for row in active] if some else cache.tables
     tokens = usual_tokens(request, cache)

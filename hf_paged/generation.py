@@ -325,7 +325,8 @@ class PagedGenerationMixin:
             for name in _TOKENIZERS & kwargs.keys() - compat.forward_arguments(self):
                 del kwargs[name]
         runtime = self.paged  # the loop may unpatch the model
-        cache.generating, cache.prefilling, cache.assisted, cache.fell_back = True, True, assisted, False
+        cache.generating, cache.prefilling, cache.assisted = True, True, assisted
+        cache.fell_back = cache.reads_blocks = False
         cache.capability = cache.circumstances = cache.standing = None
         try:
             result = decode(input_ids, **kwargs)

@@ -80,12 +80,11 @@ class KeptStates:
             self.block_bytes = num_bytes
             self._kept[key] = KeptState(key, root, len(tokens), state, self._budget.stamp())
 
-    def keep_rows(self, tables: Sequence[BlockTable], rows: Iterable[int], layers: Sequence[dict[str, Any]]) -> None:
-        """Keep the states that `layers` hold of these rows, if the tokens in their `tables` say it all."""
-        for row in rows:
-            table = tables[row]
+    def keep_rows(self, rows: Iterable[tuple[BlockTable, int]], layers: Sequence[dict[str, Any]]) -> None:
+        """Keep the states that `layers` hold of some rows, given with their places, whose tokens say it all."""
+        for table, place in rows:
             if table.root is not None:
-                self.keep(table.root, table.tokens, partial(state_of_row, layers, row))
+                self.keep(table.root, table.tokens, partial(state_of_row, layers, place))
 
     def longest(self, root: bytes, tokens: Sequence[int], limit: int) -> KeptState | None:
         """The state behind the most of the first `limit` tokens."""

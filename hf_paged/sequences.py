@@ -34,6 +34,17 @@ class Sequences:
         """Tables whose blocks a pass over these may move."""
         return self.tables if self.twin is None else [*self.tables, *self.twin.tables]
 
+    def keep_first(self, lengths: Sequence[int]) -> bool:
+        """Keep so many tokens of each row, at most; `False`, and nothing changes, where some of them are gone."""
+        if not self.tables:
+            return True
+        counts = [min(length, table.num_tokens) for table, length in zip(self.tables, lengths, strict=False)]
+        if self.is_torn or not all(map(self.pool.manager.reaches, self.tables, counts)):
+            return False
+        for table, count in zip(self.tables, counts, strict=False):
+            self.pool.manager.crop(table, count)
+        return True
+
     def unpin(self) -> None:
         """Let go of the blocks that the last pass has copied from."""
         if self.pins and not self.is_torn:

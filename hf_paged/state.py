@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +74,12 @@ def put_states(layers: Sequence[LinearAttentionLayer], states: Sequence[dict[str
     """Let layers go on from `states`, one of each, as `state_of` gives them."""
     for layer, state in zip(layers, states, strict=True):
         vars(layer).update(state)
+
+
+def select_states(layers: Iterable[LinearAttentionLayer], rows: Sequence[int]) -> None:
+    """Let row `i` go on from what row `rows[i]` was in."""
+    for layer in layers:
+        LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device="cpu"))
 
 
 def make_layers(cache: PagedCache) -> list[Any]:

@@ -48,9 +48,11 @@ class Stepwise:
             lengths: tokens that each row holds.
             prompt_obstacle: why prompts are not packed.
         """
+        circumstances = self._circumstances(model, cache)
+        known = self._capabilities.unpacked(model, circumstances, prompt_obstacle)
+        cache.keeps_rows |= known.whole_batches
         if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
             return run_padded(request, cache), request.real_tokens, 0  # models may take another way where nothing is
-        circumstances = self._circumstances(model, cache)
         obstacle = prompt_obstacle if request.tokens > 1 else fast_path_obstacle(request, cache)
         backend = backend_for(self._config.attention_backend, request.inputs.device)
         if obstacle is None:
@@ -61,13 +63,15 @@ class Stepwise:
             obstacle = self._trials.get(key, "decode steps before the first trial")
         if obstacle is None:
             try:
-                return run_decode(request, cache, backend), request.rows, 0
+                outputs = run_decode(request, cache, backend)
+                cache.reads_blocks = True
+                return outputs, request.rows, 0
             except UnsupportedAttentionError as error:
                 obstacle = str(error)
                 cache.roll_back(lengths)
             check_not_lost(cache, lengths, obstacle)
         note_padded(self._counters, cache, obstacle)
-        known = self._capabilities.unpacked(circumstances, prompt_obstacle)
+        cache.reads_blocks = False
         return self._stock_shaped.run(model, request, cache, known)
 
     def obstacle(self, model: PreTrainedModel, cache: PagedCache) -> str | None:

@@ -15,7 +15,7 @@ from transformers import StoppingCriteriaList
 from transformers.cache_utils import LinearAttentionLayer
 from versions import skip_if_older
 
-from hf_paged import resume
+from hf_paged import resume, stepwise
 
 NOT_SHARED = "prompts not shared: "
 BEGINS_ANEW = ["jamba", "recurrent_gemma"]  # with every prompt of several tokens, or in modules of its own
@@ -307,7 +307,8 @@ def test_rows_of_unequal_length(name):
         reused.append(pair.reused)
         own = [tokens(6, seed=10 * turn + row) for row in range(3)]
         rows = [text(answer) + new for answer, new in zip(answers, own, strict=True)]
-    reasons = [each for each in pair.paged.stats().fallbacks if each.startswith(NOT_SHARED)]
+    (known,) = pair.paged._capabilities._unpacked.values()
+    reasons = list(filter(None, known.later.resumes.values()))
     if reasons:
         skip_if_older(f"this transformers cannot go on behind padding with {name}: {reasons}")
     assert reused == [0, 0, 3 * 25 + 124, 3 * 41 + 124], "the second is computed both ways"
@@ -322,3 +323,35 @@ def test_short_rows_among_long_ones(name):
     assert pair.reused == 0
     assert not any(each.startswith(NOT_SHARED) for each in pair.paged.stats().fallbacks)
     tried(name).ask(prompts.ragged(), max_new_tokens=12, num_beams=2)
+
+
+@pytest.mark.parametrize("name", [*GOES_ON, "jamba"])
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_rows_that_have_ended_are_not_computed(monkeypatch, name, falls_back):
+    """Where a step must be in stock's shapes after all, every row takes part again."""
+    pair, decode, obstacle = hybrid(name), stepwise.run_decode, stepwise.fast_path_obstacle
+    rows = [tokens(21, seed=1), tokens(13, seed=2), tokens(17, seed=3), tokens(21, seed=4)]
+    plain = pair.ask(rows, max_new_tokens=14)[:, 21:].tolist()
+    ends = [plain[0][3], plain[2][6]]
+    lengths = [min([row.index(end) + 1 for end in ends if end in row], default=14) for row in plain]
+    assert min(lengths) < 9 < max(lengths)
+    decoded, finished = [], []
+
+    def noting(request, cache, *args):
+        decoded.append(len(cache.active_rows))
+        return decode(request, cache, *args)
+
+    def falling_back(request, cache):
+        finished.append(set(cache.finished))
+        return "made up" if len(decoded) == 8 else obstacle(request, cache)
+
+    monkeypatch.setattr(stepwise, "run_decode", noting)
+    if falls_back:
+        monkeypatch.setattr(stepwise, "fast_path_obstacle", falling_back)
+    pair.ask(rows, max_new_tokens=14, eos_token_id=ends)
+    left = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    if falls_back:
+        assert finished[8]
+        assert not finished[-1]
+    else:
+        assert decoded[1:] == left[1:], "from the second step on, before which nothing was read from blocks"
