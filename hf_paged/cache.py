@@ -90,8 +90,7 @@ class PagedCache(Cache):
         self.keeps_rows = False  # whether rows are computed to the end of the call, done or not
         self.copies_dense = True  # whether dense K and V have no gaps, as stock's: attention may rely on that
         self.root: PrefixRoot | None = None  # where tokens are found and kept; `None`: nothing is reused or kept
-        self.position_shifts: list[float] = []  # how far positions of each plane are ahead of the tokens
-        self.alone: dict[str, Any] | None = None  # of a prompt: the call's arguments for one row that is repeated
+        self.alone: Any = None  # of a prompt whose rows are repeated: the call's arguments before that, as `Alone`
         # Found out once a loop of `generate`: what is fast, what that was tried in, and what CUDA graphs are good for.
         self.capability = self.circumstances = self.standing = None
         self.chunk_tokens: int | None = None  # packed ones per forward pass, where the caller limits them
@@ -431,7 +430,7 @@ class PagedCache(Cache):
         twin.room_tokens, twin.dense_len = self.room_tokens, self.dense_len
         twin.columns = None if self.columns is None else self.columns.clone()
         twin.finished = set(self.finished)
-        twin.root, twin.position_shifts = self.root, self.position_shifts
+        twin.root = self.root
         twin.keeps_rows, twin.copies_dense = self.keeps_rows, self.copies_dense
         twin.owner, twin.held_by_user = self.owner, True
         for mine, theirs in zip(self.states, twin.states, strict=True):

@@ -267,10 +267,13 @@ def at_usual_positions(request: ModelCall, cache: PagedCache) -> bool:
         planes = [[[cache.dense_len + column for column in new]]]
     else:
         planes = positions.reshape(-1, *positions.shape[-2:]).tolist()
-    shifts = cache.position_shifts or [0] * len(planes)
-    if len(shifts) != len(planes):
+    shifts = [table.shifts or [0] * len(planes) for table in cache.tables]
+    if any(len(each) != len(planes) for each in shifts):
         return False
-    firsts = [[table.num_tokens + shift for table in cache.tables] for shift in shifts]
+    firsts = [
+        [table.num_tokens + each for table, each in zip(cache.tables, plane, strict=True)]
+        for plane in zip(*shifts, strict=True)
+    ]
     given = [plane * (len(cache.tables) // len(plane)) for plane in planes]
     return all(
         row in cache.finished or plane[row] == [first + column for column in new]

@@ -17,9 +17,10 @@ from hf_paged.attention import take_names
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.encdec import paged_part
+from hf_paged.encoded_later import EncodedLater, copied, encoded_later
 from hf_paged.errors import ForeignKVError
 from hf_paged.identity import Sampling
-from hf_paged.media import EncodedLater, copied, encoded_later
+from hf_paged.media import Alone
 from hf_paged.probe import CACHE_UNUSED
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
@@ -41,8 +42,8 @@ _ENCODED = ("encoder_outputs", "encoder_hidden_states")
 _SALT: ContextVar[str | None] = ContextVar("cache_salt", default=None)
 # The look at the weights that the `generate` that runs has begun.
 _BEGUN: ContextVar[Sampling | None] = ContextVar("begun", default=None)
-# What comes with the one prompt of the `generate` that runs, beside its tokens, before it is repeated for its samples.
-_ALONE: ContextVar[dict[str, Any] | None] = ContextVar("alone", default=None)
+# What comes with the prompts of the `generate` that runs, beside their tokens, before they are repeated for samples.
+_ALONE: ContextVar[Alone | None] = ContextVar("alone", default=None)
 # Filled by the `generate` that runs, where it asks the patched model itself.
 _ASKED: ContextVar[list[Any] | None] = ContextVar("asked", default=None)
 
@@ -143,10 +144,10 @@ class PagedGenerationMixin:
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
         expand = partial(super()._expand_inputs_for_generation, expand_size, is_encoder_decoder, input_ids)
-        if expand_size == 1 or input_ids is None or len(input_ids) > 1:
+        if expand_size == 1 or input_ids is None:
             return expand(**model_kwargs)
-        _ALONE.set({name: copied(value) for name, value in model_kwargs.items()})
-        later = _ALONE.get().get("mm_encoder_outputs")
+        _ALONE.set(Alone(len(input_ids), {name: copied(value) for name, value in model_kwargs.items()}))
+        later = _ALONE.get().arguments.get("mm_encoder_outputs")
         if not isinstance(later, EncodedLater):
             return expand(**model_kwargs)
         embeds = model_kwargs.get("inputs_embeds")

@@ -70,12 +70,14 @@ class Later:
         ignores_padding: whether padding on the left changes nothing for the tokens behind it.
         zeros_matter: by name of an argument for token types, whether zeros say more than leaving it out.
         resumes: why prompts cannot begin with what earlier calls have computed, or `None`; by the names of their media.
+        seen: media of these names were seen.
     """
 
     may_have_gaps: bool | None = None
     ignores_padding: bool | None = None
     zeros_matter: dict[str, bool] = field(default_factory=dict)
     resumes: dict[frozenset[str], str | None] = field(default_factory=dict)
+    seen: set[frozenset[str]] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)

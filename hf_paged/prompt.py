@@ -38,11 +38,15 @@ class Prompt(NamedTuple):
     @property
     def names(self) -> frozenset[str]:
         """What is known of such prompts is known by these."""
-        return frozenset() if self.media is None else self.media.names
+        return frozenset() if self.media is None else self.media.key
+
+    def cut(self, columns: int) -> int:
+        """As many of the first `columns` may go through the model without the others."""
+        return columns if self.media is None else self.media.cut(columns)
 
     @property
     def least_columns(self) -> int:
-        """As many must go through the model in one pass."""
+        """As many are tried out together."""
         return 1 if self.media is None else self.media.stop
 
     def padding(self, row: int) -> int:
@@ -52,11 +56,15 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(
-    model: PreTrainedModel, request: ModelCall, cache: PagedCache, ids: list[list[int]] | None
+    model: PreTrainedModel,
+    request: ModelCall,
+    cache: PagedCache,
+    ids: list[list[int]] | None,
+    ignores_padding: Callable[[], bool],
 ) -> Prompt | None:
     """The prompt that a pass is over; `None` where more may matter, or where all of its logits are wanted.
 
-    `ids`: what `described` gave.
+    `ids`: what `described` gave. `ignores_padding`: as there.
     """
     keep = request.kwargs.get("logits_to_keep") or (1 if request.last_only else 0)
     if model.training or not isinstance(keep, int) or not 0 < keep < request.tokens:
@@ -66,11 +74,16 @@ def prompt_of(
     others, owners = _unusual(request), _owners(request)
     if not others:
         return Prompt(request, keep, owners, ids, None)
-    if any(owners) or not _hides_nothing(request):
+    new = request.new_columns
+    if not _hides_nothing(request) and (new is None or not _is_padded_left(request.mask, new) or not ignores_padding()):
         return None
     media = media_of(model.config, request, others, cache.alone)
-    ids = None if cache.root is None else request.inputs.tolist()
-    return None if media is None else Prompt(request, keep, owners, ids, media)
+    if media is None:
+        return None
+    ids = [media.ids[row // media.repeats] for row in range(request.rows)]
+    first: dict[Any, int] = {}
+    owners = [first.setdefault((owner, *ids[row]), row) for row, owner in enumerate(owners)]
+    return Prompt(request, keep, owners, None if cache.root is None else ids, media)
 
 
 def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[], bool]) -> list[list[int]] | None:
@@ -96,8 +109,9 @@ def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[
         planes = request.positions.reshape(-1, *request.positions.shape[-2:])
         planes = planes.expand(-1, *request.inputs.shape).tolist()
         for row, (real, table) in enumerate(zip(places, cache.tables, strict=True)):
-            usual = [*range(table.num_tokens, table.num_tokens + len(real))]
-            if any([plane[row][column] for column in real] != usual for plane in planes):
+            shifts = table.shifts or [0] * len(planes)
+            usual = [[table.num_tokens + shift + place for place in range(len(real))] for shift in shifts]
+            if [[plane[row][column] for column in real] for plane in planes] != usual:
                 return None
     listed = request.inputs.tolist()
     return [[row[column] for column in real] for row, real in zip(listed, places, strict=True)]

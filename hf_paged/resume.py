@@ -23,7 +23,8 @@ from hf_paged.core.table import BlockTable
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import TOKEN_TYPES, ModelCall, run_padded
 from hf_paged.kept_states import KeptState, State, joined, state_of_row
-from hf_paged.probe import Capability, difference, in_one_line, tolerance_of
+from hf_paged.placing import match, placed
+from hf_paged.probe import Capability, Later, difference, in_one_line, tolerance_of
 from hf_paged.prompt import Prompt, described, prompt_of
 from hf_paged.state import put_states, state_of
 from hf_paged.stats import Counters
@@ -62,19 +63,19 @@ class StockShaped:
         ignores_padding = partial(self._capabilities.ignores_padding, model, request.call, known)
         ids, prompt = described(request, cache, ignores_padding), None
         if cache.prefilling and cache.dense_len == 0 and not known.sees_shapes:
-            prompt = prompt_of(model, request, cache, ids)
+            prompt = prompt_of(model, request, cache, ids, ignores_padding)
         if prompt is None:
             return run_padded(request, cache, ids), request.real_tokens, 0
-        return self._run_prompt(model, prompt, cache, known.later.resumes)
+        return self._run_prompt(model, prompt, cache, known.later)
 
     def _run_prompt(
-        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, resumes: dict[frozenset[str], str | None]
+        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, later: Later
     ) -> tuple[Any, int, int]:
-        request = prompt.call
+        request, resumes = prompt.call, later.resumes
         if prompt.media is not None and prompt.ids is not None:
-            cache.position_shifts = prompt.media.shifts
-            for table in cache.tables:
-                table.root = prompt.media.root(table.root)
+            prompt = placed(prompt, cache, prompt.media.may_part(resumes))
+            if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):
+                return _try_apart(model, prompt, cache, later), request.real_tokens, 0
         kind = prompt.names
         if cache.states and request.new_columns is not None:
             kind |= {"padding"}  # which another pass may have to hide from a state
@@ -91,10 +92,37 @@ class StockShaped:
             return run_padded(request, cache, prompt.ids), request.real_tokens, 0
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
-        outputs, obstacle = _try_both(model, prompt, cache, columns)
+        outputs, obstacle = _try_both(model, prompt, cache, [columns])
         if obstacle != _UNTRIED:
             resumes[kind] = obstacle
         return outputs, request.real_tokens, 0
+
+    def _is_to_be_parted(self, prompt: Prompt, cache: PagedCache, later: Later) -> bool:
+        """Whether it is time to find out if media may be parted: others were there before, and nothing is known."""
+        columns = _reuse(prompt, cache, list(range(prompt.call.rows))).columns
+        _empty(cache)
+        obstacles = {later.resumes.get(key) for key in prompt.media.keys} - {None}
+        if columns:
+            return False
+        for obstacle in obstacles:
+            self._counters.fall_back(f"prompts not shared: {obstacle}")
+        is_first = prompt.media.names not in later.seen
+        later.seen.add(prompt.media.names)
+        return not obstacles and not is_first
+
+
+def _try_apart(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, later: Later) -> Any:
+    """A prompt as stock computes it; what is known then of its media is noted, and it is kept accordingly."""
+    keys, resumes = prompt.media.keys, later.resumes
+    outputs, obstacle = _try_both(model, prompt, cache, prompt.media.trial_cuts)
+    if obstacle is None:
+        resumes.update(dict.fromkeys(keys))
+        placed(prompt, cache, True)
+    elif obstacle != _UNTRIED:
+        resumes[next(key for key in keys[::-1] if resumes.get(key, _UNTRIED) == _UNTRIED)] = obstacle
+    else:
+        later.seen.discard(prompt.media.names)  # not tried again at once: memory is short
+    return outputs
 
 
 class _Reuse(NamedTuple):
@@ -107,14 +135,13 @@ class _Reuse(NamedTuple):
 def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int]) -> _Reuse:
     """Let all tables, those of `rows`, hold what earlier calls have computed of as many first columns.
 
-    None where media lie behind them, or where some row has no state there.
+    None where a cut there would go through media, or where some row has no state there.
     """
-    limit = prompt.call.tokens - prompt.keep
-    while prompt.ids is not None and limit >= prompt.least_columns:
+    limit = prompt.cut(prompt.call.tokens - prompt.keep)
+    while prompt.ids is not None and limit:
         wanted = [max(0, limit - prompt.padding(row)) for row in rows]
         states = [
-            _take(cache, table, prompt.ids[row], most)
-            for table, row, most in zip(cache.tables, rows, wanted, strict=True)
+            _take(prompt, cache, table, row, most) for table, row, most in zip(cache.tables, rows, wanted, strict=True)
         ]
         found = [table.num_tokens for table in cache.tables]
         if found == wanted and (all(found) if cache.states else any(found)):
@@ -122,21 +149,25 @@ def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int]) -> _Reuse:
         _empty(cache)
         if found == wanted:
             break
-        limit = min(
-            prompt.padding(row) + count for row, count, most in zip(rows, found, wanted, strict=True) if count < most
+        limit = prompt.cut(
+            min(
+                prompt.padding(row) + count
+                for row, count, most in zip(rows, found, wanted, strict=True)
+                if count < most
+            )
         )
     return _Reuse()
 
 
-def _take(cache: PagedCache, table: BlockTable, ids: list[int], most: int) -> KeptState | None:
-    """Let an empty table hold what earlier calls have computed of its tokens `ids`, at most so many.
+def _take(prompt: Prompt, cache: PagedCache, table: BlockTable, row: int, most: int) -> KeptState | None:
+    """Let an empty table hold what earlier calls have computed of a row, at most so many tokens.
 
     Where layers keep a state: up to a token behind which one was kept, which is returned.
     """
     if not cache.states:
-        cache.pool.match(table, ids, most)
+        match(prompt, cache, table, row, most)
         return None
-    kept_states = cache.pool.kept_states
+    kept_states, ids = cache.pool.kept_states, prompt.ids[row]
     while (kept := kept_states.longest(table.root, ids, most)) is not None:
         if cache.pool.match(table, ids, kept.num_tokens) == kept.num_tokens:
             return kept
@@ -155,7 +186,8 @@ def _parting(prompt: Prompt, cache: PagedCache, rows: list[int]) -> int:
         before + common(table.root, prompt.ids[row], limit - before)
         for table, row, before in zip(cache.tables, rows, padding, strict=True)
     )
-    return columns if columns >= max(prompt.least_columns, max(padding) + MIN_TRIAL_TOKENS) else 0
+    columns = prompt.cut(columns)
+    return columns if columns >= max(padding) + MIN_TRIAL_TOKENS else 0
 
 
 def _empty(cache: PagedCache) -> None:
@@ -203,18 +235,19 @@ def _ids(prompt: Prompt, rows: list[int], columns: range) -> list[list[int]] | N
 
 
 def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
-    """A call with some columns of the distinct rows, on `cache`; media go with the first columns."""
+    """A call with some columns of the distinct rows and their media, on `cache`."""
     request, rows = prompt.call, prompt.rows
     part, names = slice(columns.start, columns.stop), request.names
-    given = {} if prompt.media is None else prompt.media.given
-    taken = frozenset() if columns.start else given.keys()  # models write features into mappings that were empty
-    kwargs = {**request.kwargs, **given, CACHE_NAME: cache}
-    kwargs = {name: value for name, value in kwargs.items() if name in taken or name not in compat.MEDIA_INPUTS}
+    media = {} if prompt.media is None else prompt.media.between(columns, rows)
+    # Models write features into mappings that were empty.
+    kwargs = {name: value for name, value in request.kwargs.items() if name not in compat.MEDIA_INPUTS}
+    kwargs |= {**media, CACHE_NAME: cache}
     index = torch.tensor(rows, device=request.inputs.device)
     for name in (request.input_name, names.positions, *TOKEN_TYPES):
         each = kwargs.get(name)
         if each is not None:
-            each = each[..., part]
+            # Masks that let an image see all of itself are made of the types of all columns (gemma3).
+            each = each[..., : columns.stop] if media and name == "token_type_ids" else each[..., part]
             kwargs[name] = each.index_select(-2, index) if each.shape[-2] == request.rows else each
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = kwargs["cache_position"][part]
@@ -225,19 +258,23 @@ def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
 
 
 @torch.no_grad()
-def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns: int) -> tuple[Any, str | None]:
+def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: list[int]) -> tuple[Any, str | None]:
     """A prompt as stock computes it, and then its distinct rows in pieces, on a cache of their own.
 
-    The first of these has `columns` columns, or less. Returns the outputs of the former, and why prompts like this must
-    not be computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
+    These end at the columns `cuts`, or before. Returns the outputs of the former, and why prompts like this must not be
+    computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
     """
+    if prompt.media is not None and len(prompt.media.parts) > 1 and len(prompt.rows) > 1:
+        # Without one of the rows: others may have been computed together with that.
+        owners = [max(owner, prompt.rows[1]) for owner in prompt.owners]
+        prompt = prompt._replace(owners=owners)
     request, before = prompt.call, _attributes(model)
     outputs = run_padded(request, cache, prompt.ids)
-    stops, least = {columns, request.tokens}, MIN_TRIAL_TOKENS
+    stops, least = {*cuts, request.tokens}, MIN_TRIAL_TOKENS
     if cache.states:
         stops.update(request.tokens - last for last in _LAST_TOKENS)
         least += max(map(prompt.padding, prompt.rows))
-    if min(stops) < max(least, prompt.least_columns):
+    if min(stops) < least or (prompt.media is not None and any(map(prompt.media.reaches_over, stops))):
         return outputs, _UNTRIED
     if _changed(before, _attributes(model)):
         return outputs, "modules that keep a state of their own"
@@ -249,7 +286,7 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns
         with compat.random_state_kept(model):
             for start, stop in pairwise([0, *sorted(stops)]):
                 last = run_padded(_part(prompt, twin, range(start, stop)), twin)
-                if stop == columns:
+                if stop == cuts[-1]:
                     states = [state_of_row(map(state_of, twin.states), row) for row in range(len(prompt.rows))]
     except Exception as error:  # whatever a model does with what it did not expect, one piece is right
         is_short = isinstance(error, PagedMemoryError) or is_refusal(error)
@@ -259,7 +296,7 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, columns
     expected = outputs.logits[prompt.rows, -1]
     error = difference(last.logits[:, -1], expected)
     if error <= tolerance_of(expected.dtype):
-        _keep(prompt, cache, states, columns)
+        _keep(prompt, cache, states, cuts[-1])
         return outputs, None
     return outputs, f"logits of a prompt in two pieces differ from stock by {error:.1g} of the largest"
 

@@ -31,6 +31,7 @@ class BlockTable:
         "root",
         "seam_blocks",
         "seam_tokens",
+        "shifts",
         "tokens",
     )
 
@@ -47,6 +48,8 @@ class BlockTable:
         self.root = root
         self.tokens: list[int] = []
         self.keys: list[bytes] = []
+        # How far positions of the next tokens are ahead of their number, in each plane of these; none: not at all.
+        self.shifts: Sequence[float] = ()
 
     @property
     def num_blocks(self) -> int:
@@ -115,6 +118,6 @@ class BlockTable:
         has_seam = num_tokens >= other.seam_tokens
         self.seam_tokens, self.seam_blocks = (other.seam_tokens, other.seam_blocks) if has_seam else (0, 0)
         self.is_forked = other.is_forked = True
-        self.root = other.root
+        self.root, self.shifts = other.root, other.shifts
         self.tokens = other.tokens[:num_tokens]
         self.keys = other.keys[: self.whole_blocks(num_tokens)]

@@ -36,9 +36,27 @@ def both(name: str, first: dict, second: dict) -> dict:
     return joined
 
 
+def then(name: str, inputs: dict, ids: torch.Tensor, image: int) -> dict:
+    """The next turn of a chat: `ids [1, tokens]` in place of those of `inputs`, and behind them text and an image."""
+    return both(name, followed_by(inputs, ids, [5]), image_prompt(name, [(9, 7, image + 30)], images=[image]))
+
+
 def prompt(name: str, image: int = 0, seed: int = 1) -> dict:
     skip_where_inputs_have_no_names()
     return image_prompt(name, [(20, 12, seed)], images=[image])
+
+
+def text_of(name: str) -> int:
+    """Tokens of `prompt` before all that stand for its image; with some models marks do."""
+    return 21 if name == "qwen2_5_vl" else 20
+
+
+def images_of(arguments: dict) -> int:
+    """How many images the arguments of an encoder are."""
+    grid, pixels = arguments.get("image_grid_thw"), arguments.get("pixel_values")
+    if grid is not None:
+        return len(grid)
+    return pixels.shape[1] if pixels.dim() == 5 else len(pixels)
 
 
 def tried(name: str, **settings) -> tuple[Pair, dict]:

@@ -26,6 +26,7 @@ MAMBA2 = {
     "mamba_chunk_size": 8,
 }
 IMAGE, VIDEO, IMAGE_START, IMAGE_END = 110, 111, 112, 113  # token ids
+MEDIA = (IMAGE, VIDEO)
 IMAGE_TOKENS = 4
 
 
@@ -168,7 +169,7 @@ def _mllama(kind):
 
 VISION_LANGUAGE = {
     "llava": Model("LlavaForConditionalGeneration", "LlavaConfig", _llava),
-    "qwen2_5_vl": Model("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", _qwen2_5_vl),
+    "qwen2_5_vl": Model("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", _qwen2_5_vl, MEDIA),
     "gemma3": Model("Gemma3ForConditionalGeneration", "Gemma3Config", _gemma3),
     "idefics3": Model(
         "Idefics3ForConditionalGeneration",
@@ -178,7 +179,7 @@ VISION_LANGUAGE = {
     ),
     "ovis2": Model("Ovis2ForConditionalGeneration", "Ovis2Config", _ovis2, unsaid=OVIS2_MARKS),
     "fuyu": Model("FuyuForCausalLM", "FuyuConfig", _fuyu, unsaid=(IMAGE,)),
-    "ernie4_5_vl_moe": Model("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeConfig", _ernie4_5_vl_moe),
+    "ernie4_5_vl_moe": Model("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VLMoeConfig", _ernie4_5_vl_moe, MEDIA),
     "mllama": Model("MllamaForConditionalGeneration", "MllamaConfig", _mllama),
 }  # fmt: skip
 

@@ -5,8 +5,8 @@ import copy
 import more_models
 import pytest
 import torch
-from media_prompts import NAMES, NEW, both, followed_by, prompt, tried
-from more_models import image_prompt, plain_tokens
+from media_prompts import NAMES, NEW, followed_by, prompt, text_of, tried
+from more_models import plain_tokens
 from pair import Pair, evict
 from versions import IS_PINNED
 
@@ -44,7 +44,7 @@ def test_another_image_is_another_prompt(name):
     assert_counted(pair, 1, inputs["input_ids"].shape[1] - 1)
     assert not torch.equal(answers[0], answers[1])
     pair.ask(prompt(name, image=2), max_new_tokens=NEW)
-    assert pair.reused == 0
+    assert pair.reused == text_of(name), "what comes before it"
     pair.ask(prompt(name, seed=2), max_new_tokens=NEW)
     assert pair.reused == 0, "other text before it"
     pair.ask({key: value for key, value in prompt(name).items() if key in ("input_ids", "attention_mask")} | {
@@ -55,7 +55,7 @@ def test_another_image_is_another_prompt(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_whose_end_was_evicted(name):
-    """What is left ends before the image, or inside of it: then all goes through the model, the image with it."""
+    """What is left ends before the image, or inside of it: then that goes through the model, and all behind it."""
     pair, inputs = tried(name)
     assert evict(pair) > 0
     pair.ask(inputs, max_new_tokens=NEW)
@@ -65,9 +65,9 @@ def test_a_prompt_whose_end_was_evicted(name):
         evict(pair, pair.pool.cached - left * len(pair.pool.pools))
         pair.ask(inputs, max_new_tokens=NEW)
         found.append(pair.reused)
-    assert found[-1] == 0
     assert any(found) or name == "gemma3"  # of whose window less is left
-    assert not any(0 < reused < end for reused in found)
+    assert not any(text_of(name) < reused < end for reused in found)
+    assert found[-1] < end
     pair.pool.check_integrity()
 
 
@@ -78,7 +78,7 @@ def test_tokens_around_an_image_that_come_with_it():
     ids = ids[:, : int((ids[0] == more_models.IMAGE).nonzero().max()) + 1]
     for last in ([5, 6, 7], [more_models.IMAGE_END, 5, 6], [5, more_models.IMAGE_END, 7]):
         pair.ask(followed_by(inputs, ids, last), max_new_tokens=NEW)
-        assert pair.reused == 0
+        assert pair.reused <= text_of("ovis2")
     pair.ask(followed_by(inputs, ids, [*last, 8]), max_new_tokens=NEW)
     assert_counted(pair, 1, ids.shape[1] + len(last))
 
@@ -96,19 +96,6 @@ def test_an_image_and_a_token_that_the_mask_hides(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_second_image(name):
-    """With it everything is computed; the next turn begins with all of that."""
-    pair, inputs = tried(name)
-    two = both(name, inputs, prompt(name, image=1, seed=3))
-    answer = pair.ask(two, max_new_tokens=NEW)
-    assert pair.reused == 0
-    pair.ask(followed_by(two, answer, [5, 6, 7]), max_new_tokens=NEW)
-    assert_counted(pair, 4, answer.shape[1] - 1)
-    pair.ask(both(name, inputs, prompt(name, image=2, seed=3)), max_new_tokens=NEW)
-    assert pair.reused == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kwargs", [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}], ids=str)
 def test_samples_and_beams(name, kwargs):
     pair, inputs = tried(name)
@@ -116,9 +103,10 @@ def test_samples_and_beams(name, kwargs):
     pair.ask(inputs, max_new_tokens=NEW, **kwargs)
     assert pair.reused >= 3 * (columns - 8), "what one row has left is there for three"
     assert pair.computed <= 8
-    other = prompt(name, image=1)
+    pair.ask(prompt(name, image=8), max_new_tokens=NEW)  # tries what comes before it
+    other, text = prompt(name, image=1), text_of(name)
     pair.ask(other, max_new_tokens=NEW, **kwargs)
-    assert_counted(pair, columns, 0)
+    assert_counted(pair, columns - text, 3 * text)
     answer = pair.ask(other, max_new_tokens=NEW)
     assert_counted(pair, 1, columns - 1)
     pair.ask(followed_by(other, answer[:1], [5, 6, 7]), max_new_tokens=NEW, **kwargs)
@@ -143,18 +131,6 @@ def test_samples_of_the_first_image_of_all(name):
     for _ in range(2):
         pair.ask(inputs, max_new_tokens=NEW, num_beams=3)
     assert pair.reused > 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_several_prompts_with_images_are_computed_row_by_row(name):
-    pair, inputs = tried(name)
-    several = image_prompt(name, [(20, 12, 1), (9, 2, 2), (20, 12, 1)], images=[0, 1, 0])
-    for kwargs in ({}, {"do_sample": True, "num_return_sequences": 2}):
-        pair.ask(several, max_new_tokens=NEW, **kwargs)
-        assert pair.reused == 0
-    same = image_prompt(name, [(20, 12, 1)] * 2, images=[0, 1])  # equal tokens, and who knows whose image is whose
-    pair.ask(same, max_new_tokens=NEW)
-    assert_counted(pair, 2 * inputs["input_ids"].shape[1], 0)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

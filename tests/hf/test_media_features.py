@@ -17,7 +17,7 @@ from transformers.generation import GenerationMixin
 from versions import skip_if_older
 
 from hf_paged.compat import CACHE_NAME
-from hf_paged.media import EncodedLater, copied
+from hf_paged.encoded_later import EncodedLater, copied
 
 
 @pytest.fixture
