@@ -7,6 +7,7 @@ import prompts
 import pytest
 import torch
 import transformers
+from compare import BLOCK_SIZE
 from more_models import VISION_LANGUAGE, image_prompt, plain_tokens
 from pair import Pair
 from versions import skip_if_older
@@ -28,11 +29,10 @@ def test_images_in_the_prompt(name):
     assert len(pair.paged.stats().fallbacks) == 1, "the prompt is padded, and the reason is counted"
     pair.ask(inputs, max_new_tokens=NEW, num_beams=3)
     pair.ask(inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=2)
-    assert pair.reused == 0
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_equal_tokens_with_other_images_share_nothing(name):
+def test_equal_tokens_with_other_images_share_no_more_than_text(name):
     """The ids of two prompts are the same; only the pixels differ, in one call and from call to call."""
     pair = Pair.of(more_models.build(name))
     answers = [pair.ask(image_prompt(name, [(20, 7, 1)], images=[image]), max_new_tokens=NEW) for image in (0, 1, 0)]
@@ -41,9 +41,8 @@ def test_equal_tokens_with_other_images_share_nothing(name):
     inputs = image_prompt(name, [(20, 7, 1)] * 2, images=[0, 1])
     pair.ask(inputs, max_new_tokens=NEW)
     output = pair.model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
-    first, other = (set(table.chains[0].blocks) for table in output.past_key_values.tables)
+    first, other = (set(table.chains[0].blocks[20 // BLOCK_SIZE :]) for table in output.past_key_values.tables)
     assert not first & other
-    assert pair.reused == 0
 
 
 @pytest.mark.parametrize("name", PACKED)
