@@ -48,6 +48,25 @@ def test_other_media_have_another_digest(other):
     assert len({*one.ids[0][2:6], *two.ids[0][2:6]}) == 8 or "ids" in other
 
 
+def test_other_positions_of_an_image():
+    others = POSITIONS.clone()
+    others[:, 4:6] += 1
+    one, two = (media(positions=each, pixel_values=PIXELS).ids for each in (POSITIONS, others))
+    assert one != two
+    assert one == media(positions=POSITIONS.clone(), pixel_values=PIXELS).ids
+
+
+def test_padding_is_no_image():
+    """Although some models pad with the token that stands for one."""
+    skip_where_inputs_have_no_names()
+    ids = torch.nn.functional.pad(IDS, (4, 0), value=more_models.IMAGE)
+    kwargs = {"input_ids": ids, "pixel_values": PIXELS}
+    new = torch.arange(12).ge(4).unsqueeze(0)
+    found = media_of(CONFIG, ModelCall(None, kwargs, ids, new, True), ["pixel_values"], None)
+    assert found.ids == media(pixel_values=PIXELS).ids
+    assert "padding" in found.key
+
+
 def test_what_follows_is_no_part_of_it():
     longer = torch.cat([IDS, torch.tensor([[9, 9, 9]])], dim=1)
     assert media(longer, pixel_values=PIXELS).ids[0] == [*media(pixel_values=PIXELS).ids[0], 9, 9, 9]

@@ -98,6 +98,8 @@ def test_text_before_images(name):
     pair.ask(image_prompt(name, [(31, 12, 77)], images=[3]), max_new_tokens=NEW)
     assert pair.reused == 31 + text_of(name) - 20 or name == "qwen2_5_vl"
     assert pair.reused >= 31
+    pair.ask(image_prompt(name, [(31, 12, 77)], images=[3]), max_new_tokens=NEW)
+    assert pair.computed <= LAST, "kept with all that follows"
 
 
 @pytest.mark.parametrize("name", PARTED)
