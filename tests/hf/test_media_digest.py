@@ -59,11 +59,11 @@ def test_other_positions_of_an_image():
 def test_padding_is_no_image():
     """Although some models pad with the token that stands for one."""
     skip_where_inputs_have_no_names()
-    ids = torch.nn.functional.pad(IDS, (4, 0), value=more_models.IMAGE)
+    ids = torch.nn.functional.pad(LONG, (4, 0), value=more_models.IMAGE)
+    new = torch.arange(ids.shape[1]).ge(4).unsqueeze(0)
     kwargs = {"input_ids": ids, "pixel_values": PIXELS}
-    new = torch.arange(12).ge(4).unsqueeze(0)
     found = media_of(CONFIG, ModelCall(None, kwargs, ids, new, True), ["pixel_values"], None)
-    assert found.ids == media(pixel_values=PIXELS).ids
+    assert found.ids == media(LONG, pixel_values=PIXELS).ids
     assert "padding" in found.key
 
 
