@@ -118,15 +118,18 @@ class ModelIdentity:
 
         Only a sample of these parameters can tell whether other threads write to them meanwhile.
         """
-        remembered = self._remembered
-        return self._settling(remembered) if remembered is not None and remembered.is_rewritten else _NOTHING
+        before = self._remembered
+        return _NOTHING if before is not None and not before.is_rewritten else self._settling(before)
 
     @contextmanager
-    def _settling(self, remembered: Remembered) -> Iterator[None]:
-        untouched = remembered.in_place()
+    def _settling(self, before: Remembered | None) -> Iterator[None]:
+        untouched = [] if before is None else before.in_place()
         yield
         with self._lock:
-            remembered.settle(untouched)
+            if self._remembered is before and before is not None:
+                before.settle(untouched)
+            elif self._remembered is not None:  # the look was in the midst, before the model was called
+                self._remembered.settle()
 
     def renew(self) -> None:
         """The next digest is a new one, whether or not anything can be seen to have changed."""

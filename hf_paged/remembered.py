@@ -63,9 +63,9 @@ class Remembered:
         """Which of these are as they were found, by number."""
         return [index for index in self._rewritten if self._version(index) == self._places[0][index]]
 
-    def settle(self, indices: list[int]) -> None:
-        """What has happened since to these tensors was not a change."""
-        for index in indices:
+    def settle(self, indices: list[int] | None = None) -> None:
+        """What has happened since to these tensors, or to all such, was not a change."""
+        for index in self._rewritten if indices is None else indices:
             self._places[0][index] = self._version(index)
 
     def _version(self, index: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphed import Both
 from pair import REUSED, ROWS, Pair
 from peft import LoraConfig, get_peft_model
 
@@ -104,3 +105,14 @@ def test_a_pass_that_is_not_of_hf_paged_counts_as_a_change():
     pair.both(lambda model: model(torch.tensor([[5, 6, 7]])))
     pair.ask(ROWS)
     assert pair.reused == 0
+
+
+def test_graphs_of_decode_steps_are_kept(quick):
+    both = Both(family="mixtral")
+    for model in (both.stock, both.model):
+        with_parameters(model)
+    both.ask()
+    both.ask()
+    captures = quick.captures
+    assert both.ask() == 4, "every step but the prompt's"
+    assert quick.captures == captures
