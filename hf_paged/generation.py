@@ -29,7 +29,7 @@ from hf_paged.training import make_way
 if TYPE_CHECKING:
     from hf_paged.runtime import PagedRuntime
 
-RUNTIME_ATTRIBUTE = "_hf_hf_paged"
+RUNTIME_ATTRIBUTE = "_hf_paged_runtime"
 # Room behind a sequence of which nobody says how long it will get; more than this is not kept free for one row.
 MAX_ROOM_TOKENS = 4096
 
