@@ -33,10 +33,12 @@ class PagedName(str):
 
     Attributes:
         runtime: weakly, that of the model whose config has the name.
+        others: those of more models with this very config.
     """
 
-    __slots__ = ("runtime",)
+    __slots__ = ("others", "runtime")
     runtime: weakref.ref[PagedRuntime]
+    others: weakref.WeakSet[PagedRuntime]
     __eq__ = str.__eq__
 
     def __hash__(self) -> int:
@@ -78,7 +80,7 @@ _KNOWN = frozenset(
 def patched_name(original: str, runtime: PagedRuntime) -> PagedName:
     """Name of the attention function that hands over to `original`."""
     name = PagedName(original)
-    name.runtime = weakref.ref(runtime)
+    name.runtime, name.others = weakref.ref(runtime), weakref.WeakSet()
     compat.register_attention(name, partial(paged_attention_forward, original), original)
     return name
 
@@ -93,14 +95,25 @@ def take_names(configs: Iterable[PreTrainedConfig], runtime: PagedRuntime, of_ot
         is_ours = isinstance(name, PagedName) and not (of_others and name.runtime() is not runtime)
         if name is not None and not is_ours:
             compat.set_attention_name(config, patched_name(str(name), runtime))
+        elif name is not None and name.runtime() is not runtime:
+            name.others.add(runtime)
 
 
-def give_names_back(configs: Iterable[PreTrainedConfig]) -> None:
-    """Has the models of `configs` attend with what each names, as stock has them."""
+def give_names_back(configs: Iterable[PreTrainedConfig], runtime: PagedRuntime) -> None:
+    """Has the models of `configs` attend with what each names, as stock has them.
+
+    But where others that are patched have the same config: their passes may be under way.
+    """
     for config in configs:
         name = compat.attention_name(config)
         if isinstance(name, PagedName):
-            compat.set_attention_name(config, str(name))
+            name.others.discard(runtime)
+            if name.runtime() not in (runtime, None):
+                continue
+            if name.others:
+                name.runtime = weakref.ref(name.others.pop())
+            else:
+                compat.set_attention_name(config, str(name))
 
 
 def paged_mask(device: torch.device) -> torch.Tensor:

@@ -144,7 +144,7 @@ class PagedCache(Cache):
         """Let later calls find what the rows hold (all rows, or these); `with_tails` where they will not grow."""
         if self.root is None:
             return
-        if not self.root.holds():
+        if not self.root.keeps():
             self.untrack()
             return
         for row in range(len(self.tables)) if rows is None else rows:

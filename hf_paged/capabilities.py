@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_paged import compat
 from hf_paged.config import PagedConfig
+from hf_paged.draws import draws_kept
 from hf_paged.forward import ModelCall
 from hf_paged.identity import rotary_depends_on_length
 from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views, zeros_matter
@@ -34,7 +34,7 @@ class Capabilities:
             return found, False
         found = self._found.get((*others, None))
         if found is None:
-            with compat.random_state_kept(model):
+            with draws_kept(model):
                 found = probe(model, call, self._exact)
         elif hooks is not None and found.later.may_have_gaps is None:
             # Hooks that have come since are shown the passes of calls, and none that only try something out.
@@ -66,7 +66,7 @@ class Capabilities:
         """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""
         later = known.later
         if later.may_have_gaps is None:
-            with compat.random_state_kept(model):
+            with draws_kept(model):
                 later.may_have_gaps = reads_views(model, call, self._exact)
         return later.may_have_gaps
 
@@ -74,7 +74,7 @@ class Capabilities:
         """Whether padding on the left changes nothing for the tokens behind it, in padded passes."""
         later = known.later
         if later.ignores_padding is None:
-            with compat.random_state_kept(model):
+            with draws_kept(model):
                 # Where attention is cut by columns, a few of them do not show it.
                 later.ignores_padding = known.window_limit is None and ignores_padding(model, call, self._exact)
         return later.ignores_padding
@@ -91,6 +91,6 @@ class Capabilities:
     def _zeros_matter(model: PreTrainedModel, call: Callable[..., Any], later: Later, name: str) -> bool:
         """Whether zeros in the argument `name`, which is for token types, say more than leaving it out."""
         if name not in later.zeros_matter:
-            with compat.random_state_kept(model):
+            with draws_kept(model):
                 later.zeros_matter[name] = zeros_matter(model, call, name)
         return later.zeros_matter[name]

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -350,12 +349,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @functools.cache
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
-
-
-def random_state_kept(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """What is computed inside draws no random numbers from those that follow: dropout does, and big_bird always."""
-    device = compute_device(model)
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def own_forward(model: PreTrainedModel) -> Any:

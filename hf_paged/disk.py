@@ -174,5 +174,6 @@ def _parts(items: Sequence[Any], record_bytes: int) -> Iterator[Sequence[Any]]:
 
 
 def _remove(writer: ThreadPoolExecutor, folder: RecordFolder) -> None:
-    writer.shutdown(cancel_futures=True)
+    if folder.is_own:  # a forked process has no thread that could be told to end
+        writer.shutdown(cancel_futures=True)
     folder.remove()

@@ -41,6 +41,7 @@ KNOWN_ARGUMENTS = frozenset(
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 # What the decoder of an encoder-decoder model is given for its cross-attention; no business of the paged cache.
 _ENCODER_ARGUMENTS = frozenset(("encoder_outputs", "attention_mask"))
+PADDING_SHOWN = "an attention mask that shows padding of before, of which the cache holds nothing"
 
 
 class InputNames(NamedTuple):
@@ -66,6 +67,7 @@ class ModelCall:
         inputs: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, hidden]`.
         new_columns: `[batch, tokens]` bool on the CPU, False at padding; `None` where there is none.
         hides_nothing: whether the attention mask is one number a column, none of which is zero.
+        own_attention: whether no layer attends through the interface of transformers.
         last_only: whether the last column's logits suffice although the call does not say so.
         names: of the inputs.
     """
@@ -77,6 +79,7 @@ class ModelCall:
     last_only: bool
     names: InputNames = DECODER_ONLY
     hides_nothing: bool = False
+    own_attention: bool = False
 
     @property
     def rows(self) -> int:
@@ -172,6 +175,21 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
     if new is not None and not bool(new[:, -keep:].all()):
         return "logits of padding"
     return None
+
+
+def shows_padding(request: ModelCall, cache: PagedCache) -> bool:
+    """Whether the first pass of a call is to attend to columns that were padding and hold nothing.
+
+    Stock has K and V there, of whatever token was taken for padding, that no mask has hidden then.
+    """
+    if cache.columns is None or (cache.generating and not cache.prefilling):
+        return False
+    mask, padding = request.mask, ~cache.columns
+    if mask is None:
+        return bool(padding.any())
+    if mask.dim() != 2 or mask.shape[1] < cache.dense_len:
+        return False
+    return bool((mask[:, : cache.dense_len].bool().cpu() & padding).any())
 
 
 def says_nothing(name: str, value: Any, request: ModelCall) -> bool:
@@ -298,7 +316,9 @@ def run_padded(request: ModelCall, cache: PagedCache, tokens: Sequence[Sequence[
     stored = request.new_columns
     # Stock attends to padding where a row or a window holds nothing else, and in falcon where attentions are asked for.
     is_empty = stored is not None and not bool(request.mask.bool().any(dim=1).all())
-    only_padding = is_empty or (any(cache.windows) and _has_holes(cache, stored))
+    # Attention of a model's own may have windows, too, and prophetnet's steps attend to all of a decoder's prompt.
+    only_padding = is_empty or ((any(cache.windows) or request.own_attention) and _has_holes(cache, stored))
+    only_padding |= request.own_attention and request.names == ENCODER_DECODER
     if request.kwargs.get("output_attentions") or only_padding:
         stored = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from copy import copy, deepcopy
 from functools import partial, wraps
@@ -16,6 +17,7 @@ from hf_paged import compat
 from hf_paged.attention import take_names
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
+from hf_paged.draws import way_back
 from hf_paged.encdec import paged_part
 from hf_paged.encoded_later import EncodedLater, copied, encoded_later
 from hf_paged.errors import ForeignKVError
@@ -73,12 +75,19 @@ class PagedGenerationMixin:
 
     @property
     def paged(self) -> PagedRuntime:
-        """The runtime: settings, statistics, memory."""
+        """The runtime: settings, statistics, memory. `AttributeError` after `unpatch_model`, as on any model."""
+        runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
+        if runtime is None or runtime.is_leaving:
+            raise AttributeError(f"{type(self).__name__} is not patched")
+        return runtime
+
+    @property
+    def _hf_paged(self) -> PagedRuntime:
         return self.__dict__[RUNTIME_ATTRIBUTE]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
-        if runtime is None:  # unpatched in the middle of a decoding loop that holds this method
+        if runtime is None or not isinstance(self, PagedGenerationMixin):  # unpatched; who calls has kept this method
             return type(self).__call__(self, *args, **kwargs)
         cache = paged_part(compat.given_cache(kwargs))
         if cache is not None:
@@ -93,13 +102,18 @@ class PagedGenerationMixin:
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        if RUNTIME_ATTRIBUTE not in self.__dict__:  # unpatched, and asked by who has kept this method
-            return type(self).generate(self, *args, **kwargs)
+        runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
+        with nullcontext() if runtime is None else runtime.calls.one_more():
+            if isinstance(self, PagedGenerationMixin):
+                return self._paged_generate(*args, **kwargs)
+        return type(self).generate(self, *args, **kwargs)  # unpatched, and asked by who has kept this method
+
+    def _paged_generate(self, *args: Any, **kwargs: Any) -> Any:
         salt = kwargs.get("cache_salt")
-        take_names(self.paged.attention_configs, self.paged)  # `set_attn_implementation` may have come since
-        self.paged.verify()
+        take_names(self._hf_paged.attention_configs, self._hf_paged)  # `set_attn_implementation` may have come since
+        self._hf_paged.verify()
         outer = _SALT.set(_SALT.get() if salt is None else salt)
-        outer_begun = _BEGUN.set(self.paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
+        outer_begun = _BEGUN.set(self._hf_paged.begin_look() if self._leaves_weights_alone(kwargs) else None)
         outer_alone = _ALONE.set(None)
         outer_asked = _ASKED.set(asked := [])
         try:
@@ -118,7 +132,7 @@ class PagedGenerationMixin:
         inside = {name: each for name, each in self.named_modules() if name and compat.can_generate(each)}
         is_own = self._hf_paged_original.generate is not GenerationMixin.generate
         if is_own and inside and not any(isinstance(each, PagedGenerationMixin) for each in inside.values()):
-            self.paged.hand_over(f"its own generate asks models inside it; patch model.{', model.'.join(inside)}")
+            self._hf_paged.hand_over(f"its own generate asks models inside it; patch model.{', model.'.join(inside)}")
 
     def _leaves_weights_alone(self, kwargs: dict[str, Any]) -> bool:
         """Whether stock's own code alone runs from here to `_prepare_cache_for_generation`, if it gets there."""
@@ -164,18 +178,20 @@ class PagedGenerationMixin:
         **kwargs: Any,
     ) -> Any:
         model_kwargs.pop("cache_salt", None)
-        if (asked := _ASKED.get()) is not None:
+        asked, salt = _ASKED.get(), _SALT.get()
+        if asked is not None:
             asked.append(self)
-        salt = _SALT.get()
         chosen = (
             model_kwargs.get(CACHE_NAME) is not None
             or generation_config.cache_implementation is not None
             or generation_config.use_cache is False
+            or asked is None  # a call that has begun before the model was patched
+            or self._hf_paged.is_leaving
         )
         arguments = (generation_config, model_kwargs, generation_mode, *args)
         if chosen:
             if isinstance(model_kwargs.get(CACHE_NAME), PagedCache):
-                self.paged.check_root(model_kwargs[CACHE_NAME], salt)
+                self._hf_paged.check_root(model_kwargs[CACHE_NAME], salt)
             return super()._prepare_cache_for_generation(*arguments, **kwargs)
         result, obstacle = None, self._paged_obstacle(model_kwargs)
         if obstacle is not None or self.config.is_encoder_decoder:
@@ -183,10 +199,10 @@ class PagedGenerationMixin:
             if obstacle is None and not compat.is_plain_pair(model_kwargs.get(CACHE_NAME)):
                 obstacle = "model keeps a cache of its own"
         if obstacle is not None:
-            self.paged.hand_over(obstacle)
+            self._hf_paged.hand_over(obstacle)
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-        model_kwargs[CACHE_NAME] = cache = self.paged.new_cache(room_tokens, salt, _BEGUN.get())
+        model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
         paged_part(cache).alone = _ALONE.get()
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             paged_part(cache).activate_past_recording()  # guesses will be taken back
@@ -207,7 +223,7 @@ class PagedGenerationMixin:
             return "prepare_inputs_for_generation was replaced on the instance"
         if compat.takes_ids_by_turns(self):
             return "input embeddings that take token ids by turns"
-        return self.paged.unfit(super().__call__)
+        return self._hf_paged.unfit(super().__call__)
 
     def _prefill(
         self,
@@ -238,7 +254,7 @@ class PagedGenerationMixin:
         """
         if cache.held_by_user or cache.dense_len > 0:
             return False
-        self.paged.hand_over("K and V that blocks for text cannot hold")
+        self._hf_paged.hand_over("K and V that blocks for text cannot hold")
         renew = compat.stock_pair if self.config.is_encoder_decoder else compat.stock_cache
         model_kwargs[CACHE_NAME] = renew(self.config)
         return True
@@ -301,12 +317,14 @@ class PagedGenerationMixin:
         decode = super()._assisted_decoding
 
         def retrying(input_ids: torch.LongTensor, **kwargs: Any) -> Any:
-            """As `_prefill`, of which this loop makes no use."""
+            """As `_prefill`, of which this loop makes no use; the first guesses are drawn anew."""
+            go_back = way_back(self)
             try:
                 return decode(input_ids, **kwargs)
             except ForeignKVError:
                 if not self._takes_stock_cache(paged_part(kwargs[CACHE_NAME]), kwargs):
                     raise
+                go_back()
                 return decode(input_ids, **kwargs)
 
         return self._paged_decoding(retrying, input_ids, kwargs, assisted=True)
@@ -320,12 +338,12 @@ class PagedGenerationMixin:
         if cache is None:
             if (asked := _ASKED.get()) == []:
                 asked.append(self)
-                self.paged.hand_over("its own generate makes no cache for it")
+                self._hf_paged.hand_over("its own generate makes no cache for it")
             return decode(input_ids, **kwargs)
         if not assisted:
             for name in _TOKENIZERS & kwargs.keys() - compat.forward_arguments(self):
                 del kwargs[name]
-        runtime = self.paged  # the loop may unpatch the model
+        runtime = self._hf_paged  # the loop may have the model patched anew
         cache.generating, cache.prefilling, cache.assisted = True, True, assisted
         cache.fell_back = cache.reads_blocks = False
         cache.capability = cache.circumstances = cache.standing = None
@@ -361,7 +379,7 @@ class PagedGenerationMixin:
         for name, value in self.__dict__.items():
             if name != RUNTIME_ATTRIBUTE:
                 twin.__dict__[name] = deepcopy(value, memo)
-        return patch_model(twin, self.paged.config)
+        return patch_model(twin, self.paged.config) if hasattr(self, "paged") else twin
 
 
 def _count_generated(result: Any, prompt_tokens: int, config: GenerationConfig) -> int:

@@ -6,9 +6,9 @@ import copy
 import hashlib
 import json
 import os
-import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_paged import compat
+from hf_paged.core.forks import new_lock
 from hf_paged.hooks import hooked, meddle
 from hf_paged.remembered import Remembered, is_adapter, plain_attributes
 from hf_paged.sample import Sample
@@ -26,6 +27,8 @@ from hf_paged.weights import PLAIN_KINDS, Tree, any_unreadable, held_tensors, pa
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 # Fields of a config that say where it came from, and that saving fills in.
 ORIGIN_FIELDS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +66,16 @@ class ModelIdentity:
 
     Not seen: single elements edited through `.data` or numpy that are not in the sample (one element of every row is);
     attributes of modules and tensors that are not plain values, such as a tensor that is no buffer, a list, or the
-    `quant_state` of bitsandbytes; a function that somebody else's `forward` calls. After such a change call
-    `model.paged.clear()`. A change that is undone between two looks is none.
+    `quant_state` of bitsandbytes; what a `forward` calls, but for functions under names of its own file
+    (`CalledFunctions`). After such a change call `model.paged.clear()`. A change that is undone between two looks is
+    none.
 
     May be asked from several threads. Holds the model weakly, and nothing of it alive.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model = weakref.ref(model)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._remembered: Remembered | None = None
         self._sample: Sample | None = None
         self._terms: tuple[Any, ...] | None = None
@@ -108,6 +112,24 @@ class ModelIdentity:
         with self._lock:
             seen = self._see()
             return (self._digest_of(seen, sampled=False), None) if seen.obstacle is None else (None, seen.obstacle)
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around a pass of the model: that PEFT puts parameters aside for it, and back, is no change of them.
+
+        Only a sample of these parameters can tell whether other threads write to them meanwhile.
+        """
+        before = self._remembered
+        return _NOTHING if before is not None and not before.is_rewritten else self._settling(before)
+
+    @contextmanager
+    def _settling(self, before: Remembered | None) -> Iterator[None]:
+        untouched = [] if before is None else before.in_place()
+        yield
+        with self._lock:
+            if self._remembered is before and before is not None:
+                before.settle(untouched)
+            elif self._remembered is not None:  # the look was in the midst, before the model was called
+                self._remembered.settle()
 
     def renew(self) -> None:
         """The next digest is a new one, whether or not anything can be seen to have changed."""

@@ -13,13 +13,13 @@ it was read waits (`before_reuse`).
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from hf_paged.core.forks import new_lock
 from hf_paged.core.tier import Pending
 from hf_paged.layout import BlockIds, RecordLayout
 from hf_paged.streams import Mark, SideStream
@@ -48,7 +48,7 @@ class BlockMover:
         self._stages: list[_Stage] = []
         self._reading: list[_Reading] = []
         self._turn = 0
-        self._lock = threading.Lock()  # of one part at a time: others may have theirs copied between
+        self._lock = new_lock()  # of one part at a time: others may have theirs copied between
         if side is not None:
             for layout in layouts:
                 layout.open_kernels()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from transformers import Pipeline, PreTrainedModel
@@ -14,10 +14,13 @@ from transformers import Pipeline, PreTrainedModel
 from hf_paged import compat
 from hf_paged.attention import give_names_back, take_names
 from hf_paged.config import PagedConfig
+from hf_paged.core.forks import new_rlock
 from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
 from hf_paged.runtime import PagedRuntime
 
 T = TypeVar("T")
+# Held while a model is patched, or while that is undone.
+_patching = new_rlock()
 
 
 def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -> T:
@@ -37,33 +40,63 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
     """
     target = find_generating_model(model)
     settings = PagedConfig.build(config, overrides)
-    if is_patched(target):
-        if target.paged.config != settings:
-            runtime = PagedRuntime(target, settings)
-            target.paged.release()
-            target.__dict__[RUNTIME_ATTRIBUTE] = runtime
-            take_names(runtime.attention_configs, runtime, of_others=True)
-        return model
-    original, runtime = type(target), PagedRuntime(target, settings)
+    with _patching:
+        if not _reconfigure(target, settings):
+            _swap_class(target, PagedRuntime(target, settings))
+    return model
+
+
+def _reconfigure(target: PreTrainedModel, settings: PagedConfig) -> bool:
+    """Whether `target` has the class of patched models, and so has `settings` now."""
+    before = vars(target).get(RUNTIME_ATTRIBUTE)
+    if before is None:
+        return False
+    with before.calls.lock:
+        if RUNTIME_ATTRIBUTE not in vars(target):  # the last call has ended that it was left for
+            return False
+        if before.config == settings and not before.is_leaving:
+            return True
+        runtime = PagedRuntime(target, settings, before.calls)
+        before.calls.when_idle(None)
+        target.__dict__[RUNTIME_ATTRIBUTE] = runtime
+    before.release()
+    take_names(runtime.attention_configs, runtime, of_others=True)
+    return True
+
+
+def _swap_class(target: PreTrainedModel, runtime: PagedRuntime) -> None:
+    original = type(target)
+    target.__dict__[RUNTIME_ATTRIBUTE] = runtime  # no other thread finds the class without it
     target.__class__ = type(
         original.__name__,
         (PagedGenerationMixin, original),
         {"__module__": original.__module__, "__qualname__": original.__qualname__, "_hf_paged_original": original},
     )
-    target.__dict__[RUNTIME_ATTRIBUTE] = runtime
     take_names(runtime.attention_configs, runtime)
-    return model
 
 
 def unpatch_model(model: T) -> T:
-    """Undo `patch_model` and free every block; a no-op on a model that is not patched. Returns the same object."""
+    """Undo `patch_model` and free every block; a no-op on a model that is not patched. Returns the same object.
+
+    Calls of `generate` that run meanwhile, in whatever thread, go on to their ends: until then the model keeps the
+    class of patched models and the names of its attention, and other calls are stock's.
+    """
     target = find_generating_model(model)
-    if is_patched(target):
-        target.paged.release()
-        give_names_back([*compat.attention_configs(target), *target.paged.attention_configs])
-        del target.__dict__[RUNTIME_ATTRIBUTE]
-        target.__class__ = target._hf_paged_original
+    with _patching:
+        if is_patched(target):
+            runtime = target.paged
+            runtime.is_leaving = True
+            runtime.release()
+            runtime.calls.when_idle(partial(_undo, target))
     return model
+
+
+def _undo(target: PreTrainedModel) -> None:
+    runtime = target.__dict__[RUNTIME_ATTRIBUTE]
+    runtime.release()
+    give_names_back([*compat.attention_configs(target), *runtime.attention_configs], runtime)
+    target.__class__ = target._hf_paged_original
+    del target.__dict__[RUNTIME_ATTRIBUTE]
 
 
 @dataclass(eq=False)
@@ -75,7 +108,6 @@ class _Scope:
 
 # Of each model: what it was before the blocks that are open, and these, in the order in which they were entered.
 _scopes: weakref.WeakKeyDictionary[PreTrainedModel, list[_Scope]] = weakref.WeakKeyDictionary()
-_scopes_lock = threading.RLock()
 
 
 @contextmanager
@@ -85,7 +117,7 @@ def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iter
     Blocks of several threads may overlap: the settings are those of the last one that was entered and is not left yet.
     """
     target = find_generating_model(model)
-    with _scopes_lock:
+    with _patching:
         before = _Scope(target.paged.config if is_patched(target) else None)
         patch_model(model, config, **overrides)
         scope = _Scope(target.paged.config)
@@ -94,7 +126,7 @@ def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iter
     try:
         yield model
     finally:
-        with _scopes_lock:
+        with _patching:
             was_last = scopes[-1] is scope
             scopes.remove(scope)
             if len(scopes) == 1:
@@ -106,8 +138,8 @@ def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iter
 
 
 def is_patched(model: object) -> bool:
-    """Whether this very object is patched."""
-    return isinstance(model, PagedGenerationMixin)
+    """Whether this very object is patched, and not waiting for the end of calls to be so no more."""
+    return isinstance(model, PagedGenerationMixin) and hasattr(model, "paged")
 
 
 def find_generating_model(model: Any) -> PreTrainedModel:

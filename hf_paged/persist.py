@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import secrets
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 
 from hf_paged.core.blocks import NULL_BLOCK, OutOfBlocks
 from hf_paged.core.chain import Run
+from hf_paged.core.forks import new_lock
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Pin, StepPlan, strided_writes
 from hf_paged.core.prefix import Entry, chain_key, pack_tokens, unpack_tokens
@@ -43,7 +43,7 @@ _CHUNK_BYTES = 2**22
 
 
 # Threads may save to one folder: each lists what is there, and removes what it does not list itself.
-_saving = threading.Lock()
+_saving = new_lock()
 
 
 def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -20,16 +21,25 @@ class PrefixRoot:
         key: parent of a sequence's first block.
         digest: of the model's state.
         salt: of the call.
+        counters: told where the model is in that state no more.
     """
 
     key: bytes
     digest: bytes
     salt: str | None
     identity: ModelIdentity
+    counters: Counters
 
     def holds(self) -> bool:
         """Whether the model is still in that state, as far as a look without sampling can tell."""
         return self.identity.holds(self.digest)
+
+    def keeps(self) -> bool:
+        """`holds`, for a call that has begun in that state: counted where not."""
+        holds = self.holds()
+        if not holds:
+            self.counters.fall_back("prefixes not kept: the model is not what it was when the call began")
+        return holds
 
 
 class Prefixes:
@@ -70,7 +80,11 @@ class Prefixes:
             self._epoch = self._identity.epoch
             pool.forget_prefixes()
         kv_format = None if pool.kv_format is None else pool.kv_format.name
-        return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity)
+        return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity, self._counters)
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around every pass of the model; see `ModelIdentity.passing`."""
+        return self._identity.passing()
 
     def forget(self) -> None:
         """No root that was given out before holds any more."""

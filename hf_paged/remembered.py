@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_paged.called import CalledFunctions
 from hf_paged.standstill import Standstill, distinct_configs
 from hf_paged.weights import PLAIN_KINDS, Tree, tensor_layouts, tensor_places
 
@@ -38,6 +39,9 @@ class Remembered:
         self._places, self._layouts = tensor_places(tree.tensors), tensor_layouts(tree.tensors)
         self._values = copy.deepcopy(self._current_values(tree))
         self._structure = _structure(tree)
+        self._called = CalledFunctions(dict.fromkeys(map(type, tree.modules)))
+        rewritten = set(map(id, rewritten_tensors(self.adapters())))
+        self._rewritten = [index for index, tensor in enumerate(tree.tensors) if id(tensor) in rewritten]
         self._restless = 0
         self._standstill = _standstill(tree, obstacle)
 
@@ -50,12 +54,30 @@ class Remembered:
         tensors = [each() for each in self._tensors]
         return None if self._died else tensors
 
+    @property
+    def is_rewritten(self) -> bool:
+        """Whether a pass writes to tensors without changing them."""
+        return bool(self._rewritten)
+
+    def in_place(self) -> list[int]:
+        """Which of these are as they were found, by number."""
+        return [index for index in self._rewritten if self._version(index) == self._places[0][index]]
+
+    def settle(self, indices: list[int] | None = None) -> None:
+        """What has happened since to these tensors, or to all such, was not a change."""
+        for index in self._rewritten if indices is None else indices:
+            self._places[0][index] = self._version(index)
+
+    def _version(self, index: int) -> int | None:
+        tensor = self._tensors[index]()
+        return None if tensor is None else tensor._version
+
     def still(self, model: nn.Module, with_layouts: bool) -> list[torch.Tensor] | None:
         """The tensors, where all is as it was and there is no obstacle, seen without a walk.
 
         `None` says nothing: only a walk can tell. Without layouts, other shapes in the same memory go unseen.
         """
-        if self._standstill is None or not self._standstill.holds(model):
+        if self._standstill is None or not self._standstill.holds(model) or not self._called.same():
             return None
         self._restless = 0
         tensors = self.tensors()
@@ -68,6 +90,7 @@ class Remembered:
         is_same = (
             self._structure == _structure(tree)
             and not self._died
+            and self._called.same()
             and self._places == tensor_places(tree.tensors)
             and self._layouts == tensor_layouts(tree.tensors)
             and self._values == self._current_values(tree)
@@ -107,6 +130,15 @@ def is_adapter(module: nn.Module) -> bool:
     """Whether the module is one of PEFT's, by its shape; a transformers model has *methods* of these names."""
     kind = type(module)
     return all(isinstance(getattr(kind, name, None), property) for name in ("active_adapters", "disable_adapters"))
+
+
+def rewritten_tensors(adapters: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    """Parameters that PEFT's adapters for parameters put aside and back in every pass, which counts as writing."""
+    for module in adapters:
+        if isinstance(name := vars(module).get("parameter_name"), str) and hasattr(module, "get_param"):
+            tensor = getattr(module.get_base_layer(), name, None)
+            if isinstance(tensor, torch.Tensor) and not tensor.is_inference():
+                yield tensor
 
 
 def _objects(tree: Tree) -> list[Any]:

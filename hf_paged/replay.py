@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.capturable import inputs_of, model_obstacle
 from hf_paged.captured import CapturedStep
 from hf_paged.core.foresight import Foreseen, foresee
+from hf_paged.core.forks import new_rlock
 from hf_paged.core.plan import StepPlan
 from hf_paged.core.table import BlockTable
 from hf_paged.forward import ModelCall
@@ -83,13 +84,17 @@ class DecodeGraphs:
         self._counters = counters
         self._identity = ModelIdentity(model)
         self._epoch: bytes | None = None
-        self._lock = threading.RLock()
+        self._lock = new_rlock()
         self._drivers: dict[torch.device, GraphDriver | None] = {}
         self._asked: dict[bytes, Sequence[Sequence[Any]]] = {}
         self._steps: OrderedDict[tuple[Any, ...], CapturedStep | str] = OrderedDict()  # or why there is none
 
     def __len__(self) -> int:
         return sum(isinstance(each, CapturedStep) for each in self._steps.values())
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around every pass of the model; see `ModelIdentity.passing`."""
+        return self._identity.passing()
 
     def clear(self) -> None:
         """Give every graph up, and their memory."""

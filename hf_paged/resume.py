@@ -20,6 +20,7 @@ from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
 from hf_paged.compat import CACHE_NAME
 from hf_paged.core.table import BlockTable
+from hf_paged.draws import draws_kept
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import TOKEN_TYPES, ModelCall, run_padded
 from hf_paged.kept_states import KeptState, State, joined, state_of_row
@@ -283,7 +284,7 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: l
     try:
         twin.ensure_rows(len(prompt.rows))
         states: list[State] = []
-        with compat.random_state_kept(model):
+        with draws_kept(model):
             for start, stop in pairwise([0, *sorted(stops)]):
                 last = run_padded(_part(prompt, twin, range(start, stop)), twin)
                 if stop == cuts[-1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,16 +19,19 @@ from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
 from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
+from hf_paged.core.forks import new_rlock, tell_forks
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.footprint import footprint_of
 from hf_paged.forward import (
     DECODER_ONLY,
     ENCODER_DECODER,
+    PADDING_SHOWN,
     ModelCall,
     fast_path_obstacle,
     padding_columns,
     run_decode,
+    shows_padding,
 )
 from hf_paged.identity import Sampling
 from hf_paged.packed import run_packed, would_cut
@@ -39,6 +41,7 @@ from hf_paged.prefixes import Prefixes, PrefixRoot
 from hf_paged.probe import Capability
 from hf_paged.replay import DecodeGraphs
 from hf_paged.resume import StockShaped
+from hf_paged.running import RunningCalls
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.stepwise import Stepwise, check_not_lost, note_padded
@@ -52,9 +55,11 @@ class PagedRuntime:
     Attributes:
         config: the `PagedConfig` in force.
         attention_configs: of the model and its parts; each names an implementation of attention.
+        calls: that run on the model, begun before this was made or after that.
+        is_leaving: whether the model is unpatched at the end of these.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PagedConfig):
+    def __init__(self, model: PreTrainedModel, config: PagedConfig, calls: RunningCalls | None = None):
         # What accelerate has offloaded from memory seems to be on "meta".
         for key in ("cpu", "disk"):
             if config.budget_bytes(key) and model.device.type not in (*TIERED_DEVICES, "meta"):
@@ -65,8 +70,11 @@ class PagedRuntime:
             footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
         self.attention_configs = list(compat.attention_configs(model))
+        self.calls = calls or RunningCalls()
+        self.is_leaving = False
         self._model = weakref.ref(model)
-        self._lock = threading.RLock()
+        self._lock = new_rlock()
+        tell_forks(self, self._lock)
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
         self._layout = compat.LayoutMemo()
@@ -250,6 +258,11 @@ class PagedRuntime:
                 self._graphs.clear()
                 self._drop_pool()
 
+    def after_fork(self, was_locked: bool) -> None:
+        """In a forked process nobody gives back what the calls of other threads hold: it is left with their pool."""
+        if (self.calls.forget_other_threads() or was_locked) and self._pool is not None:
+            self._drop_pool()
+
     def _drop_pool(self) -> None:
         self._pool.close_tiers()
         self._copied_before -= self._pool.manager.copied_blocks  # the next pool begins at zero, the counters go on
@@ -314,10 +327,15 @@ class PagedRuntime:
         mask = kwargs.get(names.mask)
         hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
         new_columns = None if hides_nothing else padding_columns(mask, inputs)
-        request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing)
+        is_own = not self.attention_configs
+        request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing, own_attention=is_own)
+        if shows_padding(request, cache):
+            self.counters.fall_back(PADDING_SHOWN)
+            self._warn("does not answer as stock", PADDING_SHOWN)
         lengths = [table.num_tokens for table in cache.tables]
         try:
-            outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
+            with self._prefixes.passing(), self._graphs.passing():
+                outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
             if both is not cache and cache.dense_len == 0:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
+
+from hf_paged.core.forks import new_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Counters:
     """The counters of one model, safe to add to from several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._counts: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_paged import compat
 from hf_paged.backends import AttentionBackend
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
+from hf_paged.draws import draws_kept
 from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.foreign import foreign_attention
@@ -42,7 +42,7 @@ def try_decode(
         if _differ(before, _own_states(model)):
             return outputs, "modules that keep a state of their own"
         request = replace(request, kwargs={**request.kwargs, CACHE_NAME: twin})
-        with compat.random_state_kept(model):
+        with draws_kept(model):
             return outputs, _obstacle(model, request, paged_part(twin), backend, outputs.logits)
     finally:
         cache.sequences.twin = None

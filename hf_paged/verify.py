@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from typing import Any
 
 from hf_paged.check import NotAskableError, check, mismatches
 from hf_paged.config import PagedConfig
+from hf_paged.core.forks import new_rlock
 from hf_paged.quality import NotMeasurableError, check_quality
 
 
@@ -20,7 +20,7 @@ class Verification:
 
     def __init__(self, config: PagedConfig):
         self._config = config
-        self._lock, self._is_done = threading.RLock(), False
+        self._lock, self._is_done = new_rlock(), False
         self._is_wanted = config.kv_format is not None if config.verify is None else config.verify
 
     def run(self, model: Any) -> None:

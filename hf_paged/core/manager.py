@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from operator import itemgetter
 from hf_paged.core.blocks import NULL_BLOCK, BlockPool, OutOfBlocks
 from hf_paged.core.budget import Budget
 from hf_paged.core.chain import BlockChain
+from hf_paged.core.forks import new_rlock, tell_forks
 from hf_paged.core.integrity import check_integrity
 from hf_paged.core.plan import Copy, Growth, Pin
 from hf_paged.core.prefix import Entry, PrefixIndex, are_plain, chain_key, seen_from
@@ -63,11 +63,16 @@ class BlockManager:
             BlockPool(count, partial(self.index.forget, group), None, self.budget, cost)
             for group, (count, cost) in enumerate(zip(ids, costs, strict=True))
         ]
-        self.lock = threading.RLock()
+        self.lock = new_rlock()
+        tell_forks(self, self.lock)
         self.copied_blocks = 0
         self.is_torn = False
         self._tables: dict[int, BlockTable] = {}
         self._pinned: Counter[Pin] = Counter()
+
+    def after_fork(self, was_locked: bool) -> None:
+        """In a forked process nobody ends what another thread has begun."""
+        self.is_torn |= was_locked
 
     @property
     def in_use(self) -> int:

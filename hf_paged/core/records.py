@@ -84,11 +84,16 @@ class RecordFolder:
                 shutil.rmtree(leftover, ignore_errors=True)
             raise
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process has made it, and not the one that it was forked from."""
+        return os.getpid() == self._owner
+
     def remove(self) -> None:
         """Close and delete everything; a process that was forked from the owner leaves it where it is."""
         for file in self.files:
             file.close()
-        if os.getpid() == self._owner:
+        if self.is_own:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 

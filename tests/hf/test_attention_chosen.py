@@ -1,16 +1,19 @@
 """The implementation of attention that a user chooses after the patch, and one of the user's own."""
 
+import copy
+
 import prompts
 import pytest
 import torch
-from pair import BLOCK_SIZE, Pair, piece
+from pair import BLOCK_SIZE, NEW, Pair, eager, piece
+from prompts import batch
 from tolerances import assert_close
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from versions import skip_if_older
 
-from hf_paged import patch_model, unpatch_model
+from hf_paged import PagedCache, patch_model, unpatch_model
 
 FAR = 40  # tokens; what is tried with a few does not show what the functions below do behind so many
 NO_DIFFERENCE = "it makes no difference: this test could not fail"
@@ -89,6 +92,36 @@ def test_models_that_share_a_config_are_unpatched_one_by_one():
     unpatch_model(pairs[0].model)
     pairs[1].ask(ROWS, num_beams=2)
     assert pairs[1].paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_model_that_shares_the_config_of_a_patched_one_is_stocks(is_later):
+    pair = Pair()
+    unpatch_model(pair.model)
+
+    def sharing():
+        other = type(pair.model)(pair.model.config).eval()
+        other.load_state_dict(pair.model.state_dict())
+        other.generation_config = copy.deepcopy(pair.model.generation_config)
+        return other
+
+    other = None if is_later else sharing()
+    patch_model(pair.model, block_size=BLOCK_SIZE)
+    other = other or sharing()
+    assert other.config is pair.model.config
+    for _ in range(2):
+        for arguments in ({}, {"num_beams": 2}):
+            expected = pair.ask(ROWS, **arguments)
+            answer = other.generate(**batch(ROWS), do_sample=False, max_new_tokens=NEW, **arguments)
+            assert torch.equal(answer, expected)
+        output = other.generate(**batch(ROWS), max_new_tokens=2, return_dict_in_generate=True)
+        assert not isinstance(output.past_key_values, PagedCache)
+        other.set_attn_implementation("eager")  # for both, whether they know it or not
+        eager(pair.stock)
+    unpatch_model(pair.model)
+    assert type(other.config._attn_implementation) is str
+    for model in (pair.stock, pair.model, other):
+        assert torch.equal(model.generate(**batch(ROWS), do_sample=False, max_new_tokens=NEW, num_beams=2), expected)
 
 
 # Of somebody else

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import PAD, VOCAB, randomize
 from pair import Pair
+from tolerances import assert_close
 from transformers import DynamicCache, EncoderDecoderCache, TrOCRConfig, TrOCRForCausalLM, WhisperForCausalLM
 from versions import skip_if_older
 
@@ -45,7 +46,7 @@ def test_same_as_stock(name):
     more_models.assert_varied(sampled, NEW)
     assert "prefixes not reused: encoder-decoder model" in pair.paged.stats().fallbacks
     if name in ("bart", "whisper", "t5"):
-        assert [obstacle is None for obstacle in pair.paged._trials.values()] == [name != "t5"]
+        assert [obstacle is None for obstacle in pair.paged._stepwise._trials.values()] == [name != "t5"]
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper", "t5"])
@@ -62,6 +63,23 @@ def test_decoder_prompts(name):
     mask[1, :2] = 0
     padded = {**inputs, "decoder_input_ids": prompt * mask, "decoder_attention_mask": mask}
     pair.ask(padded, max_new_tokens=NEW)
+    pair.ask(padded, max_new_tokens=NEW, num_beams=2, do_sample=True)
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_a_decoder_prompt_whose_padding_is_attended_to(length):
+    """prophetnet leaves the decoder's mask out of its steps."""
+    pair = Pair.of(more_models.build("prophetnet"))
+    prompt = torch.tensor([[1, *prompts.tokens(length - 1, seed)] for seed in range(4)])
+    mask = torch.ones_like(prompt)
+    mask[1, : length - 2] = mask[2, :2] = 0
+    padded = {**prompts.ragged(), "decoder_input_ids": prompt * mask, "decoder_attention_mask": mask}
+    sampled = {"do_sample": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": NEW}
+    logits = []
+    for model in (pair.stock, pair.model):
+        torch.manual_seed(7)
+        logits.append(torch.stack(model.generate(**padded, **sampled).logits))
+    assert_close(logits[1], logits[0], "logits")
     pair.ask(padded, max_new_tokens=NEW, num_beams=2, do_sample=True)
 
 

@@ -108,4 +108,4 @@ def test_memory_refused_while_a_model_is_tried_says_nothing_about_it(what, error
         each.ask([row], max_new_tokens=12)
     assert next(calls) > number
     assert [*pair.paged._capabilities._found.values()] == [*usual.paged._capabilities._found.values()]
-    assert [*pair.paged._trials.values()] == [*usual.paged._trials.values()]
+    assert [*pair.paged._stepwise._trials.values()] == [*usual.paged._stepwise._trials.values()]

@@ -1,5 +1,7 @@
 """Models that put more than text into a decoder, and models whose own `generate` asks a model inside them."""
 
+import copy
+
 import prompts
 import pytest
 import torch
@@ -78,6 +80,24 @@ def test_guesses_behind_an_image_that_comes_before_the_text():
     assert not torch.equal(*answers)
     pair.ask(text, max_new_tokens=10, prompt_lookup_num_tokens=3)
     assert "stock generate: K and V that blocks for text cannot hold" not in pair.paged.stats().fallbacks
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_samples_of_a_draft_model_behind_an_image(is_patched):
+    """What the first guesses have drawn before blocks turn out to be of no use is drawn again."""
+    config = transformers.GitConfig(vision_config=VISION, **TEXT)
+    pair, helper = Pair.of(built("GitForCausalLM", config)), built("GitForCausalLM", config)
+    with torch.no_grad():
+        for weight in helper.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+
+    def assistant(model):
+        twin = copy.deepcopy(helper)
+        return patch_model(twin, block_size=8) if is_patched and model is pair.model else twin
+
+    text = {"input_ids": torch.tensor([[1, *prompts.tokens(8)]]), "pixel_values": images(0)[:1]}
+    pair.ask(text, max_new_tokens=14, assistant_model=assistant, do_sample=True)
+    assert "stock generate: K and V that blocks for text cannot hold" in pair.paged.stats().fallbacks
 
 
 def test_an_encoder_with_other_heads_than_the_decoder():

@@ -248,3 +248,46 @@ def test_a_model_that_draws_random_numbers_in_eval_mode():
         model.generate(**single(), do_sample=False, max_new_tokens=NEW)
         drawn.append(torch.rand(4))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("window", [8, 24])
+def test_padding_on_the_right_that_fills_a_window_of_the_models_own(window):
+    """A token of gpt_neo's that sees nothing but padding attends to that, and its config tells us of no window."""
+    pair = Pair.of(zoo.build("gpt_neo", window_size=window))
+    inputs = batch([tokens(41), tokens(33, 1), tokens(12, 2)], side="right")
+    pair.ask(inputs)
+    pair.ask(inputs, num_beams=2)
+    pair.ask(inputs, do_sample=True, num_return_sequences=2)
+
+
+def test_padding_that_a_later_mask_shows_is_told_of():
+    """Stock has K and V of padding, which are of no use to anybody; blocks have none."""
+    pair, said = Pair("llama"), "an attention mask that shows padding of before, of which the cache holds nothing"
+    for mask in (None, torch.ones_like):
+        output = pair.model.generate(**ragged(), do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
+        given = {} if mask is None else {"attention_mask": mask(output.sequences)}
+        pair.paged._warned.clear()
+        with pytest.warns(UserWarning, match=said), torch.no_grad():
+            pair.model(output.sequences[:, -1:], **{CACHE_NAME: output[CACHE_NAME]}, **given)
+    output = pair.model.generate(**ragged(), do_sample=False, max_new_tokens=2, return_dict_in_generate=True)
+    more = {CACHE_NAME: output[CACHE_NAME], "attention_mask": torch.ones_like(output.sequences)}
+    pair.paged._warned.clear()
+    with pytest.warns(UserWarning, match="does not answer as stock"):
+        pair.model.generate(output.sequences, **more)
+    assert pair.paged.stats().fallbacks[said] == 3
+
+
+def test_a_mask_of_the_same_padding_says_nothing():
+    pair = Pair("llama")
+    for _ in range(2):
+        outputs = pair.hold([tokens(20), tokens(20, 1)])
+        pair.go_on(outputs)
+    padded = ragged()
+    answers = []
+    for model in (pair.stock, pair.model):
+        output = model.generate(**padded, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+        grown = torch.cat([padded["attention_mask"], torch.ones(len(output.sequences), 4, dtype=torch.long)], dim=1)
+        more = {CACHE_NAME: output[CACHE_NAME], "attention_mask": grown}
+        answers.append(model.generate(output.sequences, do_sample=False, max_new_tokens=4, **more))
+    assert torch.equal(*answers)
+    assert pair.paged.stats().fallbacks == {}
