@@ -52,7 +52,7 @@ class KeptStates:
     """
 
     def __init__(self, manager: BlockManager):
-        self._lock, self._budget = manager.lock, manager.budget
+        self._manager, self._lock, self._budget = manager, manager.lock, manager.budget
         self._kept: OrderedDict[bytes, KeptState] = OrderedDict()  # the least recently used first
         self.block_bytes = 0
         self._budget.admit(self)
@@ -75,7 +75,7 @@ class KeptStates:
             raise
         num_bytes = sum(tensor.nbytes for tensor in tensors_of(state))
         with self._lock:
-            if self.block_bytes not in (0, num_bytes) or not self._budget.has_room(num_bytes):
+            if self.block_bytes not in (0, num_bytes) or not self._manager.has_room(num_bytes):
                 return
             self.block_bytes = num_bytes
             self._kept[key] = KeptState(key, root, len(tokens), state, self._budget.stamp())

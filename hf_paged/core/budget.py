@@ -79,15 +79,22 @@ class Budget:
         self._guests.append(guest)
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether a guest may cache so many bytes more, for which what was not used for longer has made room."""
+        """Whether a guest may cache so many bytes more, for which what was not used for longer has made room.
+
+        Memory of blocks that have made room goes back. Where too little of it does, because they share pages with
+        others, guests make room among themselves, and then as much again of what is cached: all of it might go before a
+        page is free. Where none ever goes back, guests come on top of it.
+        """
         self.look_up(num_bytes)
         if num_bytes > self.free_bytes:
             return False
         self.make_room(num_bytes)
-        while (excess := self.touched_bytes + num_bytes - self.limit_bytes) > 0:
-            if not (self.give_back() or self.evict_bytes(excess)):
-                return False
-        return True
+        has_tried = self.on_give_back is None
+        while (excess := self.touched_bytes + num_bytes - self.limit_bytes) > 0 and not has_tried:
+            if not (self.give_back() or self._evict_guests(excess)):
+                self.evict_bytes(num_bytes)
+                has_tried = not self.give_back()
+        return excess <= 0 or self.on_give_back is None
 
     def stamp(self) -> int:
         """A number that rises from call to call: when a block was last used."""
@@ -189,17 +196,32 @@ class Budget:
 
     def evict_bytes(self, num_bytes: int) -> bool:
         """Give up what was cached and not used for the longest, `num_bytes` of it; returns whether there was any."""
+        victims = self._victims(num_bytes, self._oldest_first(self._guests))
+        self.give_up([(owner, part) for owner, part in victims if owner in self._pools])
+        self._send_away(victims)
+        return bool(victims)
+
+    def _evict_guests(self, num_bytes: int) -> bool:
+        """As `evict_bytes`, of what guests have cached alone."""
+        victims = self._victims(num_bytes, _merged(self._guests))
+        self._send_away(victims)
+        return bool(victims)
+
+    def _send_away(self, victims: list[tuple[Any, Any]]) -> None:
+        for owner, part in victims:
+            if owner in self._guests:
+                owner.give_up(part)
+
+    @staticmethod
+    def _victims(num_bytes: int, oldest_first: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        """The first of these, `num_bytes` of them."""
         victims = []
-        for owner, part in self._oldest_first(self._guests):
+        for owner, part in oldest_first:
             if num_bytes <= 0:
                 break
             victims.append((owner, part))
             num_bytes -= owner.block_bytes
-        self.give_up([(owner, part) for owner, part in victims if owner in self._pools])
-        for owner, part in victims:
-            if owner in self._guests:
-                owner.give_up(part)
-        return bool(victims)
+        return victims
 
     def evict(self, num_blocks: int) -> int:
         """Give up the least recently used cached blocks of all pools; returns how many there were."""
@@ -216,8 +238,13 @@ class Budget:
 
     def _oldest_first(self, guests: Sequence[Guest] = ()) -> Iterator[tuple[Any, Any]]:
         """What is cached in the pools, and by these guests, with whose it is."""
-        for _, owner, part in merge(*map(_stamped, (*self._pools, *guests)), key=lambda each: each[0]):
-            yield owner, part
+        return _merged((*self._pools, *guests))
+
+
+def _merged(owners: Sequence[BlockPool | Guest]) -> Iterator[tuple[Any, Any]]:
+    """What these have cached, oldest first, with whose it is."""
+    for _, owner, part in merge(*map(_stamped, owners), key=lambda each: each[0]):
+        yield owner, part
 
 
 def _spare(pool: BlockPool, num_sequences: int) -> int:

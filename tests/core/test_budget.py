@@ -159,3 +159,45 @@ def test_idle_memory_goes_back_for_a_guest():
     assert {group for group, _ in given_back} == {1}
     assert manager.budget.touched_bytes <= manager.budget.limit_bytes
     assert guest.add("two")
+
+
+def full_of_blocks(manager: BlockManager) -> int:
+    """A block is in use, and what else there is room for is cached; returns how many."""
+    append(manager, manager.new_table(ROOT), 4)
+    for first in range(100, 1000, 100):
+        cached_blocks(manager, 3, first)
+    return manager.cached
+
+
+def test_a_guest_where_no_memory_ever_goes_back():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=21)
+    guest, before = Guest(manager), full_of_blocks(manager)
+    for number, name in enumerate(("first", "second", "third"), start=1):
+        assert guest.add(name)
+        assert manager.cached >= before - 3 * number
+    manager.check_integrity()
+
+
+def test_blocks_do_not_all_go_for_a_guest_where_their_pages_are_shared():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=21)
+    manager.budget.on_give_back = lambda group, runs: None
+    manager.pools[0].page_blocks = 64
+    guest, before = Guest(manager), full_of_blocks(manager)
+    assert not guest.add("first")
+    assert manager.cached >= before - 2 * guest.block_bytes
+    manager.check_integrity()
+
+
+def test_guests_make_room_among_themselves_where_pages_of_blocks_are_shared():
+    manager = BlockManager(40, 4, (None,), (1,), budget_bytes=21)
+    manager.budget.on_give_back = lambda group, runs: None
+    manager.pools[0].page_blocks = 64
+    guest = Guest(manager)
+    append(manager, manager.new_table(ROOT), 4)
+    for name in ("first", "second", "third"):
+        assert guest.add(name)
+    cached_blocks(manager, 9, first=100)
+    before = manager.cached
+    assert guest.add("fourth")
+    assert (set(guest.parts), manager.cached) == ({"second", "third", "fourth"}, before)
+    manager.check_integrity()
