@@ -26,7 +26,7 @@ from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
 from hf_paged.sequences import Sequences
-from hf_paged.state import make_layers, select_states, state_of
+from hf_paged.state import is_whole, make_layers, select_states, state_of
 from hf_paged.step import Step
 
 # Tokens that a sequence of unknown length is expected to grow by; room behind it costs nothing until used.
@@ -140,12 +140,15 @@ class PagedCache(Cache):
         for table in self.tables:
             table.untrack()
 
+    def _is_tracked(self) -> bool:
+        """Whether later calls may find what the rows hold: not where the model has changed since they began."""
+        if self.root is not None and not self.root.keeps():
+            self.untrack()
+        return self.root is not None
+
     def index_rows(self, rows: Sequence[int] | None = None, *, with_tails: bool) -> None:
         """Let later calls find what the rows hold (all rows, or these); `with_tails` where they will not grow."""
-        if self.root is None:
-            return
-        if not self.root.keeps():
-            self.untrack()
+        if not self._is_tracked():
             return
         for row in range(len(self.tables)) if rows is None else rows:
             self.pool.manager.index_table(self.tables[row], with_tails)
@@ -166,7 +169,7 @@ class PagedCache(Cache):
 
     def keep_states(self, rows: Collection[int]) -> None:
         """Let later calls go on from the states that these rows are in, if their tokens say what these depend on."""
-        if self.states and rows and not self.is_recording:
+        if rows and not self.is_recording and self.states and all(map(is_whole, self.states)):
             places = [(self.tables[row], self.active_rows.index(row)) for row in rows]
             self.pool.kept_states.keep_rows(places, list(map(state_of, self.states)))
 
@@ -181,7 +184,8 @@ class PagedCache(Cache):
         Passes that are stock-shaped compute every row, so nothing changes there.
         """
         ending = {row for row, is_done in enumerate(done) if is_done} - self.ended
-        self.keep_states(ending & self.lone)
+        if ending & self.lone and self._is_tracked():
+            self.keep_states(ending & self.lone)
         self.ended |= ending
         active = self.active_rows
         leaving = [row for row in active if row in self.ended][: len(active) - 1]

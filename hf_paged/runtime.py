@@ -244,7 +244,7 @@ class PagedRuntime:
             key = (model.dtype, device, compat.autocast_dtype(device), compat.own_forward(model), self.layout().windows)
             self.mend()
             if self._pool is not None and self._pool_key != key:
-                self._pool.manager.forget_prefixes()  # caches that are still held keep the rest of it alive
+                self._pool.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
             if self._pool is None:
                 self._pool, self._pool_key = self._make_pool(model), key

@@ -70,6 +70,15 @@ def state_of(layer: LinearAttentionLayer) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if name not in PAGED_ATTRIBUTES}
 
 
+def is_whole(layer: LinearAttentionLayer) -> bool:
+    """Whether a state is what later tokens need, and neither more nor less because some may be taken back."""
+    if not getattr(layer, "record_past", False):
+        return True
+    return all(
+        state is None or state.shape[-1] == layer.conv_kernel_size[index] for index, state in layer.conv_states.items()
+    )
+
+
 def put_states(layers: Sequence[LinearAttentionLayer], states: Sequence[dict[str, Any]]) -> None:
     """Let layers go on from `states`, one of each, as `state_of` gives them."""
     for layer, state in zip(layers, states, strict=True):
