@@ -1,6 +1,7 @@
 """Hybrids: states are kept where later prompts go on, and prompts of which some was computed begin there."""
 
 import contextlib
+import copy
 import functools
 
 import more_models
@@ -18,14 +19,17 @@ from versions import skip_if_older
 from hf_paged import resume, stepwise
 
 NOT_SHARED = "prompts not shared: "
-BEGINS_ANEW = ["jamba", "recurrent_gemma"]  # with every prompt of several tokens, or in modules of its own
+# With every prompt of several tokens, in modules of its own, or with other states behind an answer than behind a prompt.
+BEGINS_ANEW = ["jamba", "recurrent_gemma", "zamba2"]
 GOES_ON = ["lfm2", "qwen3_next", *(name for name in more_models.HYBRIDS if name not in BEGINS_ANEW)]
 SYSTEM = tokens(43, seed=1)
 OTHER = tokens(51, seed=2)
 
 
-def hybrid(name: str, **overrides) -> Pair:
-    return Pair.of(more_models.build(name), **overrides) if name in more_models.HYBRIDS else Pair(name, **overrides)
+def hybrid(name: str, wrap=lambda model: model, **overrides) -> Pair:
+    if name not in more_models.HYBRIDS:
+        return Pair(name, wrap, **overrides)
+    return Pair.of(wrap(copy.deepcopy(more_models.build(name))), **overrides)
 
 
 def tried(name: str, **overrides) -> Pair:
