@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from pair import Pair, distinct_pieces
 from prompts import batch, tokens
+from test_kept_states import tried
 from test_sharing import BLOCK_BYTES
 
 import hf_paged
 from hf_paged.stats import Counters
 
 OURS = str(Path(hf_paged.__file__).parent)
+BOOKS = tuple(f"{OURS}/{name}" for name in ("core/", "pool.py", "sequences.py", "kept_states.py", "resume.py"))
 PLACES = 60  # in each kind of call
 STARTS = distinct_pieces(3, 21)
 ROWS = [STARTS[0] + tokens(3, seed=1), STARTS[0][:18], STARTS[1]]
@@ -42,9 +45,7 @@ class Interrupts:
         sys.settrace(None)
 
     def _begin(self, frame, event, argument):
-        name = frame.f_code.co_filename
-        is_book = name.startswith(f"{OURS}/core/") or name in (f"{OURS}/pool.py", f"{OURS}/sequences.py")
-        return self._trace if is_book else None
+        return self._trace if frame.f_code.co_filename.startswith(BOOKS) else None
 
     def _trace(self, frame, event, argument):
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
@@ -57,8 +58,13 @@ class Interrupts:
 
 
 def prepared(name: str) -> Pair:
-    """A pair that knows the model, with cached prefixes and little memory."""
-    pair = Pair(name, max_memory={"cpu": 27 * BLOCK_BYTES})
+    """A pair that knows the model, with cached prefixes, and states of a hybrid, and little memory."""
+    if "recurrent" in FAMILIES[name].tags:
+        known = tried(name)
+        state_bytes, block_bytes = known.paged._pool.kept_states.block_bytes, known.pool.pools[0].block_bytes
+        pair = tried(name, max_memory={"cpu": 30 * block_bytes + 4 * state_bytes})
+    else:
+        pair = Pair(name, max_memory={"cpu": 27 * BLOCK_BYTES})
     for start in STARTS:
         pair.ask([start])
     return pair
@@ -70,7 +76,7 @@ def call(model, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("name", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "lfm2"])
 # The finalizer of a returned cache may be what is interrupted, and the interpreter says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_line_leaves_nothing_half_done(name, kind):

@@ -19,7 +19,7 @@ from versions import skip_if_older
 from hf_paged import resume, stepwise
 
 NOT_SHARED = "prompts not shared: "
-# With every prompt of several tokens, in modules of its own, or with other states behind an answer than behind a prompt.
+# With every prompt of several tokens, in modules of its own, or with other states behind answers than behind prompts.
 BEGINS_ANEW = ["jamba", "recurrent_gemma", "zamba2"]
 GOES_ON = ["lfm2", "qwen3_next", *(name for name in more_models.HYBRIDS if name not in BEGINS_ANEW)]
 SYSTEM = tokens(43, seed=1)

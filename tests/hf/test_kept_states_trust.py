@@ -1,5 +1,8 @@
 """Kept states that must not be trusted, and those that must not be in the way of others."""
 
+from itertools import pairwise
+
+import pytest
 import torch
 from adapters import two_loras
 from prompts import batch, tokens
@@ -43,7 +46,7 @@ def test_turns_with_guesses():
         reused.append(pair.reused)
         prompt = answer + answer[5:9] + tokens(3, seed=number)
     assert reused[0] == 43
-    assert all(more > less for less, more in zip(reused, reused[1:], strict=False))
+    assert all(more > less for less, more in pairwise(reused))
 
 
 def test_a_model_whose_answers_leave_other_states_than_prompts():
@@ -90,3 +93,19 @@ def test_a_pool_that_nobody_asks_any_more_keeps_no_states():
     assert pair.paged._pool is not before
     assert before.kept_states.cached == 0
     del outputs
+
+
+def test_an_interrupt_while_room_is_made_for_a_state(monkeypatch):
+    """Nobody trusts the books of that pool any more."""
+    pair = tried("lfm2")
+    before = pair.paged._pool
+
+    def interrupted(num_bytes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(before.manager.budget, "has_room", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pair.model.generate(**batch([OTHER]), max_new_tokens=4)
+    assert before.manager.is_torn
+    pair.ask([OTHER])
+    assert pair.paged._pool is not before
