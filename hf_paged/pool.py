@@ -277,8 +277,11 @@ class KVPool:
         finally:
             self.manager.unpin(pins[::-1])
 
-    def open_tiers(self, settings: PagedConfig, counters: Counters) -> None:
-        """Have tiers where there is a budget for some and there are none, or such that were closed."""
+    def open_tiers(self, settings: PagedConfig, counters: Counters, takes_evicted: bool = True) -> None:
+        """Have tiers where there is a budget for some and there are none, or such that were closed.
+
+        `takes_evicted`: whether cached blocks go there.
+        """
         host_bytes = None if self.device_key == "cpu" else settings.budget_bytes("cpu")
         disk_bytes, folder = settings.budget_bytes("disk"), settings.offload_folder
         if (host_bytes or disk_bytes) and (self.tiers is None or self.tiers.is_closed):
@@ -286,7 +289,7 @@ class KVPool:
                 self._side = side_stream(self.device)
             base = None if folder is None else Path(folder)
             levels = make_levels(host_bytes, disk_bytes, base, self.manager.lock, self._side, counters)
-            self.tiers = Tiers(self.manager, self.stores, levels, self._side, counters)
+            self.tiers = Tiers(self.manager, self.stores, levels, self._side, counters, takes_evicted)
             if self.overflow is None and host_bytes and None in self.manager.windows:
                 group = self.manager.windows.index(None)
                 self.overflow = Overflow(self.manager, group, self.stores, self._side, host_bytes, counters)

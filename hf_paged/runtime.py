@@ -202,6 +202,8 @@ class PagedRuntime:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
             self.counters.fall_back(f"prefixes not reused: {self._prompt_obstacle()}")
+        if cache.states and pool.tiers is not None:
+            self.counters.fall_back("no prefixes on lower tiers: layers that keep a state")
         slow = plain_torch_reason(self.config.attention_backend, pool.device)
         if slow is not None:
             self.counters.fall_back(slow)
@@ -248,7 +250,8 @@ class PagedRuntime:
                 self._drop_pool()
             if self._pool is None:
                 self._pool, self._pool_key = self._make_pool(model), key
-            self._pool.open_tiers(self.config, self.counters)
+            # Of no use are K and V without a state behind them, and states go before their blocks, and not to tiers.
+            self._pool.open_tiers(self.config, self.counters, takes_evicted=not self.layout().has_states)
             return self._pool
 
     def mend(self) -> None:

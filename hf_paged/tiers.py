@@ -52,6 +52,7 @@ class Tiers:
         levels: the tiers, nearest first.
         side: of the pool's device.
         counters: told of bytes, choices and faults.
+        takes_evicted: whether blocks that are given up come here; else nothing does.
 
     Attributes:
         policy: chooses between fetching and computing.
@@ -65,6 +66,7 @@ class Tiers:
         levels: Sequence[Level],
         side: SideStream | None,
         counters: Counters,
+        takes_evicted: bool = True,
     ):
         self.policy = FetchPolicy()
         self.levels = levels
@@ -74,7 +76,8 @@ class Tiers:
         self._laps: deque[tuple[int, Lap]] = deque(maxlen=MAX_LAPS)
         self._process = os.getpid()
         self.is_closed = False
-        manager.budget.before_eviction = _weakly(weakref.WeakMethod(self.demote))
+        if takes_evicted:
+            manager.budget.before_eviction = _weakly(weakref.WeakMethod(self.demote))
 
     @property
     def staging_bytes(self) -> int:

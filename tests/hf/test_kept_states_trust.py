@@ -109,3 +109,17 @@ def test_an_interrupt_while_room_is_made_for_a_state(monkeypatch):
     assert before.manager.is_torn
     pair.ask([OTHER])
     assert pair.paged._pool is not before
+
+
+def test_blocks_are_not_written_to_a_disk_where_nobody_looks_for_them(tmp_path):
+    """States are not there."""
+    pair = tried("lfm2")
+    state_bytes, block_bytes = pair.paged._pool.kept_states.block_bytes, pair.pool.pools[0].block_bytes
+    memory = {"cpu": 24 * block_bytes + 3 * state_bytes, "disk": 2**24}
+    pair = tried("lfm2", max_memory=memory, offload_folder=tmp_path)
+    for number in range(8):
+        pair.ask([tokens(45, seed=number % 4)])
+    stats = pair.paged.stats()
+    assert stats.evicted_blocks > 0
+    assert (stats.blocks_disk, stats.offloaded_bytes) == (0, 0)
+    assert "no prefixes on lower tiers: layers that keep a state" in stats.fallbacks
