@@ -148,10 +148,9 @@ class PagedCache(Cache):
 
     def index_rows(self, rows: Sequence[int] | None = None, *, with_tails: bool) -> None:
         """Let later calls find what the rows hold (all rows, or these); `with_tails` where they will not grow."""
-        if not self._is_tracked():
-            return
-        for row in range(len(self.tables)) if rows is None else rows:
-            self.pool.manager.index_table(self.tables[row], with_tails)
+        if self._is_tracked():
+            for row in range(len(self.tables)) if rows is None else rows:
+                self.pool.manager.index_table(self.tables[row], with_tails)
 
     def end_prompt(self) -> None:
         """The rows hold their prompts, and what follows is generated: later calls may begin with them."""
@@ -214,10 +213,8 @@ class PagedCache(Cache):
         if not self.has_windows or self.is_recording:
             return
         manager = self.pool.manager
-        if self.root is not None:
-            ending = [row for row, table in enumerate(self.tables) if manager.ends_prompt(table)]
-            if ending:
-                self.index_rows(ending, with_tails=False)
+        if self.root is not None and (ending := [i for i, row in enumerate(self.tables) if manager.ends_prompt(row)]):
+            self.index_rows(ending, with_tails=False)
         manager.trim(self.tables)
         manager.settle()
 
@@ -249,8 +246,7 @@ class PagedCache(Cache):
     def forget(self) -> None:
         """Nothing was seen, and no pass is under way."""
         self.dense_len, self.columns, self.step, self.prepared, self.is_copying = 0, None, None, None, False
-        self.finished.clear()
-        self.ended.clear()
+        self.finished, self.ended = set(), set()
         for layer in self.paged_layers:
             layer.seen = layer.kept = 0
         for layer in self.states:

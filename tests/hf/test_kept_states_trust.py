@@ -8,6 +8,7 @@ from adapters import two_loras
 from prompts import batch, tokens
 from test_kept_states import NOT_SHARED, OTHER, SYSTEM, hybrid, kept, tried, turn
 from transformers import StoppingCriteria, StoppingCriteriaList
+from versions import skip_if_older
 
 
 class AtStep(StoppingCriteria):
@@ -55,11 +56,15 @@ def test_a_model_whose_answers_leave_other_states_than_prompts():
     for number in range(4):
         prompt = turn(pair, prompt, number)
         assert pair.reused == 0
-    assert any(each.startswith(f"{NOT_SHARED}states behind") for each in pair.paged.stats().fallbacks)
+    reasons = [each for each in pair.paged.stats().fallbacks if each.startswith(NOT_SHARED)]
+    assert len(reasons) == 1
+    if not reasons[0].startswith(f"{NOT_SHARED}states behind"):
+        skip_if_older(f"prompts in pieces go wrong before that: {reasons}")
 
 
 def test_an_adapter_that_is_switched_before_a_row_ends():
     """What it has made of the row's last tokens is not kept as that of the adapter that the call began with."""
+    tried("falcon_h1")
     pair = hybrid("falcon_h1", wrap=two_loras)
     models, rows = (pair.stock, pair.model), [OTHER, tokens(51, seed=4)]
 
