@@ -54,7 +54,7 @@ def test_a_model_whose_answers_leave_other_states_than_prompts():
     """Zamba2 clamps time steps in prompts and not where tokens come alone; what comes of it is less than 1e-3."""
     pair, prompt = hybrid("zamba2"), OTHER
     for number in range(4):
-        prompt = turn(pair, prompt, number)
+        prompt = turn(pair, prompt, number, said=20)
         assert pair.reused == 0
     reasons = [each for each in pair.paged.stats().fallbacks if each.startswith(NOT_SHARED)]
     assert len(reasons) == 1
