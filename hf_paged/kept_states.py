@@ -20,6 +20,7 @@ import torch
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.prefix import KEY_BYTES, TOKEN_BYTES, are_plain, pack_tokens
 from hf_paged.core.table import BlockTable
+from hf_paged.core.whole import whole
 from hf_paged.errors import is_refusal
 
 State = list[dict[str, Any]]  # of each layer that has one, by attribute
@@ -75,7 +76,7 @@ class KeptStates:
             raise
         num_bytes = sum(tensor.nbytes for tensor in tensors_of(state))
         with self._lock:
-            if self.block_bytes not in (0, num_bytes) or not self._manager.has_room(num_bytes):
+            if self.block_bytes not in (0, num_bytes) or not _has_room(self._manager, num_bytes):
                 return
             self.block_bytes = num_bytes
             self._kept[key] = KeptState(key, root, len(tokens), state, self._budget.stamp())
@@ -124,6 +125,12 @@ class KeptStates:
                 return None
             self._kept[key] = used = replace(self._kept.pop(key), stamp=self._budget.stamp())
             return used
+
+
+@whole
+def _has_room(manager: BlockManager, num_bytes: int) -> bool:
+    """Whether there is room for so many bytes more, for which cached blocks may be given up."""
+    return manager.budget.has_room(num_bytes)
 
 
 def lone_rows(tables: Sequence[BlockTable]) -> set[int]:

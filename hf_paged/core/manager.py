@@ -221,11 +221,6 @@ class BlockManager:
         for count, room, pool in zip(counts, hoped or [0] * len(counts), self.pools, strict=True):
             pool.get_memory(count, room)
 
-    @whole
-    def has_room(self, num_bytes: int) -> bool:
-        """As the budget's, which may give up cached blocks."""
-        return self.budget.has_room(num_bytes)
-
     def _append(self, table: BlockTable, num_tokens: int, room_tokens: int, leaves: bool, growth: Growth) -> None:
         total = table.num_tokens + num_tokens
         total_blocks = table.blocks_for(total)
