@@ -1,5 +1,7 @@
 """Prompts with images, and pairs of models that have seen some; what older versions lack is skipped."""
 
+import functools
+
 import more_models
 import torch
 from more_models import VISION_LANGUAGE, image_prompt
@@ -57,6 +59,22 @@ def images_of(arguments: dict) -> int:
     if grid is not None:
         return len(grid)
     return pixels.shape[1] if pixels.dim() == 5 else len(pixels)
+
+
+def mix_images(monkeypatch, pair: Pair) -> None:
+    """Have the encoder add something of all of a call's images to the features of each."""
+    kind = type(pair.model.base_model)
+    encode = kind.get_image_features
+
+    @functools.wraps(encode)
+    def mixing(self, *args, **kwargs):
+        output = encode(self, *args, **kwargs)
+        total = sum(each.mean(dim=0) for each in output.pooler_output)
+        mixed = [each + total for each in output.pooler_output]
+        output.pooler_output = torch.stack(mixed) if isinstance(output.pooler_output, torch.Tensor) else tuple(mixed)
+        return output
+
+    monkeypatch.setattr(kind, "get_image_features", mixing)
 
 
 def tried(name: str, **settings) -> tuple[Pair, dict]:

@@ -5,7 +5,7 @@ import functools
 import more_models
 import pytest
 import torch
-from media_prompts import NAMES, NEW, both, followed_by, images_of, prompt, text_of, then, tried
+from media_prompts import NAMES, NEW, both, followed_by, images_of, mix_images, prompt, text_of, then, tried
 from more_models import image_prompt, plain_tokens
 from pair import Pair, evict
 from transformers.generation import GenerationMixin
@@ -166,19 +166,7 @@ def test_what_is_left_ends_within_an_image(name):
 def test_images_that_see_each_other(name, monkeypatch):
     """What a model makes of two images apart is tried, and what it made of them then is not taken for that."""
     pair = tried(name)[0]
-    kind = type(pair.model.base_model)
-    encode = kind.get_image_features
-
-    @functools.wraps(encode)
-    def mixing(self, *args, **kwargs):
-        output = encode(self, *args, **kwargs)
-        features = output.pooler_output
-        mean = sum(each.mean(dim=0) for each in features) / len(features)
-        mixed = [each + mean * len(features) for each in features]
-        output.pooler_output = torch.stack(mixed) if isinstance(features, torch.Tensor) else tuple(mixed)
-        return output
-
-    monkeypatch.setattr(kind, "get_image_features", mixing)
+    mix_images(monkeypatch, pair)
     inputs = prompt(name, image=1, seed=9)
     answer = pair.ask(inputs, max_new_tokens=NEW)
     for image in (2, 3):
