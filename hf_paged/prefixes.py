@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -21,14 +23,14 @@ class PrefixRoot:
         key: parent of a sequence's first block.
         digest: of the model's state.
         salt: of the call.
-        counters: told where the model is in that state no more.
+        on_change: called where the model is in that state no more.
     """
 
     key: bytes
     digest: bytes
     salt: str | None
     identity: ModelIdentity
-    counters: Counters
+    on_change: Callable[[], None]
 
     def holds(self) -> bool:
         """Whether the model is still in that state, as far as a look without sampling can tell."""
@@ -38,7 +40,7 @@ class PrefixRoot:
         """`holds`, for a call that has begun in that state: counted where not."""
         holds = self.holds()
         if not holds:
-            self.counters.fall_back("prefixes not kept: the model is not what it was when the call began")
+            self.on_change()
         return holds
 
 
@@ -56,6 +58,7 @@ class Prefixes:
         self._enabled = enabled
         self._counters = counters
         self._epoch: bytes | None = None
+        self._times_forgotten = 0
 
     def obstacle(self) -> str | None:
         """Why nothing is kept for later calls, or `None`."""
@@ -80,7 +83,13 @@ class Prefixes:
             self._epoch = self._identity.epoch
             pool.forget_prefixes()
         kv_format = None if pool.kv_format is None else pool.kv_format.name
-        return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity, self._counters)
+        on_change = partial(self._note_change, self._times_forgotten)
+        return PrefixRoot(root_key(digest, salt, kv_format), digest, salt, self._identity, on_change)
+
+    def _note_change(self, times_forgotten: int) -> None:
+        """Count that a model has changed in the midst of a call, unless prefixes were only forgotten meanwhile."""
+        if times_forgotten == self._times_forgotten:
+            self._counters.fall_back("prefixes not kept: the model is not what it was when the call began")
 
     def passing(self) -> AbstractContextManager[None]:
         """Around every pass of the model; see `ModelIdentity.passing`."""
@@ -88,4 +97,5 @@ class Prefixes:
 
     def forget(self) -> None:
         """No root that was given out before holds any more."""
+        self._times_forgotten += 1
         self._identity.renew()

@@ -71,12 +71,15 @@ class StockShaped:
             prompt = prompt_of(model, request, cache, ids, ignores_padding)
         if prompt is None:
             return run_padded(request, cache, ids), request.real_tokens, 0
-        return self._run_prompt(model, prompt, cache, known.later)
+        return self._run_prompt(model, prompt, cache, known)
 
     def _run_prompt(
-        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, later: Later
+        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, known: Capability
     ) -> tuple[Any, int, int]:
-        request, resumes = prompt.call, later.resumes
+        request, later, resumes = prompt.call, known.later, known.later.resumes
+        if known.window_limit is not None and request.tokens > known.window_limit:
+            # The reason is counted. In pieces masks of such models may be others, which shows beyond the window (moshi).
+            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
         if prompt.media is not None and prompt.ids is not None:
             prompt = placed(prompt, cache, prompt.media.may_part(resumes))
             if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):

@@ -48,8 +48,7 @@ class Sequences:
     def unpin(self) -> None:
         """Let go of the blocks that the last pass has copied from."""
         if self.pins and not self.is_torn:
-            pins, self.pins = self.pins, []  # first, so that nobody lets go of them twice
-            self.pool.manager.unpin(pins)
+            _unpin(self.pool.manager, self)
 
     def free(self) -> None:
         """Give every block back."""
@@ -67,6 +66,12 @@ class Sequences:
     def select(self, rows: Sequence[int]) -> None:
         """Row `i` goes on with what row `rows[i]` holds: tables are moved and forked, no data is."""
         _select(self.pool.manager, self, rows)
+
+
+@whole
+def _unpin(manager: BlockManager, sequences: Sequences) -> None:
+    pins, sequences.pins = sequences.pins, []  # first, so that nobody lets go of them twice
+    manager.unpin(pins)
 
 
 @whole

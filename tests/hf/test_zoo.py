@@ -41,14 +41,15 @@ KINDS = [
     ("deepseek_v2", "padded, reused", "keeps latents, from which K and V are computed after the cache"),
     ("gpt_neo", "padded, reused", "attention of its own with a local mask"),
     ("gpt_neox_japanese", "padded, reused", "attention of its own, which takes K and V to be contiguous"),
-    ("llama4_text", "padded, a chat reused", "chunks, and queries scaled by positions that it counts itself"),
+    ("llama4_text", "padded", "chunks, and queries scaled by positions that it counts itself"),
     ("mpt", "padded, reused", "ALiBi"),
     ("xlm", "padded", "is given all tokens in each step, and leaves out those that it has seen"),
     ("lfm2", "padded, a chat reused", "short convolutions in most layers"),
     ("qwen3_5_text", "padded, a chat reused", "a recurrent state in most layers"),
     ("zaya", "padded, a chat reused", "a state and K and V in each layer"),
     ("zamba", "padded", "a scan that begins anew with several tokens"),
-    ("phimoe", "padded, a chat reused", "a window that its attention is not told of"),
+    ("moshi", "padded", "a window, and other masks for a prompt in pieces beyond it"),
+    ("phimoe", "padded", "a window that its attention is not told of"),
 ]
 
 

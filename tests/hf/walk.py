@@ -90,14 +90,15 @@ def walk(stock: torch.nn.Module, new_tokens: int = 10, **settings) -> list[Cell]
         model.paged.reset_stats()
         actual = _ask(model, mode, new_tokens)
         stats = model.paged.stats()
-        cells.append(Cell(mode, *_way(stats, mode), _difference(expected, actual)))
+        cells.append(Cell(mode, *_way(stats, mode), _first_difference(expected, actual)))
         del actual
     return cells
 
 
 @torch.no_grad()
 def _ask(model, mode, new_tokens):
-    inputs = _inputs(mode)
+    """What a model says in each turn, and the logits of it; after the first to what it has said and something more."""
+    inputs, turns = _inputs(mode), []
     for turn in range(TURNS if mode == "chat" else 1):
         torch.manual_seed(5)
         output = model.generate(
@@ -107,11 +108,10 @@ def _ask(model, mode, new_tokens):
             output_logits=True,
             **ARGUMENTS[mode],
         )
-        said = output.sequences[0].tolist() + prompts.tokens(6, seed=90 + turn)
-        inputs = prompts.batch([said])
-        sequences, logits = output.sequences, output.logits
+        turns.append((output.sequences, output.logits))
+        inputs = prompts.batch([output.sequences[0].tolist() + prompts.tokens(6, seed=90 + turn)])
         del output  # and its cache
-    return sequences, logits
+    return turns
 
 
 def _way(stats, mode) -> tuple[str, str | None]:
@@ -127,6 +127,15 @@ def _way(stats, mode) -> tuple[str, str | None]:
     if is_reused:
         return "reused", None
     return "fast", reasons[0] if reasons else None
+
+
+def _first_difference(expected, actual) -> str | None:
+    """That of the first turn in which there is one; what follows a tie is not compared."""
+    for turn, other in zip(expected, actual, strict=True):
+        difference = _difference(turn, other)
+        if difference is not None or not torch.equal(turn[0], other[0]):
+            return difference
+    return None
 
 
 def _difference(expected, actual) -> str | None:
