@@ -78,8 +78,9 @@ class StockShaped:
     ) -> tuple[Any, int, int]:
         request, later, resumes = prompt.call, known.later, known.later.resumes
         if known.window_limit is not None and request.tokens > known.window_limit:
-            # The reason is counted. In pieces masks of such models may be others, which shows beyond the window (moshi).
-            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
+            # Which is counted. In pieces, masks of such models may be others, and that shows beyond the window (moshi).
+            ids = prompt.ids if prompt.media is None else None
+            return run_padded(request, cache, ids), request.real_tokens, 0
         if prompt.media is not None and prompt.ids is not None:
             prompt = placed(prompt, cache, prompt.media.may_part(resumes))
             if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):
