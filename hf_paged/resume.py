@@ -88,6 +88,9 @@ class StockShaped:
         kind = prompt.names
         if cache.states and request.new_columns is not None:
             kind |= {"padding"}  # which another pass may have to hide from a state
+        beyond = prompt.media is None and cache.has_windows and request.tokens > min(filter(None, cache.windows))
+        if beyond:
+            kind |= {"beyond a window"}  # where masks of a prompt in pieces may be others (moshi)
         obstacle = resumes.get(kind, _UNTRIED)
         if obstacle is None:
             return _run_less(prompt, cache)
@@ -101,7 +104,8 @@ class StockShaped:
             return run_padded(request, cache, prompt.ids), request.real_tokens, 0
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
-        outputs, obstacle = _try_both(model, prompt, cache, [columns])
+        cuts = [*([request.tokens - _LAST_TOKENS[-1]] if beyond else []), columns]
+        outputs, obstacle = _try_both(model, prompt, cache, cuts)
         if obstacle != _UNTRIED:
             resumes[kind] = obstacle
         return outputs, request.real_tokens, 0
