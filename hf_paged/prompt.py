@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -81,8 +81,7 @@ def prompt_of(
     if media is None:
         return None
     ids = [media.ids[row // media.repeats] for row in range(request.rows)]
-    first: dict[Any, int] = {}
-    owners = [first.setdefault((owner, *ids[row]), row) for row, owner in enumerate(owners)]
+    owners = _first_equal([owner, *each] for owner, each in zip(owners, ids, strict=True))
     return Prompt(request, keep, owners, None if cache.root is None else ids, media)
 
 
@@ -150,6 +149,10 @@ def _owners(request: ModelCall) -> list[int]:
     if request.positions is not None:
         planes = request.positions.reshape(-1, *request.positions.shape[-2:])
         parts += [plane.expand(request.inputs.shape) for plane in planes]
-    first: dict[Any, int] = {}
-    listed = torch.cat([part.long() for part in parts], dim=1).tolist()
-    return [first.setdefault(tuple(each), row) for row, each in enumerate(listed)]
+    return _first_equal(torch.cat([part.long() for part in parts], dim=1).tolist())
+
+
+def _first_equal(rows: Iterable[Iterable[int]]) -> list[int]:
+    """Of each row, the number of the first one that is equal."""
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(each), row) for row, each in enumerate(rows)]

@@ -43,6 +43,7 @@ _LAST_TOKENS = (14, 9, 2)
 # 4e-6 was measured. Those of zamba2, whose steps forget to clamp, differ by 2e-3 after 7 single tokens.
 _STATE_TOLERANCE = 1e-4
 _UNTRIED = "untried"
+_BEYOND = "beyond a window"
 
 
 class StockShaped:
@@ -85,12 +86,7 @@ class StockShaped:
             prompt = placed(prompt, cache, prompt.media.may_part(resumes))
             if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):
                 return _try_apart(model, prompt, cache, later), request.real_tokens, 0
-        kind = prompt.names
-        if cache.states and request.new_columns is not None:
-            kind |= {"padding"}  # which another pass may have to hide from a state
-        beyond = prompt.media is None and cache.has_windows and request.tokens > min(filter(None, cache.windows))
-        if beyond:
-            kind |= {"beyond a window"}  # where masks of a prompt in pieces may be others (moshi)
+        kind = _kind(prompt, cache)
         obstacle = resumes.get(kind, _UNTRIED)
         if obstacle is None:
             return _run_less(prompt, cache)
@@ -104,7 +100,7 @@ class StockShaped:
             return run_padded(request, cache, prompt.ids), request.real_tokens, 0
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
-        cuts = [*([request.tokens - _LAST_TOKENS[-1]] if beyond else []), columns]
+        cuts = [request.tokens - _LAST_TOKENS[-1], columns] if _BEYOND in kind else [columns]
         outputs, obstacle = _try_both(model, prompt, cache, cuts)
         if obstacle != _UNTRIED:
             resumes[kind] = obstacle
@@ -122,6 +118,16 @@ class StockShaped:
         is_first = prompt.media.names not in later.seen
         later.seen.add(prompt.media.names)
         return not obstacles and not is_first
+
+
+def _kind(prompt: Prompt, cache: PagedCache) -> frozenset[str]:
+    """What is found out of prompts by trying is known of all of this kind."""
+    kind, request = prompt.names, prompt.call
+    if cache.states and request.new_columns is not None:
+        kind |= {"padding"}  # which another pass may have to hide from a state
+    if prompt.media is None and cache.has_windows and request.tokens > min(filter(None, cache.windows)):
+        kind |= {_BEYOND}  # where masks of a prompt in pieces may be others (moshi)
+    return kind
 
 
 def _try_apart(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, later: Later) -> Any:

@@ -34,6 +34,7 @@ from hf_paged.forward import (
     shows_padding,
 )
 from hf_paged.identity import Sampling
+from hf_paged.noted import check_not_lost, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -44,7 +45,7 @@ from hf_paged.resume import StockShaped
 from hf_paged.running import RunningCalls
 from hf_paged.stats import Counters, PagedStats, format_table
 from hf_paged.step import UnsupportedAttentionError
-from hf_paged.stepwise import Stepwise, check_not_lost, note_padded
+from hf_paged.stepwise import Stepwise
 from hf_paged.streams import TIERED_DEVICES
 from hf_paged.verify import Verification
 
@@ -165,9 +166,11 @@ class PagedRuntime:
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where there are none."""
         obstacle = self._prompt_obstacle()
-        root = None if obstacle else self._prefixes.root(salt, self._current_pool(self._model()))
+        if obstacle is not None:
+            raise ValueError(f"{what}: prefixes of this model are not written to files: {obstacle}")
+        root = self._prefixes.root(salt, self._current_pool(self._model()))
         if root is None:
-            raise ValueError(f"{what}: no prefixes are kept for this model: {obstacle or self._prefixes.obstacle()}")
+            raise ValueError(f"{what}: no prefixes are kept for this model: {self._prefixes.obstacle()}")
         return root
 
     def __repr__(self) -> str:
@@ -379,10 +382,7 @@ class PagedRuntime:
                 return self._stepwise.run(self._model(), request, cache, lengths, prompt_obstacle)
             capability = cache.capability = self.capability(request.call)
         cache.keeps_rows |= capability.whole_batches
-        unkept = None if cache.root is None else self._capabilities.unkept(self._model(), request, capability)
-        if unkept is not None:
-            cache.untrack()
-            self.counters.fall_back(f"prefixes not reused: {unkept}")
+        note_unkept(self._capabilities, self.counters, self._model(), request, cache, capability)
         obstacle = capability.obstacle or fast_path_obstacle(request, cache, capability.window_limit)
         if obstacle is None and request.tokens > 1:
             obstacle = capability.prompt_obstacle

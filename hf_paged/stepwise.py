@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
-from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
+from hf_paged.noted import check_not_lost, note_padded, note_unkept
 from hf_paged.probe import circumstances
 from hf_paged.resume import StockShaped
 from hf_paged.stats import Counters
@@ -51,6 +51,7 @@ class Stepwise:
         circumstances = self._circumstances(model, cache)
         known = self._capabilities.unpacked(model, circumstances, prompt_obstacle)
         cache.keeps_rows |= known.whole_batches
+        note_unkept(self._capabilities, self._counters, model, request, cache, known)
         if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
             return run_padded(request, cache), request.real_tokens, 0  # models may take another way where nothing is
         obstacle = prompt_obstacle if request.tokens > 1 else fast_path_obstacle(request, cache)
@@ -83,18 +84,3 @@ class Stepwise:
         if cache.circumstances is None or not cache.generating:
             cache.circumstances = circumstances(model, self._config)
         return cache.circumstances
-
-
-def note_padded(counters: Counters, cache: PagedCache, obstacle: str) -> None:
-    """Count the reason, once a call; `UnsupportedAttentionError` where the prompt is to be cut in stock's way."""
-    if cache.chunk_tokens is not None:
-        raise UnsupportedAttentionError(obstacle)
-    if not cache.fell_back:
-        cache.fell_back = True
-        counters.fall_back(obstacle)
-
-
-def check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
-    """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
-    if lengths and not cache.tables:
-        raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass") from None

@@ -4,6 +4,10 @@ import os
 import signal
 import time
 
+import pytest
+
+# Windows starts processes anew: nothing is inherited there that could be held by a thread.
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork processes")
 SECONDS = 60
 RAISED = 255
 

@@ -1,16 +1,15 @@
 """Locks in forked processes: open where another thread held them, and whoever guards something with them is told."""
 
-import os
 import threading
 from contextlib import ExitStack
 
 import pytest
-from forking import in_fork
+from forking import in_fork, needs_fork
 
 from hf_paged.core import forks
 from hf_paged.core.manager import BlockManager
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="systems without fork")
+pytestmark = needs_fork
 
 
 class Holding:

@@ -92,6 +92,15 @@ class Pair:
         assert torch.equal(expected, actual)
         return expected
 
+    def check_salts_and_weights(self, prompts: list[list[int]], salt: str | None, known: int) -> None:
+        """Of the first prompt so many tokens are `known`, but not under a salt, nor with other weights."""
+        first, second = prompts
+        self.ask([first], salt=salt)
+        assert self.reused == (0 if salt else known)
+        self.both(lambda model: model.lm_head.weight.data.mul_(1.5))
+        self.ask([second], salt=salt)
+        assert self.reused == 0
+
     def skip_where_older_stock_refuses(self, rows, **kwargs) -> None:
         """Older versions of some models cannot answer at all, so that there is nothing to compare with."""
         inputs = batch(rows) if isinstance(rows, list) else rows

@@ -248,3 +248,20 @@ def test_decode_steps_over_blocks_leave_it_its_place(name, monkeypatch):
         assert arguments or not torch.equal(answer, without), NO_DIFFERENCE
         half = len(near.shapes) // 2
         assert near.shapes[:half] == near.shapes[half:]
+
+
+def test_nothing_that_it_has_computed_for_a_hybrid_is_kept(monkeypatch):
+    """The function is no part of what a prompt is known by; neither are K and V of it found, nor states."""
+    pair, prompt = Pair("lfm2"), piece(60, 1)
+    for last in (2, 3):
+        pair.ask([piece(50, 4) + piece(9, last)])
+    near = Near()
+    with monkeypatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "sdpa", near.function())
+        with_it = pair.ask([prompt])
+        reasons = pair.paged.stats().fallbacks
+    without = pair.ask([prompt + piece(7, 5)])
+    assert near.shapes, "it was called"
+    assert (pair.computed, pair.reused) == (67, 0)
+    assert not torch.equal(without[:, : with_it.shape[1]], with_it), NO_DIFFERENCE
+    assert "prefixes not reused: attention function of somebody else: near" in reasons

@@ -1,14 +1,12 @@
 """Processes that are forked while other threads use a patched model: they answer as stock does, and nothing hangs."""
 
 import multiprocessing
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import prompts
-import pytest
 import torch
-from forking import in_fork
+from forking import in_fork, needs_fork
 from pair import Pair
 from patched_copies import is_patched
 from prompts import batch, tokens
@@ -17,7 +15,7 @@ from test_threads import PATIENCE_S, Waits, greedy
 from hf_paged import unpatch_model
 from hf_paged.core import forks
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="systems without fork")
+pytestmark = needs_fork
 PROMPT, OTHER = batch([tokens(30, seed=1)]), batch([tokens(40, seed=2)])
 
 

@@ -152,7 +152,7 @@ def test_paged_cache_on_an_unpatched_model(name):
 def test_saving_prefixes_is_refused():
     pair = Pair("lfm2")
     pair.ask(prompts.single())
-    with pytest.raises(ValueError, match="layers that keep a state"):
+    with pytest.raises(ValueError, match="not written to files: layers that keep a state"):
         pair.paged.save("never written")
 
 

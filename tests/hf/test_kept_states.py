@@ -165,12 +165,7 @@ def test_a_model_that_forgets_is_given_whole_prompts(monkeypatch, forgets):
 
 @pytest.mark.parametrize("salt", [None, "tenant"])
 def test_salts_and_weights(salt):
-    pair = tried("qwen3_next")
-    pair.ask([SYSTEM + tokens(5, seed=65)], salt=salt)
-    assert pair.reused == (0 if salt else 43)
-    pair.both(lambda model: model.lm_head.weight.data.mul_(1.5))
-    pair.ask([SYSTEM + tokens(5, seed=66)], salt=salt)
-    assert pair.reused == 0
+    tried("qwen3_next").check_salts_and_weights([SYSTEM + tokens(5, seed=last) for last in (65, 66)], salt, known=43)
 
 
 def test_what_gives_memory_back():

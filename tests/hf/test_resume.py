@@ -184,12 +184,7 @@ def test_hooks_see_every_row():
 
 @pytest.mark.parametrize("salt", [None, "tenant"])
 def test_salts_and_weights(salt):
-    pair = tried("deepseek_v3")
-    pair.ask([SYSTEM + tokens(5, seed=60)], salt=salt)
-    assert pair.reused == (0 if salt else 34)
-    pair.both(lambda model: model.lm_head.weight.data.mul_(1.5))
-    pair.ask([SYSTEM + tokens(5, seed=60)], salt=salt)
-    assert pair.reused == 0
+    tried("deepseek_v3").check_salts_and_weights([SYSTEM + tokens(5, seed=60)] * 2, salt, known=34)
 
 
 @pytest.mark.parametrize("kwargs", [LOOKUP, {"prefill_chunk_size": 7}], ids=str)
