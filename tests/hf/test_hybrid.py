@@ -10,6 +10,7 @@ import transformers
 from compare import copy_of
 from families import FAMILIES
 from pair import Pair
+from versions import IS_PINNED
 
 from hf_paged import PagedCache, stepwise
 
@@ -27,7 +28,8 @@ def test_same_as_stock(name):
     more_models.assert_varied(pair.ask(prompts.ragged(), max_new_tokens=NEW), NEW)
     pair.ask(prompts.ragged(), max_new_tokens=NEW, num_beams=3)
     pair.ask(prompts.single(), max_new_tokens=NEW, do_sample=True, num_return_sequences=3)
-    assert "layers that keep a state" in pair.paged.stats().fallbacks or name == "recurrent_gemma"
+    is_stocks = name == "recurrent_gemma" and not IS_PINNED  # older versions are left to stock
+    assert is_stocks or "layers that keep a state" in pair.paged.stats().fallbacks
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])

@@ -14,7 +14,7 @@ from pair import Pair, evict, text
 from prompts import batch, tokens
 from transformers import StoppingCriteriaList
 from transformers.cache_utils import LinearAttentionLayer
-from versions import skip_if_older
+from versions import IS_PINNED, skip_if_older
 
 from hf_paged import resume, stepwise
 
@@ -191,7 +191,7 @@ def test_states_without_prefixes():
     assert kept(pair) == 0
     pair.ask([SYSTEM], num_beams=2)
     pair.ask([SYSTEM], num_beams=2)
-    assert pair.computed in (43, 2 * 43), "older versions cannot be cut"
+    assert pair.computed == 43 or not IS_PINNED, "older versions may begin anew with several tokens"
 
 
 def test_states_count_and_the_oldest_go_first():
