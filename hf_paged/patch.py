@@ -16,6 +16,7 @@ from hf_paged.attention import give_names_back, take_names
 from hf_paged.config import PagedConfig
 from hf_paged.core.forks import new_rlock
 from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
+from hf_paged.linear import give_layers_back, take_layers
 from hf_paged.runtime import PagedRuntime
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ def patch_model(model: T, config: PagedConfig | None = None, **overrides: Any) -
     with _patching:
         if not _reconfigure(target, settings):
             _swap_class(target, PagedRuntime(target, settings))
+        take_layers(target)
     return model
 
 
@@ -95,6 +97,7 @@ def _undo(target: PreTrainedModel) -> None:
     runtime = target.__dict__[RUNTIME_ATTRIBUTE]
     runtime.release()
     give_names_back([*compat.attention_configs(target), *runtime.attention_configs], runtime)
+    give_layers_back(target)
     target.__class__ = target._hf_paged_original
     del target.__dict__[RUNTIME_ATTRIBUTE]
 

@@ -34,6 +34,7 @@ from hf_paged.forward import (
     shows_padding,
 )
 from hf_paged.identity import Sampling
+from hf_paged.linear import describe, few_rows
 from hf_paged.noted import check_not_lost, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -180,9 +181,9 @@ class PagedRuntime:
         if model is not None:
             backend = backend_for(backend, compat.compute_device(model)).describe()
         stored = "" if self.config.kv_format is None else f", {self.config.kv_cache_dtype} KV"
-        return format_table(
-            self.stats(), f"hf_paged on {name} ({backend} attention, {self.config.block_size} tokens a block{stored})"
-        )
+        products = "" if model is None else f"; linear layers: {describe(model)}"
+        how = f"{backend} attention, {self.config.block_size} tokens a block{stored}{products}"
+        return format_table(self.stats(), f"hf_paged on {name} ({how})")
 
     # -- for the glue --------------------------------------------------------------------------------------------
 
@@ -340,7 +341,7 @@ class PagedRuntime:
             self._warn("does not answer as stock", PADDING_SHOWN)
         lengths = [table.num_tokens for table in cache.tables]
         try:
-            with self._prefixes.passing(), self._graphs.passing():
+            with self._prefixes.passing(), self._graphs.passing(), few_rows():
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
+from hf_paged import linear
 from hf_paged.backends import backend_for
 from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, NotAskableError, check
 from hf_paged.commands.arguments import UsageError, add_block_size, add_kv_cache_dtype, count_of
@@ -88,7 +89,8 @@ def _lines(
     yield f"{args.model}: {type(model).__name__}, {dtype}, {args.block_size} tokens a block"
     yield f"transformers {transformers.__version__}, torch {torch.__version__}"
     yield ""
-    yield from aligned([("attention", backend_for(args.attention_backend, model.device).describe())])
+    attention = backend_for(args.attention_backend, model.device).describe()
+    yield from aligned([("attention", attention), ("linear layers", linear.describe(model))])
     yield ""
     yield from aligned([("question", "way", "off by", "allowed", ""), *map(_row, findings)])
     if qualities:
