@@ -12,7 +12,6 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,9 @@ class _TakenLinear(nn.Linear):
         """`[..., in_features]` to `[..., out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
             weight = self._parameters.get("weight")
-            if _fits(input, weight, 1):
-                return _product(input, weight, self._parameters["bias"])
+            rows = _few_rows(input, weight, 1)
+            if rows is not None:
+                return _product(input, rows, weight, self._parameters["bias"])
         return super().forward(input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -59,8 +59,9 @@ class _TakenConv1D(Conv1D):
         """`[..., in_features]` to `[..., out_features]`; weights are `[in_features, out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
             weight = self._parameters.get("weight")
-            if _fits(x, weight, 0):
-                return _product(x, weight.T, self._parameters["bias"])
+            rows = _few_rows(x, weight, 0)
+            if rows is not None:
+                return _product(x, rows, weight.T, self._parameters["bias"])
         return super().forward(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -80,23 +81,29 @@ def _as_original(layer: nn.Module) -> tuple[Any, ...]:
     return object.__new__, (_ORIGINALS[type(layer)],), vars(layer)
 
 
-def _fits(input: torch.Tensor, weight: torch.Tensor | None, axis: int) -> bool:
-    """Whether oneDNN is faster, and does what torch would. `axis`: of the weights, that of features in."""
-    return (
+def _few_rows(input: torch.Tensor, weight: torch.Tensor | None, axis: int) -> int | None:
+    """How many rows `input` has, where oneDNN is faster and does what torch would; else `None`.
+
+    `axis`: of the weights, that of features in. Asked of each layer in each step, it takes a microsecond.
+    """
+    is_plain = (
         type(weight) is nn.Parameter
+        and weight.numel() >= MIN_WEIGHTS
         and input.dtype is weight.dtype is torch.float32
         and type(input) is torch.Tensor
-        and input.shape[-1:] == weight.shape[axis : axis + 1]
-        and weight.numel() >= MIN_WEIGHTS
-        and input.numel() <= MAX_ROWS * weight.shape[axis]
-        and weight.device.type == input.device.type == "cpu"
+        and input.is_cpu
+        and weight.is_cpu
         and weight.is_contiguous()
+        and input.dim()
     )
+    if not is_plain or input.shape[-1] != (features := weight.shape[axis]):
+        return None
+    rows = input.numel() // features
+    return rows if rows <= MAX_ROWS else None
 
 
-def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`functional.linear` by oneDNN."""
-    rows = prod(input.shape[:-1])
     if rows <= _STEP_ROWS or not rows % _STEP_ROWS:
         return multiply(input, weight, bias)
     filled = functional.pad(input.reshape(rows, -1), (0, 0, 0, -rows % _STEP_ROWS))

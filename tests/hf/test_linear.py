@@ -254,7 +254,7 @@ def test_other_weights_are_left_to_torch(kind, products):
 
 
 def test_wrong_inputs_are_refused_as_by_torch(products):
-    one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48)]
+    one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
     for each in wrong:
         with torch.no_grad(), linear.few_rows(), pytest.raises(RuntimeError) as found:
             one(each)
