@@ -1,7 +1,8 @@
 """``python -m benchmarks.own_share``: what hf_paged itself takes of a decode step of SmolLM2, by clocks.
 
-Ours is all of `PagedCache.update` (the store of new tokens included), all of the attention function but the kernel, and
-what happens around the model's forward pass: plans, checks, statistics. The clocks count as ours, too.
+Ours is all of `PagedCache.update` (the store of new tokens included), all of the attention function but the kernel, the
+looks at linear layers, and what happens around the model's forward pass: plans, checks, statistics. The clocks count as
+ours, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from hf_paged import attention, cache, patch_model, runtime
+from hf_paged import attention, cache, linear, patch_model, runtime
 from hf_paged_kernels import NativeKernel, native
 
 from . import environment, report, smollm2
@@ -27,6 +28,7 @@ from .measure import StepClock, Work, forget_prefixes, generate
 from .scenarios import SCENARIOS
 
 RESULTS = Path(__file__).parent / "results"
+CLOCKED = ("step", "update", "attention", "kernel", "linear")
 CALLS = 3
 """Of each kind; the first is not counted."""
 
@@ -78,6 +80,7 @@ def clocked(clocks: Clocks) -> Iterator[None]:
         mock.patch.object(
             attention, "paged_attention_forward", clocks.around("attention", attention.paged_attention_forward)
         ),
+        mock.patch.object(linear, "few_rows_of", clocks.around("linear", linear.few_rows_of)),
         mock.patch.object(NativeKernel, "run_whole", clocks.around("kernel", NativeKernel.run_whole)),
     ):
         yield
@@ -97,10 +100,10 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
                     forget_prefixes(model)
                 clocks.steps.clear()
                 generate(model, work, StepClock(clocks.step))
-                calls.append({each: clocks.milliseconds(each) for each in ("step", "update", "attention", "kernel")})
+                calls.append({each: clocks.milliseconds(each) for each in CLOCKED})
                 calls[-1]["around"] = clocks.milliseconds("all") - clocks.milliseconds("model")
             medians = {each: median(call[each] for call in calls[1:]) for each in calls[0]}
-            ours = medians["update"] + medians["attention"] - medians["kernel"] + medians["around"]
+            ours = sum(medians[each] for each in ("update", "attention", "linear", "around")) - medians["kernel"]
             yield {"scenario": name, "prompt": prompt, **medians, "ours": ours, "share": ours / medians["step"]}
 
 

@@ -45,7 +45,7 @@ class _TakenLinear(nn.Linear):
         """`[..., in_features]` to `[..., out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
             weight = self._parameters.get("weight")
-            rows = _few_rows(input, weight, 1)
+            rows = few_rows_of(input, weight, 1)
             if rows is not None:
                 return _product(input, rows, weight, self._parameters["bias"])
         return super().forward(input)
@@ -59,7 +59,7 @@ class _TakenConv1D(Conv1D):
         """`[..., in_features]` to `[..., out_features]`; weights are `[in_features, out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
             weight = self._parameters.get("weight")
-            rows = _few_rows(x, weight, 0)
+            rows = few_rows_of(x, weight, 0)
             if rows is not None:
                 return _product(x, rows, weight.T, self._parameters["bias"])
         return super().forward(x)
@@ -81,7 +81,7 @@ def _as_original(layer: nn.Module) -> tuple[Any, ...]:
     return object.__new__, (_ORIGINALS[type(layer)],), vars(layer)
 
 
-def _few_rows(input: torch.Tensor, weight: torch.Tensor | None, axis: int) -> int | None:
+def few_rows_of(input: torch.Tensor, weight: torch.Tensor | None, axis: int) -> int | None:
     """How many rows `input` has, where oneDNN is faster and does what torch would; else `None`.
 
     `axis`: of the weights, that of features in. Asked of each layer in each step, it takes a microsecond.
@@ -116,10 +116,11 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def take_layers(model: nn.Module) -> None:
-    """Let all linear layers of a model take oneDNN in `few_rows`, where that is of use on this machine."""
+    """Let the linear layers of a model take oneDNN in `few_rows`, where that is of use on this machine."""
     if is_faster():
         for each in model.modules():
-            if type(each) in _TAKEN and "forward" not in vars(each):
+            is_own = type(each) in _TAKEN and "forward" not in vars(each)
+            if is_own and each.weight.numel() >= MIN_WEIGHTS:
                 each.__class__ = _TAKEN[type(each)]
 
 

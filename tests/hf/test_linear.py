@@ -223,12 +223,16 @@ def test_strides(products):
 
 
 def test_small_layers_are_left_to_torch(products, monkeypatch):
+    small = layer()
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 24 * 40 + 1)
     with torch.no_grad(), linear.few_rows():
-        assert same(layer(), torch.randn(2, 24))
+        assert same(small, torch.randn(2, 24))
         assert not products
         assert same(layer(24, 41), torch.randn(2, 24))
     assert products == [2]
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 41))
+    linear.take_layers(model)
+    assert [type(each) for each in model] == [nn.Linear, linear._TakenLinear]
 
 
 OTHER_WEIGHTS = {
