@@ -257,6 +257,25 @@ def test_other_weights_are_left_to_torch(kind, products):
     assert kind == "meta" or torch.equal(found, expected)
 
 
+class Recording(torch.Tensor):
+    """Notes what is done with it."""
+
+    names = ()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.names += (function.__name__,)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_tensors_of_other_classes_see_what_torch_does(products):
+    one = layer()
+    with torch.no_grad(), linear.few_rows():
+        one(torch.ones(2, 24).as_subclass(Recording))
+    assert "linear" in Recording.names
+    assert not products
+
+
 def test_wrong_inputs_are_refused_as_by_torch(products):
     one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
     for each in wrong:
