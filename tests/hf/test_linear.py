@@ -235,7 +235,23 @@ def test_small_layers_are_left_to_torch(products, monkeypatch):
     assert [type(each) for each in model] == [nn.Linear, linear._TakenLinear]
 
 
+class Recording(torch.Tensor):
+    """Notes what is done with it."""
+
+    names = ()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.names += (function.__name__,)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def of_another_class(one: nn.Linear) -> None:
+    one.weight = nn.Parameter(one.weight.data.as_subclass(Recording), requires_grad=False)
+
+
 OTHER_WEIGHTS = {
+    "another class": of_another_class,
     "float64": lambda one: one.double(),
     "bfloat16": lambda one: one.bfloat16(),
     "strides": lambda one: setattr(one, "weight", nn.Parameter(torch.randn(24, 40).T, requires_grad=False)),
@@ -255,17 +271,6 @@ def test_other_weights_are_left_to_torch(kind, products):
     assert not products
     assert found.shape == expected.shape
     assert kind == "meta" or torch.equal(found, expected)
-
-
-class Recording(torch.Tensor):
-    """Notes what is done with it."""
-
-    names = ()
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.names += (function.__name__,)
-        return super().__torch_function__(function, types, args, kwargs)
 
 
 def test_tensors_of_other_classes_see_what_torch_does(products):
