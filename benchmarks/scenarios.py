@@ -31,7 +31,7 @@ class Scenario:
     whole: bool = True
     """False for a shrunk version, to which no limits of speed or memory apply."""
     limit: float | None = None
-    """About the ratio that would be reached if only the model's own matrix products took time."""
+    """About the ratio that would be reached if only the model's own matrix products took time, by stock's library."""
 
     def shrunk(self, divisor: int) -> Scenario:
         """Return a smaller version of the same shape, for a quick look."""
