@@ -34,7 +34,7 @@ from hf_paged.forward import (
     shows_padding,
 )
 from hf_paged.identity import Sampling
-from hf_paged.linear import describe, few_rows
+from hf_paged.linear import describe, few_rows, take_layers
 from hf_paged.noted import check_not_lost, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -254,6 +254,7 @@ class PagedRuntime:
                 self._drop_pool()
             if self._pool is None:
                 self._pool, self._pool_key = self._make_pool(model), key
+                take_layers(model)  # again: they may have been elsewhere, or in another dtype
             # Of no use are K and V without a state behind them, and states go before their blocks, and not to tiers.
             self._pool.open_tiers(self.config, self.counters, takes_evicted=not self.layout().has_states)
             return self._pool

@@ -4,8 +4,10 @@ import copy
 import io
 import pickle
 import threading
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from compare import copy_of
@@ -13,7 +15,7 @@ from families import FAMILIES
 from pair import Pair
 from prompts import tokens
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -109,14 +111,16 @@ def test_adapters(products):
     pair = Pair("llama")
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, r=4)
     pair.stock, pair.model = (_with_adapter(peft, model, config) for model in (pair.stock, pair.model))
-    plain = pair.ask(ROWS)
+    pair.ask(ROWS)
     assert products
     pair.both(lambda model: model.merge_adapter())
     pair.ask(ROWS)
     pair.both(lambda model: model.unmerge_adapter())
-    assert torch.equal(pair.ask(ROWS), plain)
+    pair.ask(ROWS)
     unpatch_model(pair.model)
     assert not any(type(each) is linear._TakenLinear for each in pair.model.modules())
+    inputs = torch.tensor([ROWS[0]])
+    assert torch.equal(*(model.generate(inputs, max_new_tokens=9) for model in (pair.stock, pair.model)))
 
 
 def _with_adapter(peft, model, config):
@@ -126,12 +130,22 @@ def _with_adapter(peft, model, config):
 
 def test_a_new_vocabulary_is_stocks_until_patched_again(products):
     pair = Pair("llama")
+    pair.ask(ROWS)
     pair.both(lambda model: model.resize_token_embeddings(model.config.vocab_size + 8))
     pair.ask(ROWS)
     assert type(pair.model.lm_head) is nn.Linear
     patch_model(pair.model, pair.paged.config)
     assert type(pair.model.lm_head) is linear._TakenLinear
     pair.ask(ROWS)
+
+
+def test_layers_are_taken_as_soon_as_they_are_in_float32(products):
+    model = patch_model(copy_of(FAMILIES["llama"]).bfloat16())
+    model.generate(torch.tensor([ROWS[0]]), max_new_tokens=3)
+    assert type(model.lm_head) is nn.Linear
+    model.float().generate(torch.tensor([ROWS[0]]), max_new_tokens=3)
+    assert type(model.lm_head) is linear._TakenLinear
+    assert products
 
 
 def test_threads_that_do_not_generate_are_left_alone(products):
@@ -159,6 +173,65 @@ def test_classes_are_given_back(products):
     assert {name: type(each) for name, each in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("how", ["hook", "removed hook", "wrapped", "compiled"])
+def test_a_forward_that_was_kept_outlives_the_patch(how, products):
+    pair, add = Pair("llama"), accelerate.hooks.add_hook_to_module
+    head = pair.model.lm_head
+    forward = head.forward
+    if "hook" in how:
+        add(head, accelerate.hooks.ModelHook())
+    if how == "removed hook":
+        accelerate.hooks.remove_hook_from_module(head)
+    if how == "wrapped":
+        head.forward = lambda input: forward(input)
+    if how == "compiled":
+        head.forward = torch.compile(forward, backend="eager")
+    pair.ask(ROWS)
+    unpatch_model(pair.model)
+    assert type(head) is nn.Linear
+    inputs = torch.tensor([ROWS[0]])
+    assert torch.equal(*(model.generate(inputs, max_new_tokens=9) for model in (pair.stock, pair.model)))
+
+
+def test_layers_of_two_models(products):
+    """Who gives them back first takes them from nobody."""
+    one, other = (copy_of(FAMILIES["llama"]) for _ in range(2))
+    other.model = one.model
+    patch_model(one)
+    patch_model(other)
+    unpatch_model(one)
+    shared = other.model.layers[0].mlp.up_proj
+    assert type(shared) is linear._TakenLinear
+    assert type(one.lm_head) is nn.Linear
+    unpatch_model(other)
+    assert type(shared) is nn.Linear
+
+
+def test_layers_that_have_left_the_model_are_given_back(products):
+    model = patch_model(copy_of(FAMILIES["llama"]))
+    head, model.lm_head = model.lm_head, nn.Linear(64, 8)
+    unpatch_model(model)
+    assert type(head) is nn.Linear
+
+
+def test_a_parametrization_that_outlives_the_patch(products):
+    model = patch_model(copy_of(FAMILIES["llama"]))
+    parametrizations.weight_norm(model.lm_head)
+    unpatch_model(model)
+    nn.utils.parametrize.remove_parametrizations(model.lm_head, "weight")
+    model.generate(torch.tensor([ROWS[0]]), max_new_tokens=3)
+    assert isinstance(model.lm_head, nn.Linear)
+    assert not products
+
+
+def test_a_layer_without_weights(products):
+    model = copy_of(FAMILIES["llama"])
+    model.unused = nn.Linear(4, 4)
+    model.unused.weight = None
+    patch_model(model).generate(torch.tensor([ROWS[0]]), max_new_tokens=3)
+    assert products
+
+
 def test_layers_with_a_forward_of_their_own_are_left_alone(products):
     model = copy_of(FAMILIES["llama"])
     model.lm_head.forward = nn.Linear.forward.__get__(model.lm_head)  # as accelerate's hooks put one there
@@ -182,7 +255,24 @@ def test_copies_and_files_have_the_original_class(kind, how, products):
         twin = torch.load(file, weights_only=False)
     assert type(twin) is type(one).__base__
     assert torch.equal(twin.weight, one.weight)
-    assert twin.extra_repr() == one.extra_repr()
+    assert str(twin) == str(one)
+
+
+def test_copies_draw_no_numbers(products):
+    one = layer()
+    torch.manual_seed(1)
+    copy.deepcopy(one)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_files_load_without_trust(products):
+    file = io.BytesIO()
+    torch.save(layer(), file)
+    file.seek(0)
+    with torch.serialization.safe_globals([nn.Linear]):
+        assert type(torch.load(file, weights_only=True)) is nn.Linear
 
 
 def test_compiles_in_one_graph(products):
@@ -273,6 +363,49 @@ def test_other_weights_are_left_to_torch(kind, products):
     assert kind == "meta" or torch.equal(found, expected)
 
 
+OTHER_BIASES = {
+    "strides": torch.randn(80)[::2],
+    "one number": torch.zeros(1).expand(40),
+    "one element": torch.randn(1),
+    "a row": torch.randn(1, 40),
+    "rows": torch.randn(2, 40),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_BIASES)
+def test_other_biases_are_left_to_torch(kind, products):
+    one, inputs = layer(), torch.randn(2, 24)
+    one.bias = nn.Parameter(OTHER_BIASES[kind], requires_grad=False)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, OTHER_BIASES[kind]))
+    assert not products
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer", "attribute"])
+def test_biases_that_are_no_parameters(how, products):
+    one, inputs = layer(), torch.randn(2, 24)
+    if how == "pruned":
+        prune.l1_unstructured(one, "bias", 0.5)
+    elif how == "parametrized":
+        nn.utils.parametrize.register_parametrization(one, "bias", nn.Identity())
+    else:
+        bias = one.bias.data
+        del one.bias
+        one.register_buffer("bias", bias) if how == "buffer" else setattr(one, "bias", bias)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
+    assert not products
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
+def test_sparse_weights_are_left_to_torch(layout, products):
+    one, inputs = layer(bias=False), torch.randn(2, 24)
+    one.weight = nn.Parameter(one.weight.data.to_sparse(layout=layout), requires_grad=False)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.allclose(one(inputs), inputs @ one.weight.to_dense().T, atol=TOLERANCE)
+    assert not products
+
+
 def test_tensors_of_other_classes_see_what_torch_does(products):
     one = layer()
     with torch.no_grad(), linear.few_rows():
@@ -306,22 +439,23 @@ class Functions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "circumstance",
-    [
-        torch.enable_grad,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        lambda: torch.backends.mkldnn.flags(enabled=False),
-        lambda: FlopCounterMode(display=False),
-        Functions,
-    ],
-    ids=["gradients", "autocast", "oneDNN switched off", "dispatch mode", "function mode"],
-)
-def test_who_looks_sees_what_torch_does(circumstance, products):
+WATCHERS = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "function mode": Functions,
+}
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in the midst"])
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_who_looks_sees_what_torch_does(watcher, when, products):
     one, inputs = layer(), torch.randn(2, 24)
-    with torch.no_grad(), circumstance() as looks:
-        with linear.few_rows():
-            found = one(inputs)
+    contexts = [linear.few_rows(), looks := WATCHERS[watcher]()]
+    with torch.no_grad(), ExitStack() as stack:
+        for context in contexts if when == "in the midst" else contexts[::-1]:
+            stack.enter_context(context)
+        found = one(inputs)
         assert torch.equal(found, nn.functional.linear(inputs, one.weight, one.bias))
     assert not products
     if isinstance(looks, Functions):
@@ -331,15 +465,34 @@ def test_who_looks_sees_what_torch_does(circumstance, products):
     assert products == [2], "without it"
 
 
-def test_transforms_see_what_torch_does(products):
+def test_onednn_can_be_switched_off(products):
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.no_grad(), linear.few_rows():
+            layer()(torch.randn(2, 24))
+        assert linear.describe(layer()) == "torch's choice"
+    assert not products
+
+
+def test_a_default_device_is_nobody_who_looks(products):
     one = layer()
+    with torch.device("cpu"), torch.no_grad(), linear.few_rows():
+        one(torch.randn(2, 24))
+        with torch.device("cpu"):
+            one(torch.randn(2, 24))
+    assert products == [2], "who comes later may be anybody"
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in the midst"])
+def test_transforms_see_what_torch_does(when, products):
+    one, rows = layer(), torch.randn(3, 24)
 
     def inside(row):
-        with torch.no_grad(), linear.few_rows():
+        with linear.few_rows():
             return one(row)
 
-    rows = torch.randn(3, 24)
-    assert torch.allclose(torch.vmap(inside)(rows), one(rows), atol=TOLERANCE)
+    with torch.no_grad(), nullcontext() if when == "before the pass" else linear.few_rows():
+        found = torch.vmap(inside if when == "before the pass" else one)(rows)
+    assert torch.allclose(found, one(rows), atol=TOLERANCE)
     assert not products
 
 
@@ -389,8 +542,11 @@ def test_vendors(text, vendor, tmp_path, monkeypatch):
     file.write_text(text)
     monkeypatch.setattr(linear, "_CPU_INFO", file)
     assert linear._vendor() == vendor
+    monkeypatch.setattr(linear, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
     is_there = torch.backends.mkl.is_available() and linear._is_there()
     assert linear.is_faster.__wrapped__() == (is_there and vendor == "AuthenticAMD")
+    monkeypatch.setattr(linear, "_CAPABILITIES", ())
+    assert not linear.is_faster.__wrapped__(), "not measured"
 
 
 def test_vendor_on_windows(tmp_path, monkeypatch):
@@ -400,12 +556,11 @@ def test_vendor_on_windows(tmp_path, monkeypatch):
         assert linear._vendor() == vendor
 
 
-@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
-def test_a_torch_without_the_operator(error, monkeypatch):
-    def missing(*_):
-        raise error
-
-    monkeypatch.setattr(linear, "multiply", missing)
+def test_a_torch_without_the_operator_or_with_another(monkeypatch):
+    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: [])
+    assert not linear._is_there()
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "_ARGUMENTS", ["X", "W", "B"])
     assert not linear._is_there()
 
 
