@@ -48,6 +48,7 @@ _LEAST_NEW_TOKENS = max(_LAST_TOKENS[0], 2 * MIN_TRIAL_TOKENS)
 _STATE_TOLERANCE = 1e-4
 _UNTRIED = "untried"
 _BEYOND = "beyond a window"
+_EQUAL_ROWS = "equal rows"
 
 
 class StockShaped:
@@ -84,8 +85,8 @@ class StockShaped:
         request, later, resumes = prompt.call, known.later, known.later.resumes
         if known.window_limit is not None and request.tokens > known.window_limit:
             # Which is counted. In pieces, masks of such models may be others, and that shows beyond the window (moshi).
-            ids = prompt.ids if prompt.media is None else None
-            return run_padded(request, cache, ids), request.real_tokens, 0
+            prompt = prompt if prompt.media is None else prompt._replace(ids=None)
+            return self._run_whole(model, prompt, cache, resumes)
         if prompt.media is not None and prompt.ids is not None:
             prompt = placed(prompt, cache, prompt.media.may_part(resumes))
             if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):
@@ -99,10 +100,11 @@ class StockShaped:
         columns = max(known_columns, _parting(prompt, cache, rows))
         _empty(cache)
         if not columns and len(prompt.rows) == request.rows:
-            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
+            return _run_all(prompt, cache)
         if obstacle != _UNTRIED:
-            self._counters.fall_back(f"prompts not shared: {obstacle}")
-            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
+            if columns:
+                self._counters.fall_back(f"prompts not shared: {obstacle}")
+            return self._run_whole(model, prompt, cache, resumes)
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
         cuts = [request.tokens - _LAST_TOKENS[-1], columns] if _BEYOND in kind else [columns]
@@ -112,6 +114,24 @@ class StockShaped:
         if obstacle != _UNTRIED:
             resumes[kind] = obstacle
         return outputs, request.real_tokens, 0
+
+    def _run_whole(
+        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, resumes: dict[frozenset[str], str | None]
+    ) -> tuple[Any, int, int]:
+        """A prompt that may not be cut; rows that are equal are computed once all the same, if that was tried."""
+        if prompt.media is not None or len(prompt.rows) == prompt.call.rows:
+            return _run_all(prompt, cache)
+        kind = _kind(prompt, cache) | {_EQUAL_ROWS}
+        obstacle = resumes.get(kind, _UNTRIED)
+        if obstacle is None:
+            return _run_less(prompt, cache, begins_anew=True)
+        if obstacle != _UNTRIED:
+            self._counters.fall_back(f"prompts not shared: {obstacle}")
+            return _run_all(prompt, cache)
+        outputs, obstacle = _try_both(model, prompt, cache, [])
+        if obstacle != _UNTRIED:
+            resumes[kind] = obstacle
+        return outputs, prompt.call.real_tokens, 0
 
     def _is_to_be_parted(self, prompt: Prompt, cache: PagedCache, later: Later) -> bool:
         """Whether it is time to find out if media may be parted: others were there before, and nothing is known."""
@@ -231,15 +251,23 @@ def _go_on(prompt: Prompt, cache: PagedCache, rows: list[int], reuse: _Reuse) ->
         put_states(cache.states, joined([kept.state for kept in reuse.states]))
 
 
-def _run_less(prompt: Prompt, cache: PagedCache) -> tuple[Any, int, int]:
-    """One row of those that are equal, and the columns that no earlier call has computed; returns as `run` does."""
+def _run_all(prompt: Prompt, cache: PagedCache) -> tuple[Any, int, int]:
+    """All of a prompt, as stock computes it; returns as `run` does."""
+    return run_padded(prompt.call, cache, prompt.ids), prompt.call.real_tokens, 0
+
+
+def _run_less(prompt: Prompt, cache: PagedCache, begins_anew: bool = False) -> tuple[Any, int, int]:
+    """One row of those that are equal, and the columns that no earlier call has computed; returns as `run` does.
+
+    `begins_anew`: all columns, in one piece.
+    """
     request, rows = prompt.call, prompt.rows
     if len(rows) < request.rows:
         cache.sequences.select(rows)
-    reuse = _reuse(prompt, cache, rows)
+    reuse = _Reuse() if begins_anew else _reuse(prompt, cache, rows)
     reused = [table.num_tokens for table in cache.tables]
     places = [rows.index(owner) for owner in prompt.owners]
-    parting, computed_tokens = _parting(prompt, cache, rows), 0
+    parting, computed_tokens = 0 if begins_anew else _parting(prompt, cache, rows), 0
     stops = [parting] if parting - reuse.columns >= MIN_PARTING_TOKENS else []
     try:
         _go_on(prompt, cache, rows, reuse)
@@ -295,9 +323,10 @@ def _try_both(
 ) -> tuple[Any, str | None]:
     """A prompt as stock computes it, and then its distinct rows in pieces, on a cache of their own.
 
-    These end at the columns `cuts`, or before; the first of them is not computed but what earlier calls have left,
-    if these are the first `known_columns`, and enough others follow. Returns the outputs of the former, and why prompts
-    like this must not be computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
+    These end at the columns `cuts`, or before; without any it is one. The first is not computed but what earlier calls
+    have left of the first `known_columns`, where enough others follow. Returns the outputs of the former, and why
+    prompts like this must not be computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no
+    memory.
     """
     if prompt.media is not None and len(prompt.media.parts) > 1 and len(prompt.rows) > 1:
         # Without one of the rows: others may have been computed together with that.
@@ -308,9 +337,10 @@ def _try_both(
     whole = _states(cache, prompt.rows)
     stops, least = {*cuts, request.tokens}, MIN_TRIAL_TOKENS
     if cache.states:
+        least += max(map(prompt.padding, prompt.rows))
+    if cache.states and cuts:
         first, second, last = (request.tokens - each for each in _LAST_TOKENS)
         stops.update([first, *range(second, last + 1)])
-        least += max(map(prompt.padding, prompt.rows))
     if request.tokens - known_columns < _LEAST_NEW_TOKENS:
         known_columns = 0
     if known_columns:
@@ -328,7 +358,7 @@ def _try_both(
         with draws_kept(model):
             for start, stop in pairwise(sorted({begin, *stops})):
                 last = run_padded(_part(prompt, twin, range(start, stop)), twin)
-                if stop == cuts[-1]:
+                if [stop] == cuts[-1:]:
                     states = _states(twin, range(len(prompt.rows)))
             off = _apart(_states(twin, range(len(prompt.rows))), whole)
     except Exception as error:  # whatever a model does with what it did not expect, one piece is right
@@ -337,11 +367,12 @@ def _try_both(
     finally:
         twin.release()
     expected = outputs.logits[prompt.rows, -1]
+    how = "in two pieces" if cuts else "without the rows that are equal"
     error, tolerance = difference(last.logits[:, -1], expected), tolerance_of(expected.dtype)
     if error > tolerance:
-        return outputs, f"logits of a prompt in two pieces differ from stock by {error:.1g} of the largest"
+        return outputs, f"logits of a prompt {how} differ from stock by {error:.1g} of the largest"
     if off > (_STATE_TOLERANCE if expected.dtype == torch.float32 else tolerance):
-        return outputs, f"states behind a prompt in pieces differ from stock by {off:.1g} of the largest"
+        return outputs, f"states behind a prompt {how} differ from stock by {off:.1g} of the largest"
     if states:  # else they were found there
         _keep(prompt, cache, states, cuts[-1])
     return outputs, None

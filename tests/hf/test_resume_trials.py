@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import test_kept_states
 import torch
+import zoo
 from mishaps import Boom
 from pair import Pair, evict, text
 from prompts import batch, tokens
@@ -249,3 +250,60 @@ def test_an_error_in_a_trial_leaves_nothing_behind(monkeypatch, where, error):
     pair.ask([prompt[:-3]])
     pair.ask([prompt[:-3] + tokens(5, seed=9)])
     assert pair.reused == (0 if error is Boom else len(prompt) - 3)
+
+
+@pytest.mark.parametrize("name", ["jamba", "zamba2"])
+@pytest.mark.parametrize("kwargs", [{"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("lengths", [(25,), (25, 25), (25, 22)], ids=str)
+def test_equal_rows_of_what_may_not_be_cut_are_computed_once(name, lengths, kwargs):
+    """That is tried by itself; all go on from the state of the one that was computed."""
+    pair = hybrid(name)
+    for number, times in enumerate((3, 3, 1, 1)):
+        rows = [tokens(length, seed=10 * number + row) for row, length in enumerate(lengths)]
+        pair.ask(rows, max_new_tokens=12, **kwargs)
+        assert (pair.computed, pair.reused) == (times * sum(lengths), 0)
+        assert not not_shared(pair), "nothing of these was known"
+    if len(set(lengths)) == 1:  # with padding nothing is kept
+        pair.ask(rows, max_new_tokens=12, **kwargs)
+        assert (pair.computed, pair.reused) == (sum(lengths), 0)
+        assert len(not_shared(pair)) == 1
+
+
+@pytest.mark.parametrize("sees", ["what follows", "that and how many rows there are"])
+def test_prompts_that_see_how_many_rows_there_are(in_stock_shapes, monkeypatch, sees):
+    """One thing is found out of cuts, and another of equal rows."""
+    forward = BloomModel.forward
+
+    @functools.wraps(forward)
+    def seeing(self, input_ids=None, inputs_embeds=None, **kwargs):
+        embedded = self.word_embeddings(input_ids)
+        if input_ids.shape[1] > 1:
+            embedded = embedded + embedded.mean(dim=1, keepdim=True)
+            if "how many" in sees:
+                embedded = embedded + len(input_ids) * torch.arange(embedded.shape[-1]).sin()
+        return forward(self, input_ids=None, inputs_embeds=embedded, **kwargs)
+
+    monkeypatch.setattr(BloomModel, "forward", seeing)
+    pair, computed = Pair("bloom"), []
+    for seed in range(4):
+        pair.ask([tokens(30, seed)], num_return_sequences=3, do_sample=True)
+        computed.append(pair.computed)
+    if "how many" in sees:
+        assert computed == [90] * 4
+        (reason,) = not_shared(pair)
+        assert "without the rows that are equal" in reason
+    else:
+        assert computed == [90, 90, 30, 30]
+        assert not not_shared(pair)
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "moshi"])
+def test_equal_rows_beyond_a_window_that_attention_is_not_told_of(model_type):
+    """Prompts beyond it are never cut, and rows that are equal are computed once all the same."""
+    pair = Pair.of(zoo.build(model_type))
+    length = 3 * zoo.WINDOW
+    for seed, times in enumerate((3, 1, 1)):
+        pair.ask([tokens(length, seed)], num_return_sequences=3, do_sample=True, max_new_tokens=zoo.WINDOW)
+        if "sliding window that attention is not told of" not in pair.paged.stats().fallbacks:
+            skip_if_older(f"this transformers asks more of {model_type}: {list(pair.paged.stats().fallbacks)}")
+        assert pair.computed == times * length
