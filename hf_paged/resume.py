@@ -40,8 +40,8 @@ MIN_PARTING_TOKENS = 32
 # short, because later logits depend less on it; one is as short as a convolution's kernel. Between the two last begins
 # tokens go one at a time, another way through such layers: answers do, and later prompts begin with these.
 _LAST_TOKENS = (14, 9, 2)
-# Columns that a trial computes in any case. What is kept may have seen all that follows it, in an earlier call with the
-# same prompt; of these, the last `MIN_TRIAL_TOKENS` cannot have been seen by the others.
+# Columns that a trial computes in any case. What earlier calls have left may come from a pass that saw the same tokens
+# follow, so that a model that looks ahead does not show there; it does where new columns are cut off from one another.
 _LEAST_NEW_TOKENS = max(_LAST_TOKENS[0], 2 * MIN_TRIAL_TOKENS)
 # Largest difference of a state, as a part of its largest number, that is taken for rounding in float32, where at most
 # 4e-6 was measured. Those of zamba2, whose steps forget to clamp, differ by 2e-3 after 7 single tokens.
@@ -108,7 +108,7 @@ class StockShaped:
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
         cuts = [request.tokens - _LAST_TOKENS[-1], columns] if _BEYOND in kind else [columns]
-        # Media in pieces are part of what is tried.
+        # Media are always computed: whether they may be given without those of other rows is found out, too.
         known_columns = known_columns if prompt.media is None else 0
         outputs, obstacle = _try_both(model, prompt, cache, cuts, known_columns)
         if obstacle != _UNTRIED:
