@@ -3,6 +3,8 @@
 import functools
 from dataclasses import replace
 
+import media_prompts
+import more_models
 import pytest
 import test_kept_states
 import torch
@@ -308,3 +310,16 @@ def test_equal_rows_beyond_a_window_that_attention_is_not_told_of(model_type):
         if "sliding window that attention is not told of" not in pair.paged.stats().fallbacks:
             skip_if_older(f"this transformers asks more of {model_type}: {list(pair.paged.stats().fallbacks)}")
         assert pair.computed == times * length
+
+
+def test_media_are_computed_in_any_case(passes):
+    """Of what is known behind them nobody would learn whether they may be given without those of other rows."""
+    inputs = media_prompts.prompt("idefics3")
+    pair = Pair.of(more_models.build("idefics3"))
+    answer = pair.ask(inputs, max_new_tokens=10)
+    passes.clear()
+    pair.ask(media_prompts.followed_by(inputs, answer, tokens(SAID, seed=5)), max_new_tokens=1)
+    whole, *pieces = passes
+    assert whole[1:] == (answer.shape[1] + SAID, 0)
+    assert pieces[0][2] == 0
+    assert tokens_of(pieces) == tokens_of([whole])
