@@ -1,7 +1,8 @@
 """Stock-shaped prompts of which less is computed: rows that are equal once, and not what earlier calls have computed.
 
 What such a model makes of a prompt in two pieces, equal rows left out, is tried on a real call first: then a prompt may
-begin with what another call has left, as it would with a cache that is given back.
+begin with what another call has left, as it would with a cache that is given back. The trial begins so itself where it
+can.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ MIN_PARTING_TOKENS = 32
 # short, because later logits depend less on it; one is as short as a convolution's kernel. Between the two last begins
 # tokens go one at a time, another way through such layers: answers do, and later prompts begin with these.
 _LAST_TOKENS = (14, 9, 2)
+# Columns that a trial computes in any case. What earlier calls have left may come from a pass that saw the same tokens
+# follow, so that a model that looks ahead does not show there; it does where new columns are cut off from one another.
+_LEAST_NEW_TOKENS = max(_LAST_TOKENS[0], 2 * MIN_TRIAL_TOKENS)
 # Largest difference of a state, as a part of its largest number, that is taken for rounding in float32, where at most
 # 4e-6 was measured. Those of zamba2, whose steps forget to clamp, differ by 2e-3 after 7 single tokens.
 _STATE_TOLERANCE = 1e-4
 _UNTRIED = "untried"
 _BEYOND = "beyond a window"
+_EQUAL_ROWS = "equal rows"
 
 
 class StockShaped:
@@ -80,8 +85,8 @@ class StockShaped:
         request, later, resumes = prompt.call, known.later, known.later.resumes
         if known.window_limit is not None and request.tokens > known.window_limit:
             # Which is counted. In pieces, masks of such models may be others, and that shows beyond the window (moshi).
-            ids = prompt.ids if prompt.media is None else None
-            return run_padded(request, cache, ids), request.real_tokens, 0
+            prompt = prompt if prompt.media is None else prompt._replace(ids=None)
+            return self._run_whole(model, prompt, cache, resumes)
         if prompt.media is not None and prompt.ids is not None:
             prompt = placed(prompt, cache, prompt.media.may_part(resumes))
             if not prompt.media.apart and self._is_to_be_parted(prompt, cache, later):
@@ -91,20 +96,42 @@ class StockShaped:
         if obstacle is None:
             return _run_less(prompt, cache)
         rows = list(range(request.rows))
-        columns = max(_reuse(prompt, cache, rows).columns, _parting(prompt, cache, rows))
+        known_columns = _reuse(prompt, cache, rows).columns
+        columns = max(known_columns, _parting(prompt, cache, rows))
         _empty(cache)
         if not columns and len(prompt.rows) == request.rows:
-            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
+            return _run_all(prompt, cache)
         if obstacle != _UNTRIED:
-            self._counters.fall_back(f"prompts not shared: {obstacle}")
-            return run_padded(request, cache, prompt.ids), request.real_tokens, 0
+            if columns:
+                self._counters.fall_back(f"prompts not shared: {obstacle}")
+            return self._run_whole(model, prompt, cache, resumes)
         half = max(prompt.least_columns, request.tokens // 2)
         columns = columns or (request.tokens - _LAST_TOKENS[0] if cache.states else half)
         cuts = [request.tokens - _LAST_TOKENS[-1], columns] if _BEYOND in kind else [columns]
-        outputs, obstacle = _try_both(model, prompt, cache, cuts)
+        # Media are always computed: whether they may be given without those of other rows is found out, too.
+        known_columns = known_columns if prompt.media is None else 0
+        outputs, obstacle = _try_both(model, prompt, cache, cuts, known_columns)
         if obstacle != _UNTRIED:
             resumes[kind] = obstacle
         return outputs, request.real_tokens, 0
+
+    def _run_whole(
+        self, model: PreTrainedModel, prompt: Prompt, cache: PagedCache, resumes: dict[frozenset[str], str | None]
+    ) -> tuple[Any, int, int]:
+        """A prompt that may not be cut; rows that are equal are computed once all the same, if that was tried."""
+        if prompt.media is not None or len(prompt.rows) == prompt.call.rows:
+            return _run_all(prompt, cache)
+        kind = _kind(prompt, cache) | {_EQUAL_ROWS}
+        obstacle = resumes.get(kind, _UNTRIED)
+        if obstacle is None:
+            return _run_less(prompt, cache, begins_anew=True)
+        if obstacle != _UNTRIED:
+            self._counters.fall_back(f"prompts not shared: {obstacle}")
+            return _run_all(prompt, cache)
+        outputs, obstacle = _try_both(model, prompt, cache, [])
+        if obstacle != _UNTRIED:
+            resumes[kind] = obstacle
+        return outputs, prompt.call.real_tokens, 0
 
     def _is_to_be_parted(self, prompt: Prompt, cache: PagedCache, later: Later) -> bool:
         """Whether it is time to find out if media may be parted: others were there before, and nothing is known."""
@@ -151,12 +178,12 @@ class _Reuse(NamedTuple):
     states: Sequence[KeptState] = ()
 
 
-def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int]) -> _Reuse:
-    """Let all tables, those of `rows`, hold what earlier calls have computed of as many first columns.
+def _reuse(prompt: Prompt, cache: PagedCache, rows: list[int], most: int | None = None) -> _Reuse:
+    """Let all tables, those of `rows`, hold what earlier calls have computed of as many first columns, up to `most`.
 
     None where a cut there would go through media, or where some row has no state there.
     """
-    limit = prompt.cut(prompt.call.tokens - prompt.keep)
+    limit = prompt.cut(prompt.call.tokens - prompt.keep if most is None else most)
     while prompt.ids is not None and limit:
         wanted = [max(0, limit - prompt.padding(row)) for row in rows]
         states = [
@@ -214,23 +241,37 @@ def _empty(cache: PagedCache) -> None:
         cache.pool.manager.crop(table, 0)
 
 
-def _run_less(prompt: Prompt, cache: PagedCache) -> tuple[Any, int, int]:
-    """One row of those that are equal, and the columns that no earlier call has computed; returns as `run` does."""
+def _go_on(prompt: Prompt, cache: PagedCache, rows: list[int], reuse: _Reuse) -> None:
+    """Let a cache, whose tables hold what was found of `rows`, be as it was behind these columns."""
+    new = prompt.call.new_columns
+    cache.add_columns(None if new is None else new[rows, : reuse.columns], reuse.columns)
+    for layer in cache.paged_layers:
+        layer.move_to(reuse.columns)
+    if reuse.states:
+        put_states(cache.states, joined([kept.state for kept in reuse.states]))
+
+
+def _run_all(prompt: Prompt, cache: PagedCache) -> tuple[Any, int, int]:
+    """All of a prompt, as stock computes it; returns as `run` does."""
+    return run_padded(prompt.call, cache, prompt.ids), prompt.call.real_tokens, 0
+
+
+def _run_less(prompt: Prompt, cache: PagedCache, begins_anew: bool = False) -> tuple[Any, int, int]:
+    """One row of those that are equal, and the columns that no earlier call has computed; returns as `run` does.
+
+    `begins_anew`: all columns, in one piece.
+    """
     request, rows = prompt.call, prompt.rows
     if len(rows) < request.rows:
         cache.sequences.select(rows)
-    begin, states = _reuse(prompt, cache, rows)
+    reuse = _Reuse() if begins_anew else _reuse(prompt, cache, rows)
     reused = [table.num_tokens for table in cache.tables]
     places = [rows.index(owner) for owner in prompt.owners]
-    parting, computed_tokens = _parting(prompt, cache, rows), 0
-    stops = [parting] if parting - begin >= MIN_PARTING_TOKENS else []
+    parting, computed_tokens = 0 if begins_anew else _parting(prompt, cache, rows), 0
+    stops = [parting] if parting - reuse.columns >= MIN_PARTING_TOKENS else []
     try:
-        cache.add_columns(None if request.new_columns is None else request.new_columns[rows, :begin], begin)
-        for layer in cache.paged_layers:
-            layer.move_to(begin)
-        if states:
-            put_states(cache.states, joined([kept.state for kept in states]))
-        for start, stop in pairwise([begin, *stops, request.tokens]):
+        _go_on(prompt, cache, rows, reuse)
+        for start, stop in pairwise([reuse.columns, *stops, request.tokens]):
             part = _part(prompt, cache, range(start, stop))
             outputs = run_padded(part, cache, _ids(prompt, rows, range(start, stop)))
             computed_tokens += part.real_tokens
@@ -277,11 +318,15 @@ def _part(prompt: Prompt, cache: PagedCache, columns: range) -> ModelCall:
 
 
 @torch.no_grad()
-def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: list[int]) -> tuple[Any, str | None]:
+def _try_both(
+    model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: list[int], known_columns: int = 0
+) -> tuple[Any, str | None]:
     """A prompt as stock computes it, and then its distinct rows in pieces, on a cache of their own.
 
-    These end at the columns `cuts`, or before. Returns the outputs of the former, and why prompts like this must not be
-    computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no memory.
+    These end at the columns `cuts`, or before; without any it is one. The first is not computed but what earlier calls
+    have left of the first `known_columns`, where enough others follow. Returns the outputs of the former, and why
+    prompts like this must not be computed like the latter, or `None`; `_UNTRIED` where there is too little of it, or no
+    memory.
     """
     if prompt.media is not None and len(prompt.media.parts) > 1 and len(prompt.rows) > 1:
         # Without one of the rows: others may have been computed together with that.
@@ -292,9 +337,14 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: l
     whole = _states(cache, prompt.rows)
     stops, least = {*cuts, request.tokens}, MIN_TRIAL_TOKENS
     if cache.states:
+        least += max(map(prompt.padding, prompt.rows))
+    if cache.states and cuts:
         first, second, last = (request.tokens - each for each in _LAST_TOKENS)
         stops.update([first, *range(second, last + 1)])
-        least += max(map(prompt.padding, prompt.rows))
+    if request.tokens - known_columns < _LEAST_NEW_TOKENS:
+        known_columns = 0
+    if known_columns:
+        stops.add(request.tokens - MIN_TRIAL_TOKENS)
     if min(stops) < least or (prompt.media is not None and any(map(prompt.media.reaches_over, stops))):
         return outputs, _UNTRIED
     if _changed(before, _attributes(model)):
@@ -303,11 +353,12 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: l
     twin.copies_dense = cache.copies_dense
     try:
         twin.ensure_rows(len(prompt.rows))
+        begin = _begin_trial(prompt, cache, twin, known_columns)
         states: list[State] = []
         with draws_kept(model):
-            for start, stop in pairwise([0, *sorted(stops)]):
+            for start, stop in pairwise(sorted({begin, *stops})):
                 last = run_padded(_part(prompt, twin, range(start, stop)), twin)
-                if stop == cuts[-1]:
+                if [stop] == cuts[-1:]:
                     states = _states(twin, range(len(prompt.rows)))
             off = _apart(_states(twin, range(len(prompt.rows))), whole)
     except Exception as error:  # whatever a model does with what it did not expect, one piece is right
@@ -316,13 +367,26 @@ def _try_both(model: PreTrainedModel, prompt: Prompt, cache: PagedCache, cuts: l
     finally:
         twin.release()
     expected = outputs.logits[prompt.rows, -1]
+    how = "in two pieces" if cuts else "without the rows that are equal"
     error, tolerance = difference(last.logits[:, -1], expected), tolerance_of(expected.dtype)
     if error > tolerance:
-        return outputs, f"logits of a prompt in two pieces differ from stock by {error:.1g} of the largest"
+        return outputs, f"logits of a prompt {how} differ from stock by {error:.1g} of the largest"
     if off > (_STATE_TOLERANCE if expected.dtype == torch.float32 else tolerance):
-        return outputs, f"states behind a prompt in pieces differ from stock by {off:.1g} of the largest"
-    _keep(prompt, cache, states, cuts[-1])
+        return outputs, f"states behind a prompt {how} differ from stock by {off:.1g} of the largest"
+    if states:  # else they were found there
+        _keep(prompt, cache, states, cuts[-1])
     return outputs, None
+
+
+def _begin_trial(prompt: Prompt, cache: PagedCache, twin: PagedCache, known_columns: int) -> int:
+    """Let `twin` begin with what earlier calls have left of so many columns; returns those that it found."""
+    for row, table in zip(prompt.rows, twin.tables, strict=True):
+        table.root = cache.tables[row].root
+    reuse = _reuse(prompt, twin, prompt.rows, known_columns)
+    twin.untrack()  # nobody is to find what is tried
+    if reuse.columns:
+        _go_on(prompt, twin, prompt.rows, reuse)
+    return reuse.columns
 
 
 def _states(cache: PagedCache, rows: Sequence[int]) -> list[State]:

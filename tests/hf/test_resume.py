@@ -150,8 +150,8 @@ def test_a_model_that_notes_something_of_its_prompt_is_given_all_of_it(monkeypat
 
     monkeypatch.setattr(BloomForCausalLM, "forward", noting)
     pair = Pair("bloom")
-    for last in range(3):
-        pair.ask([SYSTEM + tokens(5 + last, seed=60 + last)])
+    for last, beams in enumerate((1, 1, 1, 2, 2, 2)):
+        pair.ask([SYSTEM + tokens(5 + last, seed=60 + last)], num_beams=beams)
         assert pair.reused == 0
         assert torch.equal(pair.model.noted, pair.stock.noted)
     assert NOT_SHARED + "modules that keep a state of their own" in pair.paged.stats().fallbacks
