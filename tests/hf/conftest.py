@@ -1,4 +1,4 @@
-"""CUDA graphs for tests without a GPU, what reads the sample of weights, and memory without poison."""
+"""CUDA graphs for tests without a GPU, what reads the sample of weights, memory without poison, layers by oneDNN."""
 
 import pytest
 
@@ -66,3 +66,22 @@ def no_poison(monkeypatch):
 
     monkeypatch.setattr(store, "POISON", False)
     monkeypatch.setattr(pool, "POISON", False)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Rows of each product that goes to oneDNN, which all layers do that may."""
+    from hf_paged import linear
+
+    if not linear._is_there():
+        pytest.skip("this torch has no linear layers of oneDNN's")
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
+    rows, multiply = [], linear.multiply
+
+    def counted(input, weight, bias):
+        rows.append(input.numel() // weight.shape[1])
+        return multiply(input, weight, bias)
+
+    monkeypatch.setattr(linear, "multiply", counted)
+    return rows

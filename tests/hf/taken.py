@@ -1,0 +1,42 @@
+"""Linear layers that may take oneDNN, for tests."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_paged import linear
+
+TOLERANCE = 1e-5  # of two ways to add up some dozens of numbers around 1
+
+
+def layer(inputs: int = 24, outputs: int = 40, **kwargs) -> nn.Linear:
+    """One that has been taken, alone in its model."""
+    made = nn.Sequential(nn.Linear(inputs, outputs, **kwargs)).requires_grad_(False)
+    linear.take_layers(made)
+    assert type(made[0]) is linear._TakenLinear
+    return made[0]
+
+
+def conv1d(inputs: int = 24, outputs: int = 40) -> nn.Module:
+    """The linear layer of gpt2, taken."""
+    made = nn.Sequential(Conv1D(outputs, inputs)).requires_grad_(False)
+    nn.init.normal_(made[0].bias)
+    linear.take_layers(made)
+    assert type(made[0]) is linear._TakenConv1D
+    return made[0]
+
+
+def same(one: nn.Module, *inputs: torch.Tensor) -> bool:
+    """Whether a layer gives what `nn.Linear.forward` gives."""
+    return all(torch.allclose(one(each), type(one).__base__.forward(one, each), atol=TOLERANCE) for each in inputs)
+
+
+class Recording(torch.Tensor):
+    """Notes what is done with it."""
+
+    names = ()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.names += (function.__name__,)
+        return super().__torch_function__(function, types, args, kwargs)

@@ -1,0 +1,298 @@
+"""Single layers by oneDNN: what they take, who must not notice, and on which machines. Forced, whatever this one is."""
+
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import pytest
+import torch
+from compare import copy_of
+from families import FAMILIES
+from taken import TOLERANCE, Recording, conv1d, layer, same
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_paged import linear, patch_model
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [layer, partial(layer, bias=False), conv1d], ids=["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (24, 40), (257, 129), (576, 1000)])
+def test_sizes(sizes, kind, products):
+    one = kind(*sizes)
+    shapes = [(1,), (5, 1), (3, 4), (9,), (2, 3, 5), (linear.MAX_ROWS - 1,), (linear.MAX_ROWS,), (0,), ()]
+    inputs = [torch.randn(*shape, sizes[0]) for shape in shapes]
+    with torch.no_grad(), linear.few_rows():
+        assert same(one, *inputs)
+        assert products == [1, 5, 16, 16, 32, 64, 64, 0, 1]
+        assert same(one, torch.randn(linear.MAX_ROWS + 1, sizes[0]))
+    assert len(products) == len(inputs)
+
+
+def test_strides(products):
+    one = layer()
+    inputs = [
+        torch.randn(4, 3, 24)[:, -1:],
+        torch.randn(24, 4).T,
+        torch.randn(4, 48)[:, ::2],
+        torch.randn(24).expand(5, 24),
+    ]
+    with torch.no_grad(), linear.few_rows():
+        assert same(one, *inputs)
+    assert len(products) == len(inputs)
+
+
+def test_small_layers_are_left_to_torch(products, monkeypatch):
+    small = layer()
+    monkeypatch.setattr(linear, "MIN_WEIGHTS", 24 * 40 + 1)
+    with torch.no_grad(), linear.few_rows():
+        assert same(small, torch.randn(2, 24))
+        assert not products
+        assert same(layer(24, 41), torch.randn(2, 24))
+    assert products == [2]
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 41))
+    linear.take_layers(model)
+    assert [type(each) for each in model] == [nn.Linear, linear._TakenLinear]
+
+
+def of_another_class(one: nn.Linear) -> None:
+    one.weight = nn.Parameter(one.weight.data.as_subclass(Recording), requires_grad=False)
+
+
+OTHER_WEIGHTS = {
+    "another class": of_another_class,
+    "float64": lambda one: one.double(),
+    "bfloat16": lambda one: one.bfloat16(),
+    "strides": lambda one: setattr(one, "weight", nn.Parameter(torch.randn(24, 40).T, requires_grad=False)),
+    "meta": lambda one: one.to("meta"),
+    "parametrized": parametrizations.weight_norm,
+    "no parameter": lambda one: (delattr(one, "weight"), setattr(one, "weight", torch.randn(40, 24))),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_WEIGHTS)
+def test_other_weights_are_left_to_torch(kind, products):
+    one = layer()
+    OTHER_WEIGHTS[kind](one)
+    inputs = torch.randn(2, 24).to(one.weight.device, one.weight.dtype)
+    with torch.no_grad(), linear.few_rows():
+        found, expected = one(inputs), nn.functional.linear(inputs, one.weight, one.bias)
+    assert not products
+    assert found.shape == expected.shape
+    assert kind == "meta" or torch.equal(found, expected)
+
+
+OTHER_BIASES = {
+    "strides": torch.randn(80)[::2],
+    "one number": torch.zeros(1).expand(40),
+    "one element": torch.randn(1),
+    "a row": torch.randn(1, 40),
+    "rows": torch.randn(2, 40),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_BIASES)
+def test_other_biases_are_left_to_torch(kind, products):
+    one, inputs = layer(), torch.randn(2, 24)
+    one.bias = nn.Parameter(OTHER_BIASES[kind], requires_grad=False)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, OTHER_BIASES[kind]))
+    assert not products
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer", "attribute"])
+def test_biases_that_are_no_parameters(how, products):
+    one, inputs = layer(), torch.randn(2, 24)
+    if how == "pruned":
+        prune.l1_unstructured(one, "bias", 0.5)
+    elif how == "parametrized":
+        nn.utils.parametrize.register_parametrization(one, "bias", nn.Identity())
+    else:
+        bias = one.bias.data
+        del one.bias
+        one.register_buffer("bias", bias) if how == "buffer" else setattr(one, "bias", bias)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
+    assert not products
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
+def test_sparse_weights_are_left_to_torch(layout, products):
+    one, inputs = layer(bias=False), torch.randn(2, 24)
+    one.weight = nn.Parameter(one.weight.data.to_sparse(layout=layout), requires_grad=False)
+    with torch.no_grad(), linear.few_rows():
+        assert torch.allclose(one(inputs), inputs @ one.weight.to_dense().T, atol=TOLERANCE)
+    assert not products
+
+
+def test_tensors_of_other_classes_see_what_torch_does(products):
+    one = layer()
+    with torch.no_grad(), linear.few_rows():
+        one(torch.ones(2, 24).as_subclass(Recording))
+    assert "linear" in Recording.names
+    assert not products
+
+
+def test_wrong_inputs_are_refused_as_by_torch(products):
+    one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
+    for each in wrong:
+        with torch.no_grad(), linear.few_rows(), pytest.raises(RuntimeError) as found:
+            one(each)
+        with torch.no_grad(), pytest.raises(RuntimeError) as expected:
+            nn.Linear(24, 40)(each)
+        assert str(found.value) == str(expected.value)
+    assert not products
+
+
+# -- who looks -------------------------------------------------------------------------------------------------------
+
+
+class Functions(TorchFunctionMode):
+    """Sees what is asked of torch."""
+
+    def __init__(self):
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WATCHERS = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "function mode": Functions,
+}
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in the midst"])
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_who_looks_sees_what_torch_does(watcher, when, products):
+    one, inputs = layer(), torch.randn(2, 24)
+    contexts = [linear.few_rows(), looks := WATCHERS[watcher]()]
+    with torch.no_grad(), ExitStack() as stack:
+        for context in contexts if when == "in the midst" else contexts[::-1]:
+            stack.enter_context(context)
+        found = one(inputs)
+        assert torch.equal(found, nn.functional.linear(inputs, one.weight, one.bias))
+    assert not products
+    if isinstance(looks, Functions):
+        assert looks.names.count("linear") == 2
+    with torch.no_grad(), linear.few_rows():
+        one(inputs)
+    assert products == [2], "without it"
+
+
+def test_onednn_can_be_switched_off(products):
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.no_grad(), linear.few_rows():
+            layer()(torch.randn(2, 24))
+        assert linear.describe(layer()) == "torch's choice"
+    assert not products
+
+
+def test_a_default_device_is_nobody_who_looks(products):
+    one = layer()
+    with torch.device("cpu"), torch.no_grad(), linear.few_rows():
+        one(torch.randn(2, 24))
+        with torch.device("cpu"):
+            one(torch.randn(2, 24))
+    assert products == [2], "who comes later may be anybody"
+
+
+@pytest.mark.parametrize("when", ["before the pass", "in the midst"])
+def test_transforms_see_what_torch_does(when, products):
+    one, rows = layer(), torch.randn(3, 24)
+
+    def inside(row):
+        with linear.few_rows():
+            return one(row)
+
+    with torch.no_grad(), nullcontext() if when == "before the pass" else linear.few_rows():
+        found = torch.vmap(inside if when == "before the pass" else one)(rows)
+    assert torch.allclose(found, one(rows), atol=TOLERANCE)
+    assert not products
+
+
+REPLACED = {"functional": (nn.functional, "linear"), "class": (nn.Linear, "forward"), "addmm": (torch, "addmm")}
+
+
+@pytest.mark.parametrize("where", REPLACED)
+def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
+    one, asked = layer(), []
+
+    def other(*args):
+        asked.append(args)
+        return torch.zeros(2, 40)
+
+    if where == "addmm":
+        one = conv1d()
+    owner, name = REPLACED[where]
+    monkeypatch.setattr(owner, name, other)
+    with torch.no_grad(), linear.few_rows():
+        assert not one(torch.randn(2, 24)).any()
+    assert len(asked) == 1
+    assert not products
+
+
+def test_a_pass_that_fails_leaves_nothing_switched_on(products):
+    one = layer()
+    with torch.no_grad():
+        with pytest.raises(KeyError), linear.few_rows():
+            raise KeyError
+        one(torch.randn(2, 24))
+    assert not products
+
+
+# -- machines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "AuthenticAMD"),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", ""),
+    ],
+)
+def test_vendors(text, vendor, tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    monkeypatch.setattr(linear, "_CPU_INFO", file)
+    assert linear._vendor() == vendor
+    monkeypatch.setattr(linear, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
+    is_there = torch.backends.mkl.is_available() and linear._is_there()
+    assert linear.is_faster.__wrapped__() == (is_there and vendor == "AuthenticAMD")
+    monkeypatch.setattr(linear, "_CAPABILITIES", ())
+    assert not linear.is_faster.__wrapped__(), "not measured"
+
+
+def test_vendor_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_CPU_INFO", tmp_path / "missing")
+    for name, vendor in (("AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD", "AuthenticAMD"), ("", "")):
+        monkeypatch.setattr("platform.processor", lambda name=name: name)
+        assert linear._vendor() == vendor
+
+
+def test_a_torch_without_the_operator_or_with_another(monkeypatch):
+    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: [])
+    assert not linear._is_there()
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "_ARGUMENTS", ["X", "W", "B"])
+    assert not linear._is_there()
+
+
+def test_other_machines_classes_are_left_alone(monkeypatch):
+    monkeypatch.setattr(linear, "is_faster", lambda: False)
+    model = patch_model(copy_of(FAMILIES["llama"]))
+    assert type(model.lm_head) is nn.Linear
+    assert "linear layers: torch's choice" in str(model.paged)
+
+
+def test_what_is_said(products):
+    model = patch_model(copy_of(FAMILIES["llama"]))
+    assert "linear layers: oneDNN, up to 64 rows" in str(model.paged)
+    assert linear.describe(model.bfloat16()) == "torch's choice"
