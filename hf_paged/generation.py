@@ -160,7 +160,7 @@ class PagedGenerationMixin:
         expand = partial(super()._expand_inputs_for_generation, expand_size, is_encoder_decoder, input_ids)
         if expand_size == 1 or input_ids is None:
             return expand(**model_kwargs)
-        _ALONE.set(Alone(len(input_ids), {name: copied(value) for name, value in model_kwargs.items()}))
+        _ALONE.set(Alone(*input_ids.shape, {name: copied(value) for name, value in model_kwargs.items()}))
         later = _ALONE.get().arguments.get("mm_encoder_outputs")
         if not isinstance(later, EncodedLater):
             return expand(**model_kwargs)

@@ -26,9 +26,10 @@ _DIGEST_BYTES = 64
 
 
 class Alone(NamedTuple):
-    """The arguments of a call for its `rows`, before each was repeated for samples or beams."""
+    """The arguments of a call for its `rows` of `columns`, before each was repeated for samples or beams."""
 
     rows: int
+    columns: int
     arguments: dict[str, Any]
 
 
@@ -165,7 +166,9 @@ def media_of(config: PreTrainedConfig, request: ModelCall, names: Sequence[str],
 
     `alone`: what they are for fewer rows, where several came of each.
     """
-    count, values = alone or (request.rows, request.kwargs)
+    count, values = request.rows, request.kwargs
+    if alone is not None and alone.columns == request.tokens:  # a chunk of the prompt is given features of its own
+        count, values = alone.rows, alone.arguments
     repeats, others = request.rows // count, [name for name in sorted(names) if name not in TOKEN_TYPES]
     types = [request.kwargs[name] for name in TOKEN_TYPES if name in names]
     if compat.MEDIA_INPUTS.isdisjoint(names) or count * repeats != request.rows or not values.keys() >= set(others):

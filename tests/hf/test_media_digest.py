@@ -133,11 +133,11 @@ def test_tokens_that_stand_for_media(named, found):
 
 def test_one_row_of_several():
     repeated = {"pixel_values": PIXELS.repeat(2, 1, 1, 1)}
-    found = media(IDS.expand(2, -1), alone=Alone(1, {"pixel_values": PIXELS}), **repeated)
+    found = media(IDS.expand(2, -1), alone=Alone(1, IDS.shape[1], {"pixel_values": PIXELS}), **repeated)
     assert found.ids == media(pixel_values=PIXELS).ids
     assert found.given["pixel_values"] is PIXELS
-    assert media(IDS.expand(2, -1), alone=Alone(1, {}), **repeated) is None
-    assert media(IDS.expand(3, -1), alone=Alone(2, repeated), **repeated) is None
+    assert media(IDS.expand(2, -1), alone=Alone(1, IDS.shape[1], {}), **repeated) is None
+    assert media(IDS.expand(3, -1), alone=Alone(2, IDS.shape[1], repeated), **repeated) is None
 
 
 def test_rows_with_an_image_each():
