@@ -127,6 +127,23 @@ def test_sparse_weights_are_left_to_torch(layout, products):
     assert not products
 
 
+@pytest.mark.parametrize("kind", ["sparse", "mkldnn", "meta"])
+def test_other_inputs_are_left_to_torch(kind, products):
+    """What torch does with them, an error or not."""
+    one, inputs = layer(bias=False), torch.randn(2, 24)
+    inputs = {"sparse": inputs.to_sparse, "mkldnn": inputs.to_mkldnn, "meta": lambda: inputs.to("meta")}[kind]()
+
+    def answer(ask) -> str:
+        try:
+            return str(ask(inputs))
+        except Exception as error:
+            return repr(error)
+
+    with torch.no_grad(), linear.few_rows():
+        assert answer(one) == answer(partial(nn.Linear.forward, one))
+    assert not products
+
+
 def test_tensors_of_other_classes_see_what_torch_does(products):
     one = layer()
     with torch.no_grad(), linear.few_rows():
