@@ -97,8 +97,8 @@ _lock = new_lock()
 def few_rows_of(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -> int | None:
     """How many rows `input` has, where oneDNN is faster and nobody sees that it is asked; else `None`.
 
-    `axis`: of a layer's weights, that of features in. Asked of each layer in each step; it takes 2 us, more where caches
-    are cold.
+    `axis`: of a layer's weights, that of features in. Asked of each layer in each step; it takes 2 us, more where
+    caches are cold.
     """
     weight, bias = parameters.get("weight"), parameters.get("bias", _ABSENT)
     is_plain = (
