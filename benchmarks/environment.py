@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -12,7 +13,18 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("hf-paged", "torch", "transformers", "accelerate", "numpy")
+
+
+def options(name: str, description: str | None) -> argparse.Namespace:
+    """Parse what a benchmark is asked with: `--threads`, which are set, and `--out`, a folder for its JSON."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
+    parsed = parser.parse_args()
+    prepare(parsed.threads)
+    return parsed
 
 
 def prepare(threads: int) -> None:

@@ -7,13 +7,11 @@ clocks are around the calls that hf_paged itself makes; time between them, in wh
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +25,6 @@ from hf_paged.prefixes import Prefixes, PrefixRoot
 
 from . import environment, report, smollm2, text
 
-RESULTS = Path(__file__).parent / "results"
 CALLS, PROMPT_TOKENS, NEW_TOKENS = 30, 100, 8
 # What is computed and kept before the last calls, to see that looks do not depend on it.
 KEPT_BATCHES, KEPT_ROWS, KEPT_TOKENS = 4, 8, 500
@@ -122,11 +119,7 @@ def table(measured: list[Looks]) -> Table:
 
 def main() -> int:
     """Measure and write a JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.identity", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.options("identity", __doc__)
     described = environment.describe()
     measured = measure(smollm2.load_model(torch.float32), text.corpus(smollm2.load_tokenizer()))
     report.console().print(table(measured), environment.summary(described))

@@ -5,13 +5,11 @@ And decode steps of Llama-3.2-1B's shape with random weights, stock and patched,
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +22,6 @@ from hf_paged.linear import MAX_ROWS, MIN_WEIGHTS, multiply
 from . import environment, report
 from .measure import StepClock
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (4096, 1024), (4096, 4096), (4096, 14336))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -145,11 +142,7 @@ def step_table(measured: list[Step]) -> Table:
 
 def main() -> int:
     """Measure and write a JSON file; 1 where tokens differ."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.options("linear", __doc__)
     described = environment.describe()
     with torch.inference_mode():
         measured = [layer for features in SHAPES for layer in layers(features)]

@@ -74,6 +74,7 @@ def products(monkeypatch):
     from hf_paged import linear
 
     if not linear._is_there():
+        # torch is also built without oneDNN (USE_MKLDNN=0); linear layers are its own there, and nothing is to be seen
         pytest.skip("this torch has no linear layers of oneDNN's")
     monkeypatch.setattr(linear, "is_faster", lambda: True)
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
