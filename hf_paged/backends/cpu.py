@@ -1,7 +1,7 @@
-"""The `cpu` backend: the native kernel for decode and short chunks, torch's own flash attention for everything else.
+"""The `cpu` backend: the native kernel, or torch's own flash attention.
 
-Where there is no native kernel, torch's attention reads zero-copy views of adjacent blocks: `schedule` says which,
-`parts` puts them together, `hf_paged_kernels.partial` does the arithmetic.
+Where the native kernel is not there, or not known to be faster, torch's attention reads zero-copy views of adjacent
+blocks: `schedule` says which, `parts` puts them together, `hf_paged_kernels.partial` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.native import kernel_of, kernel_of_store, parts_for
+from hf_paged.backends.native import kernel_of, kernel_of_store, multiplies, parts_for
 from hf_paged.backends.parts import attend_schedule, with_sinks
 from hf_paged.backends.prepared import PreparedDecode
 from hf_paged.backends.schedule import schedule_for
@@ -59,7 +59,7 @@ class CPUBackend(AttentionBackend):
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         kernel = kernel_of_store(store)
         group = query.shape[1] // store.keys.shape[0]
-        parts = None if kernel is None else parts_for(plan, call.window, group)
+        parts = None if kernel is None else parts_for(plan, call.window, group, multiplies(store, call))
         if parts is not None:
             return kernel.attend(
                 query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks, store.records

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from hf_paged.backends.base import AttentionCall
 from hf_paged.core.chain import Run
-from hf_paged.core.plan import StepPlan
+from hf_paged.core.plan import Segment, StepPlan, joined
 from hf_paged.store import LayerStore
-from hf_paged_kernels import NativeKernel, Part, Parts, kernel_for
+from hf_paged_kernels import NativeKernel, Part, Parts, kernel_for, native
 
-# Chunks of more query tokens a row are a prefill, which is left to torch's own attention.
+# Without `multiplies`: chunks of more query tokens a row are a prefill, which is left to torch's own attention.
 MAX_CHUNK_TOKENS = 16
-# Query heads that read the same tokens. With more of them attention is a matrix product, and torch's own is faster: one
-# thread of Zen 3, 1,024 tokens, shapes 9/3/64 and 32/8/128, time of torch's own over that of the native kernel:
-#   rows        3, 4   6, 8   12, 16   24, 32   48, 64   96, 128   192, 256
-#   float32      1.5    1.4      1.2      1.0      1.1       0.9        1.0
-#   bfloat16     2.0    1.5      1.3      1.0      1.1       1.0        0.9     (the smaller of the two shapes)
+# The same of query heads that read the same tokens: there attention is a product of matrices.
 MAX_PART_ROWS = 128
 
 
@@ -36,15 +33,24 @@ def kernel_of_store(store: LayerStore) -> NativeKernel | None:
     return kernel_for(store.dtype, store.key_dim, store.value_dim, kv_format)
 
 
-def parts_for(plan: StepPlan, window: int | None, group: int) -> Parts | None:
+def multiplies(store: LayerStore, call: AttentionCall) -> bool:
+    """Whether the native kernel also takes what is a product of matrices: prompts, and rows of many samples.
+
+    Where it was measured against torch's own flash attention, and where that would not do it.
+    """
+    is_plain = store.records is None and store.key_dim == store.value_dim and call.softcap is None
+    return native().multiplies or not is_plain
+
+
+def parts_for(plan: StepPlan, window: int | None, group: int, multiplies: bool) -> Parts | None:
     """What the plan's queries read, kept in `plan.prepared`; `None` where torch's own attention is to be used.
 
     `group` is the number of query heads to a KV head.
     """
     window = plan.still_hiding(window)
-    key = ("native", window, group)
+    key = ("native", window, group, multiplies)
     if key not in plan.prepared:
-        suits = _is_short(plan) and _is_narrow(plan, group)
+        suits = multiplies or (_is_short(plan) and _is_narrow(plan, group))
         plan.prepared[key] = _parts(plan, window) if suits else None
     return plan.prepared[key]
 
@@ -59,19 +65,23 @@ def _is_narrow(plan: StepPlan, group: int) -> bool:
 
 def _parts(plan: StepPlan, window: int | None) -> Parts:
     found = _Found()
-    if window is None:
-        for piece in (*plan.own, *plan.shared):
-            if piece.causal:
-                found.add(piece.start, piece.stop, piece.runs, 0)
-            else:
-                found.add(piece.start, piece.stop, piece.runs)
+    segments = joined(plan.segments)
+    # Long segments have work enough of their own: what they share is read anew, and nothing is merged.
+    if window is not None or plan.num_queries > len(segments) * MAX_CHUNK_TOKENS:
+        _add_segments(found, segments, window)
     else:
-        for segment in plan.segments:
-            past = segment.kv_len - segment.length
-            begin = max(0, past - window + 1)
-            runs = segment.chain.runs(begin, segment.kv_len)
-            found.add(segment.start, segment.start + segment.length, runs, past - begin, window)
+        for piece in (*plan.own, *plan.shared):
+            found.add(piece.start, piece.stop, piece.runs, *([0] if piece.causal else []))
     return Parts(plan.num_queries, found.parts, found.runs)
+
+
+def _add_segments(found: _Found, segments: Sequence[Segment], window: int | None) -> None:
+    for segment in segments:
+        past = segment.kv_len - segment.length
+        begin = segment.chain.first_token if window is None else max(0, past - window + 1)
+        runs = segment.chain.runs(begin, segment.kv_len)
+        hidden = () if window is None else (window,)
+        found.add(segment.start, segment.start + segment.length, runs, past - begin, *hidden)
 
 
 class _Found:

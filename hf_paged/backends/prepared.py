@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hf_paged.backends.base import AttentionCall
-from hf_paged.backends.native import kernel_of_store, parts_for
+from hf_paged.backends.native import kernel_of_store, multiplies, parts_for
 from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.lazy import PagedKV
 from hf_paged.store import LayerStore, native_writes, span_view
@@ -162,7 +162,8 @@ class PreparedLayer:
                 return None
             rows = span_view(keys, span), span_view(values, span)
             return self._kernel.rows_call(query, *rows, call.scale, call.softcap)
-        parts = parts_for(self._plan, call.window, query.shape[1] // keys.shape[0])
+        group = query.shape[1] // keys.shape[0]
+        parts = parts_for(self._plan, call.window, group, multiplies(self._store, call))
         if parts is None:
             return None
         flat = query.squeeze(2)

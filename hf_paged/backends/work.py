@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from hf_paged.core.chain import BlockChain, Run
-from hf_paged.core.plan import Segment, StepPlan
+from hf_paged.core.chain import Run
+from hf_paged.core.plan import Segment, StepPlan, joined
 from hf_paged_kernels.tuning import Tile, processors
 from hf_paged_kernels.work import Layout, PageTables, Work, cut, send
 
@@ -64,7 +64,7 @@ def layout_for(plan: StepPlan, asked: Asked, device: torch.device) -> Layout:
 
 def _page_tables(plan: StepPlan, window: int | None, group: int) -> PageTables:
     tables = PageTables()
-    segments = _joined(plan.segments)
+    segments = joined(plan.segments)
     if window is not None or plan.num_queries * group >= len(segments) * _SEGMENT_ROWS:
         _add_segments(tables, segments, window)
     else:
@@ -91,24 +91,3 @@ def _add_pieces(tables: PageTables, plan: StepPlan) -> None:
             tables.add(piece.start, piece.stop, piece.runs, 0 if piece.causal else None)
     for query, runs in alone.items():
         tables.add(query, query + 1, runs)
-
-
-def _joined(segments: Sequence[Segment]) -> list[Segment]:
-    """Segments that go on where the one before ends, in the same chain, as one."""
-    joined: list[Segment] = []
-    for segment in segments:
-        chain: BlockChain = segment.chain
-        if joined and _goes_on(joined[-1], segment):
-            last = joined[-1]
-            joined[-1] = Segment(chain, last.start, last.length + segment.length, segment.kv_len)
-        else:
-            joined.append(segment)
-    return joined
-
-
-def _goes_on(last: Segment, segment: Segment) -> bool:
-    return (
-        last.chain is segment.chain
-        and last.start + last.length == segment.start
-        and last.kv_len + segment.length == segment.kv_len
-    )

@@ -108,6 +108,26 @@ class StepPlan:
         return None if window is None or self.kv_len <= window or self.window == window else window
 
 
+def joined(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments that go on where the one before ends, in the same chain, as one."""
+    made: list[Segment] = []
+    for segment in segments:
+        if made and _goes_on(made[-1], segment):
+            last = made[-1]
+            made[-1] = Segment(segment.chain, last.start, last.length + segment.length, segment.kv_len)
+        else:
+            made.append(segment)
+    return made
+
+
+def _goes_on(last: Segment, segment: Segment) -> bool:
+    return (
+        last.chain is segment.chain
+        and last.start + last.length == segment.start
+        and last.kv_len + segment.length == segment.kv_len
+    )
+
+
 def row_span(runs: Sequence[Run]) -> RowSpan | None:
     """The runs, one a row, as one span; `None` where they do not form one."""
     if not runs:

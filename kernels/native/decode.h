@@ -12,22 +12,6 @@ struct Block {
     int64_t keys[kMaxBlock], values[kMaxBlock];
 };
 
-// A place in the runs: token `skip` of `run`, and the tokens to be taken from there on.
-struct Cursor {
-    const Run *run;
-    int64_t skip, left;
-};
-
-static Cursor forward(Cursor at, int64_t tokens) {
-    at.left -= tokens;
-    for (int64_t skip = tokens; skip;) {
-        const int64_t rest = at.run->tokens - at.skip, step = skip < rest ? skip : rest;
-        at.skip += step, skip -= step;
-        if (at.skip == at.run->tokens) ++at.run, at.skip = 0;
-    }
-    return at;
-}
-
 // A strip is read at several places at a time. With four FMAs to each vector that is read, two cores of Zen 3 take
 // 25 GB/s from one place each, 33 from two, 46 from four and 27 from eight.
 constexpr int64_t kStreams = 4;
@@ -187,21 +171,40 @@ static void weigh(const Attention &call, const float *weights, const float *scal
         weigh_columns<Type, rows, Type::vectors>(call, weights, scales, values, block, d, sums, ahead);
 }
 
-// Scores to weights of one row, and the running softmax: largest score and sum of weights, both in powers of two.
-// Tokens outside `[visible, visible_stop)` of the block get weight 0. Returns the factor for what was summed before.
-static float soften(const Attention &call, float *scores, int64_t tokens, int64_t visible, int64_t visible_stop,
-                    float *most, float *total) {
-    const float cap = (float)(call.softcap * 1.4426950408889634);
-    const Floats factor = splat((float)(call.softcap > 0 ? call.scale / call.softcap * 2.8853900817779268
-                                                         : call.scale * 1.4426950408889634));
-    const int64_t padded = (tokens + HFP_LANES - 1) / HFP_LANES * HFP_LANES;
-    for (int64_t t = 0; t < padded; t += HFP_LANES) {
-        Floats x = load(scores + t) * factor;
-        if (call.softcap > 0) x = splat(cap) - splat(2 * cap) / (exp2_of(x) + 1.0f);
-        store(scores + t, x);
+// What a product of query and key becomes before the softmax, which is in powers of two.
+struct Softmax {
+    float factor, cap;
+
+    explicit Softmax(const Attention &call)
+        : factor((float)(call.softcap > 0 ? call.scale / call.softcap * 2.8853900817779268
+                                          : call.scale * 1.4426950408889634)),
+          cap((float)(call.softcap * 1.4426950408889634)) {}
+
+    HFP_INLINE Floats scaled(Floats product) const {
+        const Floats x = product * splat(factor);
+        return cap > 0 ? splat(cap) - splat(2 * cap) / (exp2_of(x) + 1.0f) : x;
     }
-    for (int64_t t = 0; t < visible; ++t) scores[t] = -INFINITY;
-    for (int64_t t = visible_stop; t < padded; ++t) scores[t] = -INFINITY;
+};
+
+// The tokens that query `i` of a strip sees of `tokens` from `begin` on: up to `first + i`, `window` of them.
+struct Visible {
+    int64_t begin, stop;
+
+    HFP_INLINE Visible(const Strip &strip, int64_t i, int64_t from, int64_t tokens) {
+        const int64_t last = strip.first + i - from;
+        stop = last + 1 > tokens ? tokens : last + 1 < 0 ? 0 : last + 1;
+        begin = strip.window > last ? 0 : last - strip.window + 1;
+        begin = begin > stop ? stop : begin;
+    }
+};
+
+// Scores to weights of one row, and the running softmax: largest score and sum of weights, both in powers of two.
+// Tokens of the block that are not visible get weight 0. Returns the factor for what was summed before.
+static float soften(const Softmax &softmax, float *scores, int64_t tokens, Visible visible, float *most, float *total) {
+    const int64_t padded = (tokens + HFP_LANES - 1) / HFP_LANES * HFP_LANES;
+    for (int64_t t = 0; t < padded; t += HFP_LANES) store(scores + t, softmax.scaled(load(scores + t)));
+    for (int64_t t = 0; t < visible.begin; ++t) scores[t] = -INFINITY;
+    for (int64_t t = visible.stop; t < padded; ++t) scores[t] = -INFINITY;
     Floats top = splat(-INFINITY);
     for (int64_t t = 0; t < padded; t += HFP_LANES) top = larger(top, load(scores + t));
     float highest = largest_of(top);
@@ -336,6 +339,7 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
     const int64_t key_size = Type::size(call.key_dim, kKeyGroup), value_size = Type::size(call.value_dim, kValueGroup);
     const Storage *keys = (const Storage *)call.keys + head * call.key_head_stride;
     const Storage *values = (const Storage *)call.values + head * call.value_head_stride;
+    const Softmax softmax(call);
     float *most = partial + rows * call.value_dim, *total = most + rows;
     memset(partial, 0, sizeof(float) * rows * call.value_dim);
     for (int64_t row = 0; row < rows; ++row) {
@@ -377,14 +381,9 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
         in_tiles(rows, Scoring<Read>{call, scratch.query, read_keys, readable, scratch.weights, later_values});
         rescale<Type>(keys, block.keys, block.tokens, call.key_dim, rows, scratch.weights);
         for (int64_t row = 0; row < rows; ++row) {
-            // Query `i` sees tokens up to `first + i`, `window` of them.
-            int64_t last = strip.first + row / call.group - begin;
-            int64_t visible = strip.window > last ? 0 : last - strip.window + 1;
-            int64_t visible_stop = last + 1 > block.tokens ? block.tokens : last + 1 < 0 ? 0 : last + 1;
-            visible = visible < 0 ? 0 : visible > visible_stop ? visible_stop : visible;
             float *weights = scratch.weights + row * kMaxBlock;
-            scratch.scales[row] =
-                soften(call, weights, block.tokens, visible, visible_stop, most + row, total + row);
+            const Visible visible(strip, row / call.group, begin, block.tokens);
+            scratch.scales[row] = soften(softmax, weights, block.tokens, visible, most + row, total + row);
             if constexpr (Read::is_paired) Read::pair_weights(weights, block.tokens);
         }
         rescale<Type>(values, block.values, block.tokens, call.value_dim, rows, scratch.weights);
@@ -419,29 +418,3 @@ static void merge_partials(const Attention &call, int64_t query, int64_t head, c
         for (int64_t d = 0; d < call.value_dim; d += HFP_LANES) Type::write(out + d, load(sums + d) * inverse);
     }
 }
-
-#if defined(HFP_BF16)
-
-// With the instructions for bfloat16 where dims are multiples of their vectors; all else is as with AVX-512 alone.
-static void attend_bfloat16(const Attention &call, const Strip &strip, int64_t head, float *partial,
-                            const Scratch &scratch) {
-    const bool suits = call.key_dim % BFloat16Pairs::channels == 0 && call.value_dim % BFloat16Pairs::channels == 0;
-    (suits ? attend_strip<BFloat16Pairs> : avx512::attend_strip<avx512::BFloat16>)(call, strip, head, partial, scratch);
-}
-
-static const Kernel kKernel = {
-    {avx512::attend_strip<avx512::Float32>, attend_bfloat16, avx512::attend_strip<avx512::Float16>,
-     avx512::attend_strip<avx512::Int8>, avx512::attend_strip<avx512::Float8>, avx512::attend_strip<avx512::Int4>},
-    {avx512::merge_partials<avx512::Float32>, avx512::merge_partials<avx512::BFloat16>,
-     avx512::merge_partials<avx512::Float16>},
-};
-
-#else
-
-static const Kernel kKernel = {
-    {attend_strip<Float32>, attend_strip<BFloat16>, attend_strip<Float16>, attend_strip<Int8>, attend_strip<Float8>,
-     attend_strip<Int4>},
-    {merge_partials<Float32>, merge_partials<BFloat16>, merge_partials<Float16>},
-};
-
-#endif

@@ -20,26 +20,16 @@
 #include "variants.h"
 // Encodes with the vectors of the portable variant.
 #include "store.h"
+#include "strips.h"
 
 namespace hfp {
 
 // Less work than this, in rows times tokens times dims, is done sooner than a second thread has begun.
 static const double kSerialWork = 200000;
-// Strips per thread, so that threads that started late or run slowly take fewer, and the least tokens of one.
-static const int64_t kStripsPerThread = 8, kLeastTokens = 128;
-// Rows that share one reading of K and V; their queries and sums stay in the second-level cache.
-static const int64_t kMostRows = 96;
-
 // Sizes beyond these are mistakes, and could overflow what is computed from them.
 static const int64_t kMostHeads = 1 << 16, kMostQueries = 1 << 22, kMostSlots = (int64_t)1 << 36;
-static const int64_t kMostThreads = 1 << 12, kMostTokens = (int64_t)1 << 40, kMostFloats = (int64_t)1 << 40;
+static const int64_t kMostThreads = 1 << 12, kMostTokens = (int64_t)1 << 40;
 static const int64_t kNeverOverflows = INT64_MAX / 4;
-
-static int64_t tokens_of(const Attention &call, const Part &part) {
-    int64_t tokens = 0;
-    for (int64_t run = part.run; run < part.run_stop; ++run) tokens += call.runs[run].tokens;
-    return tokens;
-}
 
 static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 == 0; }
 
@@ -73,72 +63,6 @@ static Error check(const Attention &call) {
     return kOk;
 }
 
-// How a call is spread: strips, and per query the strips that it has partial results in.
-struct Layout {
-    const Attention *call;
-    const Kernel *kernel;
-    int64_t num_strips, partial_floats, next_task, next_thread, scratch_rows;
-    Strip *strips;
-    int64_t *first_of;   // [num_queries + 1] into `of_query`
-    int64_t *of_query;   // strips, query by query
-    int32_t *unfinished; // [num_queries, kv_heads] strips still to be done
-    float *partials, *scratch;
-    PartialRows *rows;   // [threads, num_strips]
-};
-
-static int64_t queries_per_strip(const Attention &call) {
-    const int64_t queries = kMostRows / call.group;
-    return queries > 1 ? queries : 1;
-}
-
-// Tokens per strip: such that all threads have several.
-static int64_t strip_tokens(const Attention &call) {
-    if (call.threads == 1) return INT64_MAX;
-    int64_t total = 0;
-    for (int64_t i = 0; i < call.num_parts; ++i) total += tokens_of(call, call.parts[i]);
-    const int64_t tokens = total * call.kv_heads / (call.threads * kStripsPerThread);
-    return tokens > kLeastTokens ? tokens : kLeastTokens;
-}
-
-// Cuts the parts into strips; only counts them where `strips` is null. Returns their number, -1 where they are too many.
-static int64_t cut(const Attention &call, int64_t most_tokens, Strip *strips, int64_t *partial_floats) {
-    int64_t count = 0, floats = 0;
-    const int64_t most_queries = queries_per_strip(call);
-    for (int64_t i = 0; i < call.num_parts; ++i) {
-        const Part &part = call.parts[i];
-        const int64_t tokens = tokens_of(call, part);
-        if (!tokens) continue;
-        const int64_t pieces = 1 + (tokens - 1) / most_tokens;
-        for (int64_t query = part.query; query < part.query_stop; query += most_queries) {
-            const int64_t left = part.query_stop - query;
-            const int64_t query_stop = query + (left < most_queries ? left : most_queries);
-            Run at = {part.run, 0};  // run and token in it
-            for (int64_t piece = 0; piece < pieces; ++piece) {
-                // Whole vectors of scores, in as equal pieces as that allows.
-                int64_t begin = tokens * piece / pieces / 16 * 16, end = tokens * (piece + 1) / pieces / 16 * 16;
-                if (piece + 1 == pieces) end = tokens;
-                if (strips) strips[count] = {query, query_stop, part.first + query - part.query, part.window,
-                                             at.slot, at.tokens, begin, end - begin, floats};
-                ++count;
-                floats += (query_stop - query) * call.group * call.kv_heads * (call.value_dim + 2);
-                if (floats > kMostFloats) return -1;
-                for (int64_t skip = end - begin; skip;) {
-                    const int64_t rest = call.runs[at.slot].tokens - at.tokens, step = skip < rest ? skip : rest;
-                    at.tokens += step, skip -= step;
-                    if (at.tokens == call.runs[at.slot].tokens) ++at.slot, at.tokens = 0;
-                }
-            }
-        }
-    }
-    *partial_floats = floats;
-    return count;
-}
-
-// Of one thread, in whole cache lines.
-static int64_t scratch_floats(const Layout &layout) {
-    return (kDecodedFloats + layout.scratch_rows * (layout.call->key_dim + kMaxBlock + 1) + 15) / 16 * 16;
-}
-
 static int64_t head_floats(const Layout &layout, const Strip &strip) {
     return (strip.query_stop - strip.query) * layout.call->group * (layout.call->value_dim + 2);
 }
@@ -156,22 +80,36 @@ static void merge(Layout &layout, int64_t query, int64_t head, PartialRows *rows
     layout.kernel->merge[call.dtype](call, query, head, rows, count);
 }
 
-// What every thread does: strips of one KV head each until none is left.
+// Results of the queries of a strip that holds all there is of them.
+static void finish(const Layout &layout, const Strip &strip, int64_t head, const float *partial) {
+    const Attention &call = *layout.call;
+    const int64_t all = (strip.query_stop - strip.query) * call.group;
+    for (int64_t query = strip.query, row = 0; query < strip.query_stop; ++query, row += call.group) {
+        const float *most = partial + all * call.value_dim + row;
+        const PartialRows rows = {partial + row * call.value_dim, most, most + all};
+        layout.kernel->merge[call.dtype](call, query, head, &rows, 1);
+    }
+}
+
+// What every thread does: strips of one KV head each until none is left, those with the most tokens first.
 static void work(void *data) {
     Layout &layout = *(Layout *)data;
     const Attention &call = *layout.call;
     const int64_t thread = __atomic_fetch_add(&layout.next_thread, 1, __ATOMIC_RELAXED);
-    float *mine = layout.scratch + thread * scratch_floats(layout);
-    float *query = mine + kDecodedFloats, *weights = query + layout.scratch_rows * call.key_dim;
-    const Scratch scratch = {query, mine, weights, weights + layout.scratch_rows * kMaxBlock};
+    Scratch scratch;
+    const int64_t floats = lay_out_scratch(layout, nullptr, nullptr);
+    lay_out_scratch(layout, layout.scratch + thread * floats, &scratch);
     for (;;) {
         const int64_t task = __atomic_fetch_add(&layout.next_task, 1, __ATOMIC_RELAXED);
         if (task >= layout.num_strips * call.kv_heads) return;
-        const Strip &strip = layout.strips[task / call.kv_heads];
+        const Strip &strip = layout.strips[layout.num_strips - 1 - task / call.kv_heads];
         const int64_t head = task % call.kv_heads;
-        layout.kernel->attend[call.storage](call, strip, head, layout.partials + strip.partial + head * head_floats(layout, strip),
-                              scratch);
-        for (int64_t query = strip.query; query < strip.query_stop; ++query) {
+        const bool is_alone = strip.partial < 0;
+        float *partial = is_alone ? scratch.partial : layout.partials + strip.partial + head * head_floats(layout, strip);
+        const auto *attend = strip.is_tiled ? layout.kernel->attend_tiles : layout.kernel->attend;
+        attend[call.storage](call, strip, head, partial, scratch);
+        if (is_alone) finish(layout, strip, head, partial);
+        for (int64_t query = strip.query; query < strip.query_stop && !is_alone; ++query) {
             int32_t *unfinished = layout.unfinished + query * call.kv_heads + head;
             if (__atomic_sub_fetch(unfinished, 1, __ATOMIC_ACQ_REL) == 0)
                 merge(layout, query, head, layout.rows + thread * layout.num_strips);
@@ -214,14 +152,14 @@ static void take(char **at, int64_t *total, T **into, int64_t count) {
     *total += bytes;
 }
 
-static void carve(Layout &layout, int64_t entries, char *memory, int64_t *total) {
+static void carve(Layout &layout, char *memory, int64_t *total) {
     const Attention &call = *layout.call;
     take(&memory, total, &layout.strips, layout.num_strips);
     take(&memory, total, &layout.first_of, call.num_queries + 2);
-    take(&memory, total, &layout.of_query, entries);
+    take(&memory, total, &layout.of_query, layout.num_entries);
     take(&memory, total, &layout.unfinished, call.num_queries * call.kv_heads);
     take(&memory, total, &layout.partials, layout.partial_floats);
-    take(&memory, total, &layout.scratch, call.threads * scratch_floats(layout));
+    take(&memory, total, &layout.scratch, call.threads * lay_out_scratch(layout, nullptr, nullptr));
     take(&memory, total, &layout.rows, call.threads * layout.num_strips);
 }
 
@@ -230,17 +168,18 @@ static Error attend(Attention call) {
     Layout layout = {};
     layout.call = &call;
     layout.kernel = kVariants[call.variant].kernel;
-    layout.scratch_rows = queries_per_strip(call) * call.group;
-    const int64_t most_tokens = strip_tokens(call);
-    layout.num_strips = cut(call, most_tokens, nullptr, &layout.partial_floats);
-    if (layout.num_strips < 0) return kNoMemory;
-    const int64_t entries = layout.partial_floats / (call.group * call.kv_heads * (call.value_dim + 2));
+    for (int64_t i = 0; i < call.num_parts; ++i) {
+        const bool tiled = is_tiled(call, call.parts[i]);
+        (tiled ? layout.tiled_rows : layout.scratch_rows) = queries_per_strip(call, tiled) * call.group;
+    }
+    Cutter cutter(layout);
+    if (!cutter.cut()) return kNoMemory;
     int64_t bytes = 64;
-    carve(layout, entries, nullptr, &bytes);
+    carve(layout, nullptr, &bytes);
     char *memory = (char *)malloc(bytes);
     if (!memory) return kNoMemory;
-    carve(layout, entries, (char *)(((uintptr_t)memory + 63) / 64 * 64), &bytes);
-    cut(call, most_tokens, layout.strips, &layout.partial_floats);
+    carve(layout, (char *)(((uintptr_t)memory + 63) / 64 * 64), &bytes);
+    cutter.cut();
     index_queries(layout);
     if (call.threads > 1) run_parallel(work, &layout, (unsigned)call.threads, 0);
     else work(&layout);

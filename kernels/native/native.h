@@ -105,13 +105,33 @@ constexpr int64_t kMaxBlock = 64;
 alignas(64) static const char kZeros[kMaxDim * sizeof(float)] = {};
 // Tokens that are decoded before they are read fill so many floats: half of a first-level cache.
 constexpr int64_t kDecodedFloats = 4096;
+// The tokens of a tile, of strips whose rows are so many that attention is a product of matrices; spare rows of theirs.
+constexpr int64_t kTile = 64, kMostSpare = 8, kMostLanes = 16;
 
 // Work for one thread, once per KV head: queries over `tokens` tokens of one part, from its token `begin` on, that is
 // from token `skip` of run `run` on. `first` is what the first of these queries sees; `partial` says where the results
-// of head 0 lie: per row (a query's head in the group) `value_dim` sums, the largest score and the sum of weights.
+// of head 0 lie: per row (a query's head in the group) `value_dim` sums, the largest score and the sum of weights; -1
+// where these are all that the queries read, so that nothing else needs them.
 struct Strip {
     int64_t query, query_stop, first, window, run, skip, begin, tokens, partial;
+    bool is_tiled;
 };
+
+// A place in the runs: token `skip` of `run`, and the tokens to be taken from there on.
+struct Cursor {
+    const Run *run;
+    int64_t skip, left;
+};
+
+static inline Cursor forward(Cursor at, int64_t tokens) {
+    at.left -= tokens;
+    for (int64_t skip = tokens; skip;) {
+        const int64_t rest = at.run->tokens - at.skip, step = skip < rest ? skip : rest;
+        at.skip += step, skip -= step;
+        if (at.skip == at.run->tokens) ++at.run, at.skip = 0;
+    }
+    return at;
+}
 
 // Partial results of one query and KV head: sums `[group, value_dim]`, largest scores and sums of weights `[group]`.
 struct PartialRows {
@@ -124,10 +144,14 @@ struct Scratch {
     float *decoded;  // [kDecodedFloats]
     float *weights;  // [rows, kMaxBlock]
     float *scales;   // [rows]
+    // Of strips in tiles alone, in which `query` has kMostSpare rows more, and `weights` is that of a few rows.
+    float *tile_keys, *tile_values;  // [kTile, key_dim] and [kTile, the larger dim]
+    float *sums, *totals, *partial;  // [rows + kMostSpare, value_dim], [rows, kMostLanes], as Strip says
 };
 
 struct Kernel {
-    void (*attend[kStorages])(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
+    typedef void Attend(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
+    Attend *attend[kStorages], *attend_tiles[kStorages];
     void (*merge[kDtypes])(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
 };
 

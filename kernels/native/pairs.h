@@ -27,8 +27,10 @@ struct BFloat16Pairs : BFloat16 {
 
     // Weights of a row, rounded, to the begin of where they lie.
     static HFP_INLINE void pair_weights(float *weights, int64_t count) {
-        for (int64_t t = 0; t < count; t += HFP_LANES)
-            BFloat16::write((uint16_t *)weights + t, load(weights + t));
+        for (int64_t t = 0; t < count; t += HFP_LANES) {
+            const __m256i pairs = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + t));
+            _mm256_storeu_si256((__m256i *)((uint16_t *)weights + t), pairs);
+        }
     }
     // Sums of `vectors` that `read_values` gave, to the order of the channels.
     static HFP_INLINE void order_channels(float *sums, int64_t count) {

@@ -15,6 +15,12 @@ static HFP_INLINE Floats load(const float *p) {
     return x;
 }
 static HFP_INLINE void store(float *p, Floats x) { memcpy(p, &x, sizeof x); }
+// 0, 1, 2, ...
+static HFP_INLINE Floats counting() {
+    Floats x;
+    for (int i = 0; i < HFP_LANES; ++i) x[i] = (float)i;
+    return x;
+}
 static HFP_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // Keeps the compiler from loading `x` anew at each use: loads are what the inner loops have most of.
@@ -163,7 +169,7 @@ struct Float8 : Record {
 // Codes of four bits on steps from the minimum of their group.
 struct Int4 {
     typedef int8_t Storage;
-    static constexpr bool is_scaled = false, is_decoded = true;
+    static constexpr bool is_paired = false, is_scaled = false, is_decoded = true;
     static constexpr int64_t size(int64_t dim, int64_t group) { return record_bytes(kInt4, dim, group); }
 
     static HFP_INLINE Ints load_bytes(const int8_t *p) {
@@ -215,27 +221,36 @@ struct Int4 {
     }
 };
 
-// 2 to the power of x, relative error about 1e-7; 0 below -126, which is where weights no longer matter.
+// 2^x for x in [-0.5, 0.5], relative error 2e-9 before rounding: a polynomial fitted to that, 1 at 0.
+static HFP_INLINE Floats exp2_of_rest(Floats x) {
+    Floats y = splat(1.53533489e-4f);
+    y = y * x + 1.3398875e-3f;
+    y = y * x + 9.61843785e-3f;
+    y = y * x + 5.55033237e-2f;
+    y = y * x + 2.40226477e-1f;
+    y = y * x + 6.93147182e-1f;
+    return y * x + 1.0f;
+}
+
+// 2 to the power of x, relative error about 1e-7; as good as 0 below -126, which is where weights no longer matter.
 static HFP_INLINE Floats exp2_of(Floats x) {
+#if defined(HFP_F16C) && HFP_LANES == 16
+    // The largest and smallest of two are the second where one is NaN.
+    const __m512 above = _mm512_max_ps(_mm512_set1_ps(-200), (__m512)x);
+    const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(127), above);
+    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
+    return (Floats)_mm512_scalef_ps((__m512)exp2_of_rest((Floats)clamped - (Floats)whole), whole);
+#else
     const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
     Floats low = splat(-126.0f), high = splat(127.0f);
     Floats clamped = larger(x, low);
     clamped = clamped < high ? clamped : high;
     Floats shifted = clamped + magic;
-    Floats rest = clamped - (shifted - magic);  // [-0.5, 0.5]
     Ints whole = (Ints)shifted - (Ints)magic;
-    // Taylor series of 2^rest, coefficients ln(2)^n / n!.
-    Floats y = splat(1.5252733e-5f);
-    y = y * rest + 1.5403530e-4f;
-    y = y * rest + 1.3333558e-3f;
-    y = y * rest + 9.6181291e-3f;
-    y = y * rest + 5.5504109e-2f;
-    y = y * rest + 2.4022651e-1f;
-    y = y * rest + 6.9314718e-1f;
-    y = y * rest + 1.0f;
-    Floats scaled = (Floats)((Ints)y + (whole << 23));
+    Floats scaled = (Floats)((Ints)exp2_of_rest(clamped - (shifted - magic)) + (whole << 23));
     scaled = x < low ? Floats{} : scaled;
     return x == x ? scaled : x;
+#endif
 }
 
 template <int... i>

@@ -24,6 +24,8 @@ namespace portable {
 #endif
 #include "simd.h"
 #include "decode.h"
+#include "tiles.h"
+#include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
 }  // namespace portable
@@ -44,6 +46,8 @@ namespace wide {
 #define HFP_REGISTERS 32
 #include "simd.h"
 #include "decode.h"
+#include "tiles.h"
+#include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
 }  // namespace wide
@@ -54,6 +58,8 @@ namespace avx2 {
 #define HFP_F16C
 #include "simd.h"
 #include "decode.h"
+#include "tiles.h"
+#include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
 }  // namespace avx2
@@ -70,6 +76,8 @@ namespace avx512 {
 #define HFP_REGISTERS 32
 #include "simd.h"
 #include "decode.h"
+#include "tiles.h"
+#include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
 }  // namespace avx512
@@ -96,6 +104,8 @@ namespace avx512_bf16 {
 #include "simd.h"
 #include "pairs.h"
 #include "decode.h"
+#include "tiles.h"
+#include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
 #undef HFP_BF16

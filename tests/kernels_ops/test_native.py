@@ -9,29 +9,13 @@ import pytest
 import torch
 
 from hf_paged_kernels import NativeError, NativeKernel, NativeStore, Part, Parts, Writes
-from hf_paged_kernels.native import _look, variants
+from hf_paged_kernels.native import _look
 
-VARIANTS = variants()
 pytestmark = pytest.mark.usefixtures("native_library")
 
-# Largest difference to float64, relative to the largest value.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "neon")
-
-
-@pytest.fixture(params=NAMES)
-def kernel(request) -> NativeKernel:
-    if request.param not in VARIANTS:
-        pytest.skip("this CPU or build does not have the variant")
-    return VARIANTS[request.param]
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+# Largest difference to float64, relative to the largest value. In float32 torch's own attention is as far off where
+# scores are as large as here (3e-6).
+TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 class Case:
@@ -140,7 +124,7 @@ def test_every_number_of_a_dtype_comes_through(kernel, dtype):
     actual = kernel.attend(query, keys, every, parts, 1.0).view(1, 1024, 64)
     same = actual.view(torch.int16) == every.view(torch.int16)
     # The instruction that multiplies bfloat16 takes subnormal numbers for 0.
-    smallest = torch.finfo(dtype).smallest_normal if kernel is VARIANTS.get("avx512_bf16") else 0
+    smallest = torch.finfo(dtype).smallest_normal if kernel.name == "avx512_bf16" else 0
     negative_zero = ((every == 0) | (every.abs() < smallest)) & (actual == 0)
     assert (same | negative_zero | (every.isnan() & actual.isnan())).all()
 
@@ -156,16 +140,22 @@ def test_float32_results_are_rounded_to_nearest(kernel):
         assert torch.equal(actual, expected)
 
 
-def test_scores_of_any_size(kernel):
+# Query heads of a KV head: decode, and products of matrices.
+WIDTHS = pytest.mark.parametrize("heads", [1, 31])
+
+
+@WIDTHS
+def test_scores_of_any_size(kernel, heads):
     keys = torch.tensor([1e4, -1e4, 9.99e3, 0.0]).view(1, 4, 1).expand(1, 4, 16).contiguous()
     values = torch.randn(1, 4, 16)
-    query = torch.ones(1, 1, 16)
+    query = torch.ones(1, heads, 16)
     actual = kernel.attend(query, keys, values, Parts(1, [Part(0, 1, 0, 1)], [(0, 4)]), 1.0)
-    assert torch.allclose(actual[0, 0], values[0, 0], atol=1e-6)
+    assert torch.allclose(actual[0], values[0, 0].expand(heads, 16), atol=1e-6)
 
 
-def test_nan_comes_through(kernel):
-    query, memory = torch.randn(2, 1, 16), torch.randn(1, 40, 16)
+@WIDTHS
+def test_nan_comes_through(kernel, heads):
+    query, memory = torch.randn(2, heads, 16), torch.randn(1, 40, 16)
     query[1] = torch.nan
     parts = Parts(2, [Part(0, 2, 0, 1)], [(0, 40)])
     actual = kernel.attend(query, memory, memory, parts, 1.0)
@@ -175,10 +165,11 @@ def test_nan_comes_through(kernel):
     assert kernel.attend(query, memory, memory, parts, 1.0).isnan().all()
 
 
-def test_queries_that_see_nothing_get_zeros(kernel):
-    query, memory = torch.randn(3, 2, 16), torch.randn(1, 40, 16)
+@WIDTHS
+def test_queries_that_see_nothing_get_zeros(kernel, heads):
+    query, memory = torch.randn(3, heads, 16), torch.randn(1, 40, 16)
     parts = Parts(3, [Part(1, 2, 0, 1), Part(2, 3, 0, 1, -1)], [(4, 9)])  # none, all, a part of which it sees nothing
-    for sinks in (None, torch.zeros(2)):
+    for sinks in (None, torch.zeros(heads)):
         actual = kernel.attend(query, memory, memory, parts, 1.0, sinks=sinks)
         assert (actual[0] == 0).all()
         assert (actual[2] == 0).all()
@@ -204,7 +195,7 @@ def test_many_python_threads_at_once(kernel, threads):
 
     def work(case, right):
         for _ in range(30):
-            if (case.attend(kernel) - right).abs().max() > 2e-6 * right.abs().max():
+            if (case.attend(kernel) - right).abs().max() > TOLERANCE[torch.float32] * right.abs().max():
                 wrong.append(case)
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)]

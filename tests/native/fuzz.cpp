@@ -136,7 +136,7 @@ struct Case {
         call.key_dim = 8 * (1 + upto(32)), call.value_dim = one_of<int64_t>({call.key_dim, 8 * (1 + upto(32))});
         if (call.storage == kInt4)
             call.key_dim = 16 * (1 + upto(16)), call.value_dim = one_of<int64_t>({call.key_dim, 16 * (1 + upto(16))});
-        call.num_queries = one_of<int64_t>({1, 2, 3, 16, 40}), call.num_slots = 1 + upto(700);
+        call.num_queries = one_of<int64_t>({1, 2, 3, 16, 40, 150}), call.num_slots = 1 + upto(700);
         call.threads = 1 + upto(4), call.scale = 0.1, call.softcap = one_of<double>({0, 4});
         for (int64_t left = upto(5); left; --left) add();
         fill(query, call.num_queries * call.kv_heads * call.group * call.key_dim);

@@ -19,6 +19,7 @@ import torch
 from .formats import KVFormat, KVRecords
 from .native_library import CPU, DTYPES, LIBRARY, SWITCH, NativeError, error_of, load
 from .native_store import NativeStore
+from .processor import AMD, vendor
 
 # Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
@@ -248,6 +249,15 @@ class Availability(NamedTuple):
 
     kernels: tuple[NativeKernel, ...]
     reason: str
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether products of matrices (prompts) are known to be faster than by torch's own attention, too.
+
+        Where torch's is at its best, on Intel's CPUs, nobody has measured it. On a Zen 4, two threads, shapes 9/3/64
+        and 32/8/128, prompts of 128 to 6,000 tokens: 1.2 to 2.4 times in float32, 2.0 to 3.2 in bfloat16.
+        """
+        return bool(self.kernels) and vendor() == AMD
 
     def store_for(
         self, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None
