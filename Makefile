@@ -11,6 +11,7 @@
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-linear  linear layers of a few rows, by torch's choice and by oneDNN
+#   make bench-prompts attention of prompts alone, native and torch's own, and time to the first token
 #   make bench-own  what hf_paged itself takes of a decode step
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step
 #   make bench-lm-eval  lm-eval's HFLM on questions under one few-shot prompt
@@ -58,7 +59,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
-.PHONY: bench-stock-shapes bench-linear
+.PHONY: bench-stock-shapes bench-linear bench-prompts
 .PHONY: bench-identity bench-first-call bench-gpu bench-own bench-quantized compile-gpu test-torchao
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
@@ -131,6 +132,9 @@ bench-attention: $(VENV)/.demo
 
 bench-linear: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.linear $(BENCH)
+
+bench-prompts: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.prompts $(BENCH)
 
 bench-own: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.own_share $(BENCH)
