@@ -9,6 +9,7 @@ from hf_paged.backends import AttentionCall, backend_for
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.planner import plan_decode, plan_packed
 from hf_paged.store import LayerStore
+from hf_paged_kernels import NativeKernel
 from hf_paged_kernels.launch import triton_obstacle
 from hf_paged_kernels.native import kernel_for, native, variants
 
@@ -234,6 +235,22 @@ def test_long_prompts(length, backend):
     model.packed([list(range(length)), [*range(length // 2), -1]], chunk_tokens=256)
     for step in range(20):
         model.decode([step, step])
+
+
+@pytest.mark.skipif(not native().kernels, reason="without the native library all attention is torch's")
+@pytest.mark.parametrize("call", ["plain", "softcap"])
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_where_nobody_has_measured_it_torch_takes_prompts(is_measured, call, monkeypatch):
+    """But with a softcap, which torch's own flash attention does not do."""
+    available, taken = native()._replace(multiplies=is_measured), []
+    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    attend = NativeKernel.attend
+    monkeypatch.setattr(NativeKernel, "attend", lambda self, *args: taken.append(args) or attend(self, *args))
+    model = Model("gqa 3", torch.float32, CALLS[call], "cpu")
+    model.packed([list(range(50))])
+    assert len(taken) == (is_measured or call == "softcap")
+    model.decode([1])
+    assert len(taken) == 1 + (is_measured or call == "softcap")
 
 
 @pytest.mark.parametrize("name", TRITON_CASES)

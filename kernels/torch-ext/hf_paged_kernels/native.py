@@ -24,6 +24,8 @@ from .processor import AMD, vendor
 # Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
 _MEASURED = ("avx512_bf16", "avx512", "avx2")
+# Prompts were measured on AMD's alone (`make bench-prompts`): torch's own attention, which multiplies with Intel's MKL,
+# takes 1.2 to 3.2 times as long there. On Intel's own CPUs that is at its best.
 
 # As `AttentionCall` in native.h: what a call looks like, and where K and V are.
 _LOOK, _PLACE = Struct("=3q2Q14q2d"), Struct("=3Qq")
@@ -245,19 +247,15 @@ def _look_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
 
 
 class Availability(NamedTuple):
-    """The variants that this CPU runs and nobody has switched off, in order of preference, and what to tell people."""
+    """The variants that this CPU runs and nobody has switched off, in order of preference, and what to tell people.
+
+    Attributes:
+        multiplies: whether they are to take products of matrices (prompts), too, although torch's own attention can.
+    """
 
     kernels: tuple[NativeKernel, ...]
     reason: str
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether products of matrices (prompts) are known to be faster than by torch's own attention, too.
-
-        Where torch's is at its best, on Intel's CPUs, nobody has measured it. On a Zen 4, two threads, shapes 9/3/64
-        and 32/8/128, prompts of 128 to 6,000 tokens: 1.2 to 2.4 times in float32, 2.0 to 3.2 in bfloat16.
-        """
-        return bool(self.kernels) and vendor() == AMD
+    multiplies: bool = False
 
     def store_for(
         self, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None
@@ -308,8 +306,10 @@ def _look(switch: str | None) -> Availability:
     if switch:
         if switch not in found:
             return Availability((), f"native kernel off: {SWITCH}={switch} is none of {', '.join(found)}")
-        return Availability((found[switch],), f"native kernel, {switch} ({SWITCH})")
+        return Availability((found[switch],), f"native kernel, {switch} ({SWITCH})", True)
     kernels = tuple(found[name] for name in _MEASURED if name in found)
     if not kernels:
         return Availability((), f"native kernel off: not measured on this CPU ({', '.join(found)})")
-    return Availability(kernels, f"native kernel, {kernels[0].name}")
+    if vendor() != AMD:
+        return Availability(kernels, f"native kernel, {kernels[0].name}; prompts by torch")
+    return Availability(kernels, f"native kernel, {kernels[0].name}", True)
