@@ -55,8 +55,8 @@ struct Together {
 static Together together(const Part &part, int64_t query, int64_t most_queries, int64_t tokens, bool is_tiled) {
     const int64_t stop = query + most_queries < part.query_stop ? query + most_queries : part.query_stop;
     if (!is_tiled) return {query, stop, 0, tokens};
-    const int64_t begin = part.first + query - part.query - part.window + 1, end = part.first + stop - part.query;
-    return {query, stop, begin > 0 ? begin : 0, end < tokens ? end : tokens};
+    const int64_t last = part.first + query - part.query, end = part.first + stop - part.query;
+    return {query, stop, part.window > last ? 0 : last - part.window + 1, end < tokens ? end : tokens};
 }
 
 // Whether each query is in one part at most: parts come in order.

@@ -148,3 +148,17 @@ def test_queries_of_several_parts(kernel, threads):
     runs = [(1, 100), (101, 100)]
     actual = kernel.attend(prompt.query, *memory, Parts(200, parts, runs), prompt.scale, prompt.softcap, prompt.sinks)
     assert_right(prompt, actual, prompt.expected())
+
+
+@pytest.mark.parametrize("window", [2**63 - 1, 30])
+def test_queries_that_come_before_the_tokens(kernel, window):
+    """They see nothing, those behind them what there is by then; the widest window does not overflow."""
+    rng = random.Random(kernel.name)
+    prompt = Prompt(rng, torch.float32, kernel.lanes, 100, 3, past=0)
+    prompt.window, prompt.sinks = window, None
+    memory = prompt._memory(prompt.keys, True), prompt._memory(prompt.values, False)
+    before = torch.randn(50, *prompt.query.shape[1:])
+    parts = Parts(150, [Part(0, 150, 0, len(prompt.runs), -50, window)], prompt.runs)
+    actual = kernel.attend(torch.cat([before, prompt.query]), *memory, parts, prompt.scale, prompt.softcap)
+    assert (actual[:50] == 0).all()
+    assert_right(prompt, actual[50:], prompt.expected())

@@ -132,7 +132,7 @@ struct Case {
 
     Case() {
         call.dtype = upto(kDtypes), call.storage = one_of<int64_t>({call.dtype, call.dtype, kInt8, kFloat8, kInt4, kInt4});
-        call.kv_heads = 1 + upto(3), call.group = one_of<int64_t>({1, 2, 3, 4, 5, 8, 16});
+        call.kv_heads = 1 + upto(3), call.group = one_of<int64_t>({1, 2, 3, 4, 5, 8, 16, 24, 71, 121});
         call.key_dim = 8 * (1 + upto(32)), call.value_dim = one_of<int64_t>({call.key_dim, 8 * (1 + upto(32))});
         if (call.storage == kInt4)
             call.key_dim = 16 * (1 + upto(16)), call.value_dim = one_of<int64_t>({call.key_dim, 16 * (1 + upto(16))});
@@ -200,8 +200,8 @@ struct Case {
             tokens += count;
         }
         part.run_stop = (int64_t)runs.size();
-        if (upto(2)) part.first = upto(tokens + 2) - 1;
-        if (upto(2)) part.window = 1 + upto(tokens + 2);
+        if (upto(2)) part.first = upto(tokens + 2) - 1 - upto(2) * upto(call.num_queries);
+        if (upto(2)) part.window = one_of<int64_t>({1 + upto(tokens + 2), 1 + upto(20), INT64_MAX});
         parts.push_back(part);
     }
 
