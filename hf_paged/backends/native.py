@@ -12,9 +12,10 @@ from hf_paged.core.plan import Segment, StepPlan, joined
 from hf_paged.store import LayerStore
 from hf_paged_kernels import NativeKernel, Part, Parts, kernel_for, native
 
-# Without `multiplies`: chunks of more query tokens a row are a prefill, which is left to torch's own attention.
+# Chunks of more query tokens a row are a prefill: without `multiplies` left to torch's own attention, with it read
+# segment by segment.
 MAX_CHUNK_TOKENS = 16
-# The same of query heads that read the same tokens: there attention is a product of matrices.
+# Without `multiplies`: more query heads that read the same tokens are a product of matrices, and left to torch, too.
 MAX_PART_ROWS = 128
 
 

@@ -9,6 +9,9 @@
 // Rows and vectors of one product that stay in registers.
 constexpr int kHigh = 6;
 constexpr int kWide = HFP_REGISTERS >= 32 ? 4 : 2;
+static_assert(kHigh <= kMostSpare && HFP_LANES <= kMostLanes && kTile % (kWide * HFP_LANES) == 0, "as Scratch says");
+// Weights of a few rows lie where those of a block do.
+static_assert(kTile <= kMaxBlock, "as Scratch says");
 
 // What a tile is multiplied as.
 template <class Type, bool is_paired>

@@ -10,12 +10,15 @@ import torch
 
 from hf_paged_kernels import NativeError, NativeKernel, NativeStore, Part, Parts, Writes
 from hf_paged_kernels.native import _look
+from hf_paged_kernels.processor import AMD, vendor
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
-# Largest difference to float64, relative to the largest value. In float32 torch's own attention is as far off where
-# scores are as large as here (3e-6).
-TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# Largest difference to float64, relative to the largest value.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# The same of products of matrices, whose sums go over one channel after the other. Torch's own attention is as far off
+# where scores are as large as here (3e-6).
+MANY_ROWS, TOLERANCE_OF_MANY = 24, {**TOLERANCE, torch.float32: 6e-6}
 
 
 class Case:
@@ -64,6 +67,10 @@ class Case:
         parts = Parts(self.queries, self.parts, self.runs)
         return kernel.attend(self.query, self.keys, self.values, parts, self.scale, self.softcap, self.sinks)
 
+    def tolerance(self) -> float:
+        rows = max((part.query_stop - part.query) * self.group for part in self.parts)
+        return (TOLERANCE_OF_MANY if rows >= MANY_ROWS else TOLERANCE)[self.query.dtype]
+
     def expected(self) -> torch.Tensor:
         """The same in float64, query by query."""
         results = []
@@ -91,7 +98,7 @@ def assert_right(case: Case, kernel: NativeKernel) -> None:
     assert actual.dtype == case.query.dtype
     assert actual.is_contiguous()
     error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-    assert error <= TOLERANCE[case.query.dtype], f"differs by {error:.1g} of the largest value"
+    assert error <= case.tolerance(), f"differs by {error:.1g} of the largest value"
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -195,7 +202,7 @@ def test_many_python_threads_at_once(kernel, threads):
 
     def work(case, right):
         for _ in range(30):
-            if (case.attend(kernel) - right).abs().max() > TOLERANCE[torch.float32] * right.abs().max():
+            if (case.attend(kernel) - right).abs().max() > case.tolerance() * right.abs().max():
                 wrong.append(case)
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)]
@@ -328,6 +335,34 @@ def test_the_switch():
     assert [kernel.name for kernel in _look("portable").kernels] == ["portable"]
     assert _look("no such variant").kernels == ()
     assert "no such variant" in _look("no such variant").reason
+
+
+@pytest.mark.parametrize(("name", "multiplies"), [(AMD, True), ("GenuineIntel", False), ("", False)])
+def test_prompts_are_left_to_torch_where_nobody_has_measured_them(name, multiplies, monkeypatch):
+    monkeypatch.setitem(_look.__globals__, "vendor", lambda: name)  # the package hides the module behind a function
+    found = _look(None)
+    if not found.kernels:
+        pytest.skip("no variant runs unasked on this CPU")
+    assert found.multiplies is multiplies
+    assert ("prompts by torch" in found.reason) is not multiplies
+    assert _look(found.kernels[0].name).multiplies
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [(f"processor\t: 0\nvendor_id\t: {AMD}\nmodel\t: 1\n", AMD), ("processor\t: 0\nCPU implementer\t: 0x41\n", "")],
+)
+def test_the_vendor_is_what_linux_says(info, expected, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr("hf_paged_kernels.processor._CPU_INFO", tmp_path / "cpuinfo")
+    assert vendor.__wrapped__() == expected
+
+
+def test_the_vendor_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_paged_kernels.processor._CPU_INFO", tmp_path / "missing")
+    for said, expected in ((f"AMD64 Family 23 Model 113 Stepping 0, {AMD}", AMD), ("", "")):
+        monkeypatch.setattr("platform.processor", lambda said=said: said)
+        assert vendor.__wrapped__() == expected
 
 
 OPENMP = """
