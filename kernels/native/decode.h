@@ -328,7 +328,24 @@ static void read_query(const Attention &call, int64_t at, float *into) {
 static void (*const kReadQuery[kDtypes])(const Attention &, int64_t at, float *into) = {
     read_query<Float32>, read_query<BFloat16>, read_query<Float16>};
 
-// Rows come query by query, the heads of the group inside. `partial` holds sums `[rows, value_dim]`, then the largest
+// Rows come query by query, the heads of the group inside.
+template <class Read>
+static void read_queries(const Attention &call, const Strip &strip, int64_t head, int64_t rows, float *into) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = (strip.query + row / call.group) * call.query_stride +
+                           (head * call.group + row % call.group) * call.query_head_stride;
+        float *query = into + row * call.key_dim;
+        if constexpr (Read::is_paired) {
+            typedef typename Read::Storage Storage;
+            memcpy(query, (const Storage *)call.query + at, call.key_dim * sizeof(Storage));
+        } else {
+            kReadQuery[call.dtype](call, at, query);
+        }
+        if (is_rotated(call.storage)) rotate(query, call.key_dim);
+    }
+}
+
+// `partial` holds sums `[rows, value_dim]`, then the largest
 // scores `[rows]`, then the sums of weights `[rows]`.
 template <class Type>
 static void attend_strip(const Attention &call, const Strip &strip, int64_t head, float *partial,
@@ -342,15 +359,8 @@ static void attend_strip(const Attention &call, const Strip &strip, int64_t head
     const Softmax softmax(call);
     float *most = partial + rows * call.value_dim, *total = most + rows;
     memset(partial, 0, sizeof(float) * rows * call.value_dim);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = (strip.query + row / call.group) * call.query_stride +
-                           (head * call.group + row % call.group) * call.query_head_stride;
-        float *query = scratch.query + row * call.key_dim;
-        if constexpr (Read::is_paired) memcpy(query, (const Storage *)call.query + at, call.key_dim * sizeof(Storage));
-        else kReadQuery[call.dtype](call, at, query);
-        if (is_rotated(call.storage)) rotate(query, call.key_dim);
-        most[row] = -INFINITY, total[row] = 0;
-    }
+    read_queries<Read>(call, strip, head, rows, scratch.query);
+    for (int64_t row = 0; row < rows; ++row) most[row] = -INFINITY, total[row] = 0;
     const int64_t key_bytes = key_size * sizeof(Storage), value_bytes = value_size * sizeof(Storage);
     const int64_t widest = call.key_dim > call.value_dim ? call.key_dim : call.value_dim;
     int64_t most_tokens = Type::is_decoded ? kDecodedFloats / widest : 16384 / key_bytes;

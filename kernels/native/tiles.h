@@ -115,28 +115,24 @@ static void lay_out_keys(const Attention &call, const typename Type::Storage *ke
     transpose(tokens, call.key_dim / Read::tokens, into);
 }
 
-// Values of a tile, `[kTile, value_dim]`, in pairs `[kTile / 2, value_dim]` and their order of channels.
+// Values of a tile, `[tokens, value_dim]`, or in pairs `[tokens / 2, value_dim]` and their order of channels.
 template <class Type>
 static void lay_out_values(const Attention &call, const typename Type::Storage *values, const TileTokens &tile,
                            float *into) {
     const int64_t size = Type::size(call.value_dim, kValueGroup);
-    const typename Type::Storage *const zeros = (const typename Type::Storage *)kZeros;
     if constexpr (Type::is_paired) {
-        for (int64_t t = 0; t < kTile; t += 2)
+        const auto *const zeros = (const typename Type::Storage *)kZeros;
+        for (int64_t t = 0; t < tile.count; t += 2)
             for (int64_t d = 0; d < call.value_dim; d += 2 * HFP_LANES) {
-                const typename Type::Storage *pair[2];
-                for (int64_t i = 0; i < 2; ++i)
-                    pair[i] = t + i < tile.count ? values + tile.slots[t + i] * size + d : zeros;
+                const auto *first = values + tile.slots[t] * size + d;
+                const auto *second = t + 1 < tile.count ? values + tile.slots[t + 1] * size + d : zeros;
                 typename Type::Numbers both[2];
-                Type::read_values(pair, 0, both);
+                Type::read_values({first, second}, 0, both);
                 memcpy(into + t / 2 * call.value_dim + d, both, sizeof both);
             }
     } else {
-        for (int64_t t = 0; t < kTile; ++t) {
-            float *token = into + t * call.value_dim;
-            if (t < tile.count) to_floats<Type>(values + tile.slots[t] * size, call.value_dim, kValueGroup, token);
-            else memset(token, 0, sizeof(float) * call.value_dim);
-        }
+        for (int64_t t = 0; t < tile.count; ++t)
+            to_floats<Type>(values + tile.slots[t] * size, call.value_dim, kValueGroup, into + t * call.value_dim);
     }
 }
 
@@ -225,22 +221,6 @@ static HFP_INLINE float soften_tile(const Softmax &softmax, float *scores, Visib
     return scale;
 }
 
-// Rows as `attend_strip` has them, but filled up to whole steps of kHigh.
-template <class Type>
-static void read_queries(const Attention &call, const Strip &strip, int64_t head, int64_t rows, float *into) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t at = (strip.query + row / call.group) * call.query_stride +
-                           (head * call.group + row % call.group) * call.query_head_stride;
-        float *query = into + row * call.key_dim;
-        if constexpr (Type::is_paired)
-            memcpy(query, (const typename Type::Storage *)call.query + at, call.key_dim * sizeof(typename Type::Storage));
-        else kReadQuery[call.dtype](call, at, query);
-        if (is_rotated(call.storage)) rotate(query, call.key_dim);
-    }
-    const int64_t filled = (rows + kHigh - 1) / kHigh * kHigh;
-    memset(into + rows * call.key_dim, 0, sizeof(float) * (filled - rows) * call.key_dim);
-}
-
 // As `attend_strip`, for many rows.
 template <class Type>
 static void attend_tiles(const Attention &call, const Strip &strip, int64_t head, float *partial,
@@ -251,7 +231,8 @@ static void attend_tiles(const Attention &call, const Strip &strip, int64_t head
     const typename Type::Storage *values = (const typename Type::Storage *)call.values + head * call.value_head_stride;
     const Softmax softmax(call);
     float *most = partial + rows * call.value_dim, *total = most + rows;
-    read_queries<Type>(call, strip, head, rows, scratch.query);
+    read_queries<Read>(call, strip, head, rows, scratch.query);
+    memset(scratch.query + rows * call.key_dim, 0, sizeof(float) * kHigh * call.key_dim);  // rows of the last step
     memset(scratch.sums, 0, sizeof(float) * (rows + kHigh) * call.value_dim);
     memset(scratch.totals, 0, sizeof(float) * rows * HFP_LANES);
     for (int64_t row = 0; row < rows; ++row) most[row] = -INFINITY;
