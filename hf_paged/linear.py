@@ -1,13 +1,15 @@
-"""Linear layers of decode steps by oneDNN, on CPUs where torch takes a slower library for them.
+"""Linear layers by oneDNN, on CPUs where torch takes a slower library for them.
 
 For float32 torch takes Intel's MKL, which is at its best on Intel's own CPUs. On a Zen 4 torch's oneDNN, which it takes
-for bfloat16, multiplies up to 64 rows by the same weights 1 to 3.9 times as fast, as they lie in memory. Sums differ in
-their last bits, as between two versions of one library.
+for bfloat16, multiplies up to 64 rows, as decode steps have, by the same weights 1 to 3.9 times as fast, as they lie in
+memory; prompts through large layers 1.1 to 1.7 times. Sums differ in their last bits, as between two versions of one
+library.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,12 +27,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_paged.core.forks import new_lock
 
-MAX_ROWS = 64
-# Below it a call of oneDNN costs more than it saves: 576 x 192 takes longer, 576 x 576 does not.
-MIN_WEIGHTS = 2**18
-# For each number of rows oneDNN makes code anew, in some 0.5 ms and 0.7 MB for each shape of weights: more rows than
-# this are filled up to a multiple of it.
-_STEP_ROWS = 8
+# More rows than this are multiplied in pieces.
+PIECE_ROWS = 512
+# Up to how many rows layers of how many weights and features out, or more, take it, by `benchmarks/linear.py`. Below
+# 2**18 a call costs more than it saves: 576 x 192 takes longer, 576 x 576 does not. Of more rows less is to be won, and
+# the copies that fill them up and put pieces together cost all of it where few features come out.
+LEAST: tuple[tuple[float, int, int], ...] = ((64, 2**18, 1), (256, 2**19, 768), (math.inf, 2**21, 1024))
+# oneDNN keeps code for each number of rows and shape of weights, made in some 0.5 ms and of 0.6 MB, however many rows
+# they are. So up to the next power of two there are no more numbers of rows than this.
+_STEPS = 8
 # Where it is faster, as measured by `benchmarks/linear.py`.
 _VENDORS, _CAPABILITIES = ("AuthenticAMD",), ("AVX512",)
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -54,7 +59,7 @@ class _TakenLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
-            rows = few_rows_of(input, self._parameters, 1)
+            rows = rows_to_take(input, self._parameters, 1)
             if rows is not None:
                 return _product(input, rows, self._parameters["weight"], self._parameters["bias"])
         return nn.Linear.forward(self, input)  # by name: accelerate calls this method of layers that were given back
@@ -70,7 +75,7 @@ class _TakenConv1D(Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`; weights are `[in_features, out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
-            rows = few_rows_of(x, self._parameters, 0)
+            rows = rows_to_take(x, self._parameters, 0)
             if rows is not None:
                 return _product(x, rows, self._parameters["weight"].T, self._parameters["bias"])
         return Conv1D.forward(self, x)
@@ -82,7 +87,7 @@ class _TakenConv1D(Conv1D):
         return object.__new__, (Conv1D,), vars(self)
 
 
-# The classes that layers of a patched model have; by their names, and outside of `few_rows`, they are the originals.
+# The classes that layers of a patched model have; by their names, and outside of `by_onednn`, they are the originals.
 _TAKEN = {nn.Linear: _TakenLinear, Conv1D: _TakenConv1D}
 _ORIGINALS = {taken: original for original, taken in _TAKEN.items()}
 for _taken, _original in _ORIGINALS.items():
@@ -94,7 +99,7 @@ _models_of: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary
 _lock = new_lock()
 
 
-def few_rows_of(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -> int | None:
+def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -> int | None:
     """How many rows `input` has, where oneDNN is faster and nobody sees that it is asked; else `None`.
 
     `axis`: of a layer's weights, that of features in. Asked of each layer in each step; it takes 2 us, more where
@@ -103,7 +108,8 @@ def few_rows_of(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
     weight, bias = parameters.get("weight"), parameters.get("bias", _ABSENT)
     is_plain = (
         _is_plain(weight)
-        and weight.numel() >= MIN_WEIGHTS
+        and weight.numel() >= LEAST[0][1]
+        and weight.dim() == 2
         and (bias is None or (_is_plain(bias) and bias.shape == (weight.shape[1 - axis],)))
         and type(input) is torch.Tensor
         and input.dtype is torch.float32
@@ -114,7 +120,15 @@ def few_rows_of(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
     if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or _is_watched():
         return None
     rows = input.numel() // features
-    return rows if rows <= MAX_ROWS else None
+    return rows if _is_won(rows, weight, weight.shape[1 - axis]) else None
+
+
+def _is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
+    """Whether oneDNN is faster, its copies included."""
+    for most_rows, weights, least_outputs in LEAST:
+        if rows <= most_rows:
+            return weight.numel() >= weights and outputs >= least_outputs
+    return False
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -140,10 +154,32 @@ def _is_watched() -> bool:
 
 def _product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`functional.linear` by oneDNN."""
-    if rows <= _STEP_ROWS or not rows % _STEP_ROWS:
+    if rows <= PIECE_ROWS and rows == _filled_up(rows):
         return multiply(input, weight, bias)
-    filled = functional.pad(input.reshape(rows, -1), (0, 0, 0, -rows % _STEP_ROWS))
-    return multiply(filled, weight, bias)[:rows].view(*input.shape[:-1], -1)
+    flat = input.reshape(rows, -1)
+    if rows <= PIECE_ROWS:
+        product = _piece(flat, weight, bias)
+    else:
+        product = input.new_empty(rows, len(weight))
+        for piece, answer in zip(flat.split(PIECE_ROWS), product.split(PIECE_ROWS), strict=True):
+            answer.copy_(_piece(piece, weight, bias))
+    return product.view(*input.shape[:-1], -1)
+
+
+def _piece(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Of `[rows, in_features]`, with zeros below as far as code is kept for more rows only."""
+    rows = len(input)
+    if missing := _filled_up(rows) - rows:
+        input = functional.pad(input, (0, 0, 0, missing))
+    return multiply(input, weight, bias)[:rows]
+
+
+def _filled_up(rows: int) -> int:
+    """The number of rows for which code is kept, an eighth more at most above 64."""
+    if rows <= _STEPS:
+        return rows
+    step = max(_STEPS, 2 ** (rows - 1).bit_length() // 2 // _STEPS)
+    return -(-rows // step) * step
 
 
 def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -152,7 +188,7 @@ def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def take_layers(model: nn.Module) -> None:
-    """Let the linear layers of a model take oneDNN in `few_rows`, where that is of use on this machine."""
+    """Let the linear layers of a model take oneDNN in `by_onednn`, where that is of use on this machine."""
     if not is_faster():
         return
     for each in model.modules():
@@ -164,7 +200,7 @@ def take_layers(model: nn.Module) -> None:
 
 def _is_to_be_taken(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
-    return "forward" not in vars(layer) and _is_plain(weight) and weight.numel() >= MIN_WEIGHTS
+    return "forward" not in vars(layer) and _is_plain(weight) and weight.numel() >= LEAST[0][1]
 
 
 def give_layers_back(model: nn.Module) -> None:
@@ -178,8 +214,8 @@ def give_layers_back(model: nn.Module) -> None:
 
 
 @contextmanager
-def few_rows() -> Iterator[None]:
-    """Around a pass of a patched model in this thread: layers whose input has few rows take oneDNN.
+def by_onednn() -> Iterator[None]:
+    """Around a pass of a patched model in this thread: layers take oneDNN where it is faster.
 
     Not where gradients, autocast, a transform or a mode of torch's, or who has replaced its functions, is to see them.
     """
@@ -204,11 +240,11 @@ def _is_replaced(modes: list[Any]) -> bool:
 
 
 def describe(model: nn.Module) -> str:
-    """Which library multiplies in a patched model's steps, for people."""
+    """Which library multiplies in a patched model's passes, for people."""
     is_taken = torch.backends.mkldnn.enabled and any(
         type(each) in _ORIGINALS and _is_plain(each._parameters.get("weight")) for each in model.modules()
     )
-    return f"oneDNN, up to {MAX_ROWS} rows" if is_taken else "torch's choice"
+    return "oneDNN" if is_taken else "torch's choice"
 
 
 @functools.cache

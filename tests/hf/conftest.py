@@ -1,5 +1,7 @@
 """CUDA graphs for tests without a GPU, what reads the sample of weights, memory without poison, layers by oneDNN."""
 
+import math
+
 import pytest
 
 
@@ -77,7 +79,7 @@ def products(monkeypatch):
         # torch is also built without oneDNN (USE_MKLDNN=0); linear layers are its own there, and nothing is to be seen
         pytest.skip("this torch has no linear layers of oneDNN's")
     monkeypatch.setattr(linear, "is_faster", lambda: True)
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, 1),))
     rows, multiply = [], linear.multiply
 
     def counted(input, weight, bias):

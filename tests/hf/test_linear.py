@@ -29,7 +29,8 @@ def test_same_as_stock(name, products):
     pair = Pair(name)
     pair.ask(ROWS, max_new_tokens=12)
     assert 3 in products, "a step of three rows"
-    assert all(rows <= linear.MAX_ROWS for rows in products)
+    assert any(rows > 64 for rows in products), "a prompt of three rows"
+    assert all(rows <= linear.PIECE_ROWS for rows in products)
     pair.ask(ROWS, num_beams=3)
     pair.ask(ROWS[:1], do_sample=True, num_return_sequences=4)
 
@@ -43,12 +44,23 @@ def test_logits(products):
     torch.testing.assert_close(torch.stack(actual), torch.stack(expected), atol=1e-4, rtol=0)
 
 
-def test_prompts_of_many_rows_are_left_to_torch(products):
+@pytest.mark.parametrize("count", [65, 300, 700, 1200])
+def test_prompts_of_many_rows(count, products):
     pair = Pair("llama")
-    pair.ask([tokens(linear.MAX_ROWS + 1)], max_new_tokens=1)
-    assert set(products) == {1}, "the last token's logits alone"
-    pair.ask([tokens(linear.MAX_ROWS, seed=2)], max_new_tokens=1)
-    assert linear.MAX_ROWS in products
+    pair.ask([tokens(count)], max_new_tokens=3)
+    pieces = [linear.PIECE_ROWS] * (count // linear.PIECE_ROWS)
+    filled = {65: 72, 300: 320, 700: 192, 1200: 176}[count]
+    assert products[: len(pieces) + 1] == [*pieces, filled]
+
+
+def test_many_lengths_of_prompts_have_little_code(products):
+    """Which is made for each number of rows."""
+    one = layer(8, 8)
+    with torch.no_grad(), linear.by_onednn():
+        for count in range(1, 3000, 7):
+            one(torch.ones(count, 8))
+    assert len({rows for rows in products if rows <= 64}) <= 8 + 7
+    assert len({rows for rows in products if rows > 64}) <= 3 * 8
 
 
 def test_what_is_not_paged_is_stocks(products):
@@ -106,7 +118,7 @@ def test_layers_are_taken_as_soon_as_they_are_in_float32(products):
 
 def test_threads_that_do_not_generate_are_left_alone(products):
     one, answers = layer(), []
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         inside = threading.Thread(target=lambda: answers.append(one(torch.ones(2, 24))))
         inside.start()
         inside.join()
@@ -234,6 +246,6 @@ def test_files_load_without_trust(products):
 def test_compiles_in_one_graph(products):
     one = layer()
     compiled = torch.compile(one, backend="eager", fullgraph=True)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         compiled(torch.ones(2, 24))
     assert not products

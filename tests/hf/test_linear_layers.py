@@ -1,5 +1,6 @@
 """Single layers by oneDNN: what they take, who must not notice, and on which machines. Forced, whatever this one is."""
 
+import math
 from contextlib import ExitStack, nullcontext
 from functools import partial
 
@@ -22,13 +23,32 @@ from hf_paged import linear, patch_model
 @pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (24, 40), (257, 129), (576, 1000)])
 def test_sizes(sizes, kind, products):
     one = kind(*sizes)
-    shapes = [(1,), (5, 1), (3, 4), (9,), (2, 3, 5), (linear.MAX_ROWS - 1,), (linear.MAX_ROWS,), (0,), ()]
+    shapes = [(1,), (5, 1), (3, 4), (9,), (2, 3, 5), (63,), (64,), (0,), (), (65,), (2, 128), (257,), (512,)]
     inputs = [torch.randn(*shape, sizes[0]) for shape in shapes]
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert same(one, *inputs)
-        assert products == [1, 5, 16, 16, 32, 64, 64, 0, 1]
-        assert same(one, torch.randn(linear.MAX_ROWS + 1, sizes[0]))
-    assert len(products) == len(inputs)
+    assert products == [1, 5, 16, 16, 32, 64, 64, 0, 1, 72, 256, 288, 512]
+
+
+@pytest.mark.parametrize("kind", [layer, conv1d])
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [((513,), [512, 1]), ((1024,), [512, 512]), ((2, 300), [512, 88]), ((3, 7, 50), [512, 512, 32])],
+)
+def test_pieces(shape, pieces, kind, products):
+    one = kind()
+    with torch.no_grad(), linear.by_onednn():
+        assert one(torch.randn(*shape, 24)).is_contiguous()
+        assert same(one, torch.randn(*shape, 24), torch.randn(*shape, 48)[..., ::2])
+    assert products == pieces * 3
+
+
+def test_rows_that_are_filled_up_make_nothing_of_others(products):
+    one, input = layer(), torch.randn(70, 24)
+    input[3], input[5] = torch.nan, torch.inf
+    with torch.no_grad(), linear.by_onednn():
+        assert torch.equal(one(input).isfinite().all(1), input.isfinite().all(1))
+    assert products == [72]
 
 
 def test_strides(products):
@@ -39,15 +59,15 @@ def test_strides(products):
         torch.randn(4, 48)[:, ::2],
         torch.randn(24).expand(5, 24),
     ]
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert same(one, *inputs)
     assert len(products) == len(inputs)
 
 
 def test_small_layers_are_left_to_torch(products, monkeypatch):
     small = layer()
-    monkeypatch.setattr(linear, "MIN_WEIGHTS", 24 * 40 + 1)
-    with torch.no_grad(), linear.few_rows():
+    monkeypatch.setattr(linear, "LEAST", ((math.inf, 24 * 40 + 1, 1),))
+    with torch.no_grad(), linear.by_onednn():
         assert same(small, torch.randn(2, 24))
         assert not products
         assert same(layer(24, 41), torch.randn(2, 24))
@@ -55,6 +75,15 @@ def test_small_layers_are_left_to_torch(products, monkeypatch):
     model = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 41))
     linear.take_layers(model)
     assert [type(each) for each in model] == [nn.Linear, linear._TakenLinear]
+
+
+def test_how_large_a_layer_must_be_depends_on_the_rows(products, monkeypatch):
+    wide, narrow = layer(24, 50), layer(50, 24)
+    monkeypatch.setattr(linear, "LEAST", ((4, 1200, 24), (8, 1200, 25), (20, 1201, 1)))
+    for one in (wide, narrow):
+        with torch.no_grad(), linear.by_onednn():
+            assert same(one, *(torch.randn(rows, one.in_features) for rows in (4, 5, 8, 9, 21)))
+    assert products == [4, 5, 8, 4]
 
 
 def of_another_class(one: nn.Linear) -> None:
@@ -77,11 +106,19 @@ def test_other_weights_are_left_to_torch(kind, products):
     one = layer()
     OTHER_WEIGHTS[kind](one)
     inputs = torch.randn(2, 24).to(one.weight.device, one.weight.dtype)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         found, expected = one(inputs), nn.functional.linear(inputs, one.weight, one.bias)
     assert not products
     assert found.shape == expected.shape
     assert kind == "meta" or torch.equal(found, expected)
+
+
+def test_a_row_of_weights_is_left_to_torch(products):
+    one = layer(bias=False)
+    one.weight = nn.Parameter(torch.randn(24), requires_grad=False)
+    with torch.no_grad(), linear.by_onednn():
+        assert one(torch.ones(3, 24)).shape == (3,)
+    assert not products
 
 
 OTHER_BIASES = {
@@ -97,7 +134,7 @@ OTHER_BIASES = {
 def test_other_biases_are_left_to_torch(kind, products):
     one, inputs = layer(), torch.randn(2, 24)
     one.bias = nn.Parameter(OTHER_BIASES[kind], requires_grad=False)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, OTHER_BIASES[kind]))
     assert not products
 
@@ -113,7 +150,7 @@ def test_biases_that_are_no_parameters(how, products):
         bias = one.bias.data
         del one.bias
         one.register_buffer("bias", bias) if how == "buffer" else setattr(one, "bias", bias)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
     assert not products
 
@@ -122,7 +159,7 @@ def test_biases_that_are_no_parameters(how, products):
 def test_sparse_weights_are_left_to_torch(layout, products):
     one, inputs = layer(bias=False), torch.randn(2, 24)
     one.weight = nn.Parameter(one.weight.data.to_sparse(layout=layout), requires_grad=False)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert torch.allclose(one(inputs), inputs @ one.weight.to_dense().T, atol=TOLERANCE)
     assert not products
 
@@ -139,14 +176,14 @@ def test_other_inputs_are_left_to_torch(kind, products):
         except Exception as error:
             return repr(error)
 
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert answer(one) == answer(partial(nn.Linear.forward, one))
     assert not products
 
 
 def test_tensors_of_other_classes_see_what_torch_does(products):
     one = layer()
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         one(torch.ones(2, 24).as_subclass(Recording))
     assert "linear" in Recording.names
     assert not products
@@ -155,7 +192,7 @@ def test_tensors_of_other_classes_see_what_torch_does(products):
 def test_wrong_inputs_are_refused_as_by_torch(products):
     one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
     for each in wrong:
-        with torch.no_grad(), linear.few_rows(), pytest.raises(RuntimeError) as found:
+        with torch.no_grad(), linear.by_onednn(), pytest.raises(RuntimeError) as found:
             one(each)
         with torch.no_grad(), pytest.raises(RuntimeError) as expected:
             nn.Linear(24, 40)(each)
@@ -189,7 +226,7 @@ WATCHERS = {
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_who_looks_sees_what_torch_does(watcher, when, products):
     one, inputs = layer(), torch.randn(2, 24)
-    contexts = [linear.few_rows(), looks := WATCHERS[watcher]()]
+    contexts = [linear.by_onednn(), looks := WATCHERS[watcher]()]
     with torch.no_grad(), ExitStack() as stack:
         for context in contexts if when == "in the midst" else contexts[::-1]:
             stack.enter_context(context)
@@ -198,14 +235,14 @@ def test_who_looks_sees_what_torch_does(watcher, when, products):
     assert not products
     if isinstance(looks, Functions):
         assert looks.names.count("linear") == 2
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         one(inputs)
     assert products == [2], "without it"
 
 
 def test_onednn_can_be_switched_off(products):
     with torch.backends.mkldnn.flags(enabled=False):
-        with torch.no_grad(), linear.few_rows():
+        with torch.no_grad(), linear.by_onednn():
             layer()(torch.randn(2, 24))
         assert linear.describe(layer()) == "torch's choice"
     assert not products
@@ -213,7 +250,7 @@ def test_onednn_can_be_switched_off(products):
 
 def test_a_default_device_is_nobody_who_looks(products):
     one = layer()
-    with torch.device("cpu"), torch.no_grad(), linear.few_rows():
+    with torch.device("cpu"), torch.no_grad(), linear.by_onednn():
         one(torch.randn(2, 24))
         with torch.device("cpu"):
             one(torch.randn(2, 24))
@@ -225,10 +262,10 @@ def test_transforms_see_what_torch_does(when, products):
     one, rows = layer(), torch.randn(3, 24)
 
     def inside(row):
-        with linear.few_rows():
+        with linear.by_onednn():
             return one(row)
 
-    with torch.no_grad(), nullcontext() if when == "before the pass" else linear.few_rows():
+    with torch.no_grad(), nullcontext() if when == "before the pass" else linear.by_onednn():
         found = torch.vmap(inside if when == "before the pass" else one)(rows)
     assert torch.allclose(found, one(rows), atol=TOLERANCE)
     assert not products
@@ -249,7 +286,7 @@ def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
         one = conv1d()
     owner, name = REPLACED[where]
     monkeypatch.setattr(owner, name, other)
-    with torch.no_grad(), linear.few_rows():
+    with torch.no_grad(), linear.by_onednn():
         assert not one(torch.randn(2, 24)).any()
     assert len(asked) == 1
     assert not products
@@ -258,7 +295,7 @@ def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
 def test_a_pass_that_fails_leaves_nothing_switched_on(products):
     one = layer()
     with torch.no_grad():
-        with pytest.raises(KeyError), linear.few_rows():
+        with pytest.raises(KeyError), linear.by_onednn():
             raise KeyError
         one(torch.randn(2, 24))
     assert not products
@@ -311,5 +348,5 @@ def test_other_machines_classes_are_left_alone(monkeypatch):
 
 def test_what_is_said(products):
     model = patch_model(copy_of(FAMILIES["llama"]))
-    assert "linear layers: oneDNN, up to 64 rows" in str(model.paged)
+    assert "linear layers: oneDNN)" in str(model.paged)
     assert linear.describe(model.bfloat16()) == "torch's choice"
