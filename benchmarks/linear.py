@@ -1,10 +1,13 @@
-"""``python -m benchmarks.linear``: linear layers of a few rows, by what torch takes for float32 and by its oneDNN.
+"""``python -m benchmarks.linear``: linear layers, by what torch takes for float32 and by oneDNN, as patched models do.
 
-And decode steps of Llama-3.2-1B's shape with random weights, stock and patched, in which linear layers take most time.
+And what they are most of the time of: decode steps of Llama-3.2-1B's shape with random weights, and first tokens of it
+and of SmolLM2, stock and patched. Then the memory of the code that oneDNN keeps for prompts of all lengths.
 """
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import sys
 import time
 from collections.abc import Callable
@@ -12,23 +15,27 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
 
+import psutil
 import torch
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteriaList
 
 from hf_paged import paged
-from hf_paged.linear import MAX_ROWS, MIN_WEIGHTS, multiply
+from hf_paged.linear import is_won, product
 
-from . import environment, report
+from . import environment, report, smollm2
 from .measure import StepClock
 
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (4096, 1024), (4096, 4096), (4096, 14336))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 1000)
 WORKING_SET = 250e6
 """Bytes of weights that a round goes through, in as many layers as that takes: no cache holds them."""
-ROUNDS = 5
+ROUNDS, PROMPT_ROUNDS = 5, 3
 BATCHES, PROMPT_TOKENS, STEPS = (1, 4, 8), 100, 12
+PROMPTS = {"SmolLM2-135M": (50, 100, 200, 300, 1000, 2000), "Llama-3.2-1B's shape": (100, 300)}
+LENGTHS = range(1, 3000, 7)
+"""Of the prompts whose code is weighed."""
 
 Product = Callable[[torch.Tensor, torch.Tensor, None], object]
 
@@ -41,11 +48,9 @@ class Layer:
     rows: int
     torch: float
     onednn: float
-
-    @property
-    def is_taken(self) -> bool:
-        """Whether a patched model would take oneDNN here."""
-        return self.features[0] * self.features[1] >= MIN_WEIGHTS and self.rows <= MAX_ROWS
+    """With the copies that fill up rows, and put pieces together."""
+    is_taken: bool
+    """Whether a patched model takes oneDNN here."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,20 @@ class Step:
     """Whether the tokens are."""
 
 
+@dataclass(frozen=True)
+class FirstToken:
+    """Milliseconds to the first token of a prompt, medians of rounds that take turns."""
+
+    model: str
+    prompt_tokens: int
+    stock: float
+    off: float
+    """Patched, with oneDNN switched off."""
+    patched: float
+    equal: bool
+    """Whether the tokens are."""
+
+
 def layers(features: tuple[int, int]) -> list[Layer]:
     """Every number of rows for one shape of weights."""
     count = max(2, min(60, int(WORKING_SET / 4 / features[0] / features[1])))
@@ -67,17 +86,18 @@ def layers(features: tuple[int, int]) -> list[Layer]:
 
 
 def _compare(features: tuple[int, int], weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
-    products: tuple[Product, Product] = (torch.nn.functional.linear, multiply)
+    rows = len(inputs)
+    products: tuple[Product, Product] = (torch.nn.functional.linear, lambda *args: product(args[0], rows, *args[1:]))
     times: tuple[list[float], list[float]] = ([], [])
-    for product in products:
-        product(inputs, weights[0], None)
-    for _ in range(ROUNDS):
-        for product, taken in zip(products, times, strict=True):
+    for each in products:
+        each(inputs, weights[0], None)
+    for _ in range(ROUNDS if rows <= ROWS[-3] else PROMPT_ROUNDS):
+        for each, taken in zip(products, times, strict=True):
             begin = time.perf_counter()
-            for each in weights:
-                product(inputs, each, None)
+            for weight in weights:
+                each(inputs, weight, None)
             taken.append((time.perf_counter() - begin) / len(weights) * 1e6)
-    return Layer(features, len(inputs), *map(median, times))
+    return Layer(features, rows, *map(median, times), is_won(rows, weights[0], features[1]))
 
 
 def llama() -> PreTrainedModel:
@@ -116,6 +136,53 @@ def _timed_steps(model: PreTrainedModel, ids: torch.Tensor, milliseconds: list[f
     return answer
 
 
+def first_token(name: str, model: PreTrainedModel, count: int) -> FirstToken:
+    """One prompt of random tokens, by stock, patched without oneDNN and patched."""
+    ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(count))
+    times: dict[str, list[float]] = {"stock": [], "off": [], "patched": []}
+    answers = [_timed_token(model, ids, [])]
+    for _ in range(PROMPT_ROUNDS):
+        answers.append(_timed_token(model, ids, times["stock"]))
+        with paged(model, prefix_caching=False):
+            _timed_token(model, ids[:, :20], [])  # finds out what is fast
+            for way in ("off", "patched"):
+                with torch.backends.mkldnn.flags(enabled=way == "patched"):
+                    answers.append(_timed_token(model, ids, times[way]))
+    medians = {way: median(taken) for way, taken in times.items()}
+    return FirstToken(name, count, **medians, equal=all(torch.equal(answers[0], each) for each in answers))
+
+
+def _timed_token(model: PreTrainedModel, ids: torch.Tensor, milliseconds: list[float]) -> torch.Tensor:
+    begin = time.perf_counter()
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    milliseconds.append((time.perf_counter() - begin) * 1e3)
+    return answer
+
+
+def code_bytes(model: PreTrainedModel) -> int:
+    """Memory that the process has grown by after layers of every shape of a model have had prompts of all lengths."""
+    weights = {each.weight.shape: each.weight for each in model.model.modules() if isinstance(each, torch.nn.Linear)}
+    inputs = {shape: torch.zeros(max(LENGTHS), shape[1]) for shape in weights}
+
+    def ask(lengths: range) -> int:
+        for (outputs, _), weight in weights.items():
+            for rows in lengths:
+                if is_won(rows, weight, outputs):
+                    product(inputs[weight.shape][:rows], rows, weight, None)
+        return _own_bytes()
+
+    ask(LENGTHS[-1:])
+    before = _own_bytes()
+    return ask(LENGTHS) - before
+
+
+def _own_bytes() -> int:
+    """Of the process alone, without what its allocator could give back."""
+    if hasattr(libc := ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim"):  # glibc's
+        libc.malloc_trim(0)
+    return psutil.Process().memory_full_info().uss
+
+
 def layer_table(measured: list[Layer]) -> Table:
     """Return the ratios for people."""
     made = Table(title="Times as fast by oneDNN (dim: where a patched model does not take it)", title_justify="left")
@@ -140,21 +207,39 @@ def step_table(measured: list[Step]) -> Table:
     return made
 
 
+def first_table(measured: list[FirstToken]) -> Table:
+    """Return the first tokens for people."""
+    made = Table(title="Milliseconds to the first token of one prompt", title_justify="left")
+    for name in ("model", "tokens", "stock", "patched, oneDNN off", "patched", "ratio to stock", "tokens equal"):
+        made.add_column(name, justify="left" if name == "model" else "right")
+    for each in measured:
+        times = f"{each.stock:.0f}", f"{each.off:.0f}", f"{each.patched:.0f}", f"{each.stock / each.patched:.2f}"
+        made.add_row(each.model, str(each.prompt_tokens), *times, "yes" if each.equal else "NO")
+    return made
+
+
 def main() -> int:
     """Measure and write a JSON file; 1 where tokens differ."""
     options = environment.options("linear", __doc__)
     described = environment.describe()
     with torch.inference_mode():
+        models = dict(zip(PROMPTS, (smollm2.load_model(), llama()), strict=True))
+        code = {name: code_bytes(model) for name, model in models.items()}
         measured = [layer for features in SHAPES for layer in layers(features)]
     report.console().print(layer_table(measured))
-    model = llama()
-    taken = [steps(model, rows) for rows in BATCHES]
+    *_, largest = models.values()
+    taken = [steps(largest, rows) for rows in BATCHES]
     report.console().print(step_table(taken))
+    first = [first_token(name, models[name], count) for name, counts in PROMPTS.items() for count in counts]
+    report.console().print(first_table(first))
+    kept = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in code.items())
+    report.console().print(f"Code kept by oneDNN after {len(LENGTHS)} lengths of prompts: {kept}")
     path = options.out / "linear.json"
-    content = {"layers": [asdict(each) for each in measured], "steps": [asdict(each) for each in taken]}
-    report.save(path, {"environment": described, **content})
+    tables = {"layers": measured, "steps": taken, "first_tokens": first}
+    content = {name: [asdict(each) for each in rows] for name, rows in tables.items()}
+    report.save(path, {"environment": described, **content, "code_bytes": code})
     report.console().print(f"Written: {path}")
-    return 0 if all(each.equal for each in taken) else 1
+    return 0 if all(each.equal for each in (*taken, *first)) else 1
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class _TakenLinear(nn.Linear):
         if not torch.compiler.is_compiling() and _scope.is_open:
             rows = rows_to_take(input, self._parameters, 1)
             if rows is not None:
-                return _product(input, rows, self._parameters["weight"], self._parameters["bias"])
+                return product(input, rows, self._parameters["weight"], self._parameters["bias"])
         return nn.Linear.forward(self, input)  # by name: accelerate calls this method of layers that were given back
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -77,7 +77,7 @@ class _TakenConv1D(Conv1D):
         if not torch.compiler.is_compiling() and _scope.is_open:
             rows = rows_to_take(x, self._parameters, 0)
             if rows is not None:
-                return _product(x, rows, self._parameters["weight"].T, self._parameters["bias"])
+                return product(x, rows, self._parameters["weight"].T, self._parameters["bias"])
         return Conv1D.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -120,10 +120,10 @@ def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) 
     if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or _is_watched():
         return None
     rows = input.numel() // features
-    return rows if _is_won(rows, weight, weight.shape[1 - axis]) else None
+    return rows if is_won(rows, weight, weight.shape[1 - axis]) else None
 
 
-def _is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
+def is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
     """Whether oneDNN is faster, its copies included."""
     for most_rows, weights, least_outputs in LEAST:
         if rows <= most_rows:
@@ -152,7 +152,7 @@ def _is_watched() -> bool:
     )
 
 
-def _product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`functional.linear` by oneDNN."""
     if rows <= PIECE_ROWS and rows == _filled_up(rows):
         return multiply(input, weight, bias)
