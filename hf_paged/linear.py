@@ -108,7 +108,6 @@ def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) 
     weight, bias = parameters.get("weight"), parameters.get("bias", _ABSENT)
     is_plain = (
         _is_plain(weight)
-        and weight.numel() >= LEAST[0][1]
         and weight.dim() == 2
         and (bias is None or (_is_plain(bias) and bias.shape == (weight.shape[1 - axis],)))
         and type(input) is torch.Tensor
@@ -178,7 +177,7 @@ def _filled_up(rows: int) -> int:
     """The number of rows for which code is kept, an eighth more at most above 64."""
     if rows <= _STEPS:
         return rows
-    step = max(_STEPS, 2 ** (rows - 1).bit_length() // 2 // _STEPS)
+    step = max(_STEPS, 2 ** rows.bit_length() // 2 // _STEPS)
     return -(-rows // step) * step
 
 
