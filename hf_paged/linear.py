@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -26,6 +24,7 @@ from torch.utils._device import DeviceContext
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged.core.forks import new_lock
+from hf_paged_kernels.processor import AMD, vendor
 
 # More rows than this are multiplied in pieces.
 PIECE_ROWS = 512
@@ -37,8 +36,7 @@ LEAST: tuple[tuple[float, int, int], ...] = ((64, 2**18, 1), (256, 2**19, 768), 
 # they are. So up to the next power of two there are no more numbers of rows than this.
 _STEPS = 8
 # Where it is faster, as measured by `benchmarks/linear.py`.
-_VENDORS, _CAPABILITIES = ("AuthenticAMD",), ("AVX512",)
-_CPU_INFO = Path("/proc/cpuinfo")
+_VENDORS, _CAPABILITIES = (AMD,), ("AVX512",)
 _ARGUMENTS = ["X", "W", "B", "attr", "scalars", "algorithm"]
 _ABSENT = object()
 # transformers' own, as long as nobody replaces it.
@@ -157,12 +155,12 @@ def product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Te
         return multiply(input, weight, bias)
     flat = input.reshape(rows, -1)
     if rows <= PIECE_ROWS:
-        product = _piece(flat, weight, bias)
+        answer = _piece(flat, weight, bias)
     else:
-        product = input.new_empty(rows, len(weight))
-        for piece, answer in zip(flat.split(PIECE_ROWS), product.split(PIECE_ROWS), strict=True):
-            answer.copy_(_piece(piece, weight, bias))
-    return product.view(*input.shape[:-1], -1)
+        answer = input.new_empty(rows, len(weight))
+        for piece, into in zip(flat.split(PIECE_ROWS), answer.split(PIECE_ROWS), strict=True):
+            into.copy_(_piece(piece, weight, bias))
+    return answer.view(*input.shape[:-1], -1)
 
 
 def _piece(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -251,17 +249,8 @@ def is_faster() -> bool:
     """Whether torch takes MKL on this machine, oneDNN is faster, and can be asked for a linear layer."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    is_known = _vendor() in _VENDORS and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
+    is_known = vendor() in _VENDORS and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
     return is_known and _is_there()
-
-
-def _vendor() -> str:
-    """Who has made the CPU, as an x86-64 names its vendor; anything else elsewhere."""
-    try:
-        lines = _CPU_INFO.read_text().splitlines()
-    except OSError:  # not Linux; Windows says it last
-        return (platform.processor().split() or [""])[-1]
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _is_there() -> bool:

@@ -21,6 +21,7 @@ from tolerances import assert_close
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, patch_model
+from hf_paged_kernels import native
 
 
 def assert_counts(stats, family, mode) -> None:
@@ -97,6 +98,17 @@ def test_reference_backend(family, name):
     assert_same(family, mode, stock, patched_outcome(model, family, mode, patch_model))
     assert_counts(model.paged.stats(), family, mode)
     assert_blocks_given_back(model, f"{family.name} × {name} × reference")
+
+
+@pytest.mark.parametrize("name", ["prefill_chunks_shared", "long"])
+@pytest.mark.parametrize("family", every_family(lambda family: family.packed is True))
+def test_prompts_by_torch(family, name, monkeypatch):
+    """As on CPUs whose prompts nobody has measured on the native kernel."""
+    available = native()._replace(multiplies=False)
+    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    mode = modes.MODES[name]
+    model = patch_model(copy_of(family, mode), block_size=BLOCK_SIZE)
+    assert_same(family, mode, stock_outcome(family, mode), patched_outcome(model, family, mode, patch_model))
 
 
 @pytest.mark.parametrize("family", every_family())
