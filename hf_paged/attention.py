@@ -18,6 +18,7 @@ from hf_paged.foreign import is_foreign
 from hf_paged.lazy import PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
+from hf_paged.unmasked import attend_unmasked
 
 if TYPE_CHECKING:
     from hf_paged.runtime import PagedRuntime
@@ -156,8 +157,13 @@ def paged_attention_forward(
             return function(module, query, key.to_dense(), value.to_dense(), attention_mask, **kwargs)
         return attend_shared(function, module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[-1] != 0:
-        make_way(module, _runtime_of(module))
+        runtime = _runtime_of(module)
+        make_way(module, runtime)
         function = compat.original_attention(original, module)
+        if attention_mask is None:
+            out = attend_unmasked(function, module, query, key, value, runtime, scaling, dropout, kwargs)
+            if out is not None:
+                return out, None
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     call = _attention_call(module, query, scaling, dropout, kwargs)
     prepared = getattr(key, PREPARED, None)

@@ -19,11 +19,10 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged.core.forks import new_lock
+from hf_paged.watched import is_unwatched
 from hf_paged_kernels.processor import AMD, vendor
 
 # More rows than this are multiplied in pieces.
@@ -44,10 +43,9 @@ _FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
 class _Scope(threading.local):
-    """Of a thread: whether it is in a pass of a patched model, and how many modes of torch's it has begun with."""
+    """Of a thread: whether layers may take oneDNN."""
 
     is_open = False
-    modes = 0
 
 
 _scope = _Scope()
@@ -114,7 +112,7 @@ def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) 
         and input.layout is torch.strided
         and input.dim()
     )
-    if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or _is_watched():
+    if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or not is_unwatched():
         return None
     rows = input.numel() // features
     return rows if is_won(rows, weight, weight.shape[1 - axis]) else None
@@ -135,17 +133,6 @@ def _is_plain(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
-    )
-
-
-def _is_watched() -> bool:
-    """Whether gradients, autocast, a transform or a mode of torch's are to see what is computed."""
-    return (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() != _scope.modes
     )
 
 
@@ -212,27 +199,22 @@ def give_layers_back(model: nn.Module) -> None:
 
 @contextmanager
 def by_onednn() -> Iterator[None]:
-    """Around a pass of a patched model in this thread: layers take oneDNN where it is faster.
-
-    Not where gradients, autocast, a transform or a mode of torch's, or who has replaced its functions, is to see them.
-    """
-    before = _scope.is_open, _scope.modes
-    modes = _get_current_function_mode_stack()
-    _scope.is_open, _scope.modes = is_faster() and not _is_replaced(modes), len(modes)
+    """Within `one_pass`: layers take oneDNN where it is faster, and nobody has replaced what they call."""
+    before = _scope.is_open
+    _scope.is_open = is_faster() and not _is_replaced()
     try:
         yield
     finally:
-        _scope.is_open, _scope.modes = before
+        _scope.is_open = before
 
 
-def _is_replaced(modes: list[Any]) -> bool:
+def _is_replaced() -> bool:
     """Whether torch's functions are not what they are from the start, or not to be called."""
     return (
         not torch.backends.mkldnn.enabled
         or functional.linear is not torch._C._nn.linear
         or torch.addmm is not torch._C._VariableFunctions.addmm
         or (nn.Linear.forward, Conv1D.forward) != _FORWARDS
-        or not all(type(each) is DeviceContext for each in modes)  # which does nothing to what has a device
     )
 
 

@@ -49,6 +49,7 @@ from hf_paged.step import UnsupportedAttentionError
 from hf_paged.stepwise import Stepwise
 from hf_paged.streams import TIERED_DEVICES
 from hf_paged.verify import Verification
+from hf_paged.watched import one_pass
 
 
 class PagedRuntime:
@@ -342,7 +343,7 @@ class PagedRuntime:
             self._warn("does not answer as stock", PADDING_SHOWN)
         lengths = [table.num_tokens for table in cache.tables]
         try:
-            with self._prefixes.passing(), self._graphs.passing(), by_onednn():
+            with self._prefixes.passing(), self._graphs.passing(), one_pass(), by_onednn():
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)

@@ -64,6 +64,16 @@ class AttentionBackend(ABC):
             out = out.index_select(0, _order(plan, query.device)[1])
         return out.unsqueeze(1 if decode else 0)
 
+    def attend_dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    ) -> torch.Tensor | None:
+        """Attention of `query [batch, heads, tokens, dim]` to dense K and V `[batch, kv_heads, tokens, dim]`.
+
+        `causal`: query `i` sees tokens up to `i`. Returns `[batch, tokens, heads, value_dim]`, contiguous, or `None`
+        where torch's own is not slower.
+        """
+        return None
+
     def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
         """The layers of a decode step in which nothing but attention is asked for, where that saves time."""
         return None

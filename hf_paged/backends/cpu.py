@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.native import kernel_of, kernel_of_store, multiplies, parts_for
+from hf_paged.backends.native import attend_dense, kernel_of, kernel_of_store, multiplies, parts_for
 from hf_paged.backends.parts import attend_schedule, with_sinks
 from hf_paged.backends.prepared import PreparedDecode
 from hf_paged.backends.schedule import schedule_for
@@ -55,6 +55,11 @@ class CPUBackend(AttentionBackend):
     def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
         """The layers of a decode step, where the native kernel runs."""
         return PreparedDecode(stores, step) if native().kernels else None
+
+    def attend_dense(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+    ) -> torch.Tensor | None:
+        return attend_dense(query, key, value, scale, causal)
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         kernel = kernel_of_store(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -54,6 +55,37 @@ def parts_for(plan: StepPlan, window: int | None, group: int, multiplies: bool) 
         suits = multiplies or (_is_short(plan) and _is_narrow(plan, group))
         plan.prepared[key] = _parts(plan, window) if suits else None
     return plan.prepared[key]
+
+
+def attend_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor | None:
+    """As `AttentionBackend.attend_dense`; `None` where torch's own attention is to be used."""
+    tensors = (query, key, value)
+    if not all(type(each) is torch.Tensor and each.is_cpu and each.layout is torch.strided for each in tensors):
+        return None
+    kernel = kernel_of(key, value) if query.dtype == key.dtype else None
+    is_flash = key.shape[-1] == value.shape[-1]
+    if kernel is None or query.shape[2] <= MAX_CHUNK_TOKENS or (is_flash and not native().multiplies):
+        return None
+    if query.stride(3) != 1:
+        tensors = (query.contiguous(), key, value)
+    parts = _dense_parts(query.shape[2], key.shape[2], causal)
+    rows = [
+        kernel.attend(q.transpose(0, 1), _adjacent(k), _adjacent(v), parts, scale)
+        for q, k, v in zip(*tensors, strict=True)
+    ]
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=32)
+def _dense_parts(queries: int, tokens: int, causal: bool) -> Parts:
+    return Parts(queries, [Part(0, queries, 0, 1, *([0] if causal else []))], [(0, tokens)])
+
+
+def _adjacent(memory: torch.Tensor) -> torch.Tensor:
+    """`[heads, tokens, dim]` with tokens one after the other, as the kernel reads K and V."""
+    return memory if memory.stride()[1:] == (memory.shape[2], 1) else memory.contiguous()
 
 
 def _is_short(plan: StepPlan) -> bool:

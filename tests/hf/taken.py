@@ -1,12 +1,23 @@
 """Linear layers that may take oneDNN, for tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged import linear
+from hf_paged.watched import one_pass
 
 TOLERANCE = 1e-5  # of two ways to add up some dozens of numbers around 1
+
+
+@contextmanager
+def onednn_pass() -> Iterator[None]:
+    """What a patched model's passes are in."""
+    with one_pass(), linear.by_onednn():
+        yield
 
 
 def layer(inputs: int = 24, outputs: int = 40, **kwargs) -> nn.Linear:

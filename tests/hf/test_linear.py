@@ -12,7 +12,7 @@ from compare import copy_of
 from families import FAMILIES
 from pair import Pair
 from prompts import tokens
-from taken import TOLERANCE, conv1d, layer
+from taken import TOLERANCE, conv1d, layer, onednn_pass
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -56,7 +56,7 @@ def test_prompts_of_many_rows(count, products):
 def test_many_lengths_of_prompts_have_little_code(products):
     """Which is made for each number of rows."""
     one = layer(8, 8)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         for count in range(1, 3000, 7):
             one(torch.ones(count, 8))
     assert len({rows for rows in products if rows <= 64}) <= 8 + 7
@@ -118,7 +118,7 @@ def test_layers_are_taken_as_soon_as_they_are_in_float32(products):
 
 def test_threads_that_do_not_generate_are_left_alone(products):
     one, answers = layer(), []
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         inside = threading.Thread(target=lambda: answers.append(one(torch.ones(2, 24))))
         inside.start()
         inside.join()
@@ -246,6 +246,6 @@ def test_files_load_without_trust(products):
 def test_compiles_in_one_graph(products):
     one = layer()
     compiled = torch.compile(one, backend="eager", fullgraph=True)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         compiled(torch.ones(2, 24))
     assert not products

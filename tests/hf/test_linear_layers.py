@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import copy_of
 from families import FAMILIES
-from taken import TOLERANCE, Recording, conv1d, layer, same
+from taken import TOLERANCE, Recording, conv1d, layer, onednn_pass, same
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
@@ -26,7 +26,7 @@ def test_sizes(sizes, kind, products):
     one = kind(*sizes)
     shapes = [(1,), (5, 1), (3, 4), (9,), (2, 3, 5), (63,), (64,), (0,), (), (65,), (2, 128), (257,), (512,)]
     inputs = [torch.randn(*shape, sizes[0]) for shape in shapes]
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert same(one, *inputs)
     assert products == [1, 5, 16, 16, 32, 64, 64, 0, 1, 72, 256, 288, 512]
 
@@ -38,7 +38,7 @@ def test_sizes(sizes, kind, products):
 )
 def test_pieces(shape, pieces, kind, products):
     one = kind()
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert one(torch.randn(*shape, 24)).is_contiguous()
         assert same(one, torch.randn(*shape, 24), torch.randn(*shape, 48)[..., ::2])
     assert products == pieces * 3
@@ -47,7 +47,7 @@ def test_pieces(shape, pieces, kind, products):
 def test_rows_that_are_filled_up_make_nothing_of_others(products):
     one, input = layer(), torch.randn(70, 24)
     input[3], input[5] = torch.nan, torch.inf
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert torch.equal(one(input).isfinite().all(1), input.isfinite().all(1))
     assert products == [72]
 
@@ -60,7 +60,7 @@ def test_strides(products):
         torch.randn(4, 48)[:, ::2],
         torch.randn(24).expand(5, 24),
     ]
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert same(one, *inputs)
     assert len(products) == len(inputs)
 
@@ -68,7 +68,7 @@ def test_strides(products):
 def test_small_layers_are_left_to_torch(products, monkeypatch):
     small = layer()
     monkeypatch.setattr(linear, "LEAST", ((math.inf, 24 * 40 + 1, 1),))
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert same(small, torch.randn(2, 24))
         assert not products
         assert same(layer(24, 41), torch.randn(2, 24))
@@ -82,7 +82,7 @@ def test_how_large_a_layer_must_be_depends_on_the_rows(products, monkeypatch):
     wide, narrow = layer(24, 50), layer(50, 24)
     monkeypatch.setattr(linear, "LEAST", ((4, 1200, 24), (8, 1200, 25), (20, 1201, 1)))
     for one in (wide, narrow):
-        with torch.no_grad(), linear.by_onednn():
+        with torch.no_grad(), onednn_pass():
             assert same(one, *(torch.randn(rows, one.in_features) for rows in (4, 5, 8, 9, 21)))
     assert products == [4, 5, 8, 4]
 
@@ -107,7 +107,7 @@ def test_other_weights_are_left_to_torch(kind, products):
     one = layer()
     OTHER_WEIGHTS[kind](one)
     inputs = torch.randn(2, 24).to(one.weight.device, one.weight.dtype)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         found, expected = one(inputs), nn.functional.linear(inputs, one.weight, one.bias)
     assert not products
     assert found.shape == expected.shape
@@ -117,7 +117,7 @@ def test_other_weights_are_left_to_torch(kind, products):
 def test_a_row_of_weights_is_left_to_torch(products):
     one = layer(bias=False)
     one.weight = nn.Parameter(torch.randn(24), requires_grad=False)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert one(torch.ones(3, 24)).shape == (3,)
     assert not products
 
@@ -135,7 +135,7 @@ OTHER_BIASES = {
 def test_other_biases_are_left_to_torch(kind, products):
     one, inputs = layer(), torch.randn(2, 24)
     one.bias = nn.Parameter(OTHER_BIASES[kind], requires_grad=False)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, OTHER_BIASES[kind]))
     assert not products
 
@@ -151,7 +151,7 @@ def test_biases_that_are_no_parameters(how, products):
         bias = one.bias.data
         del one.bias
         one.register_buffer("bias", bias) if how == "buffer" else setattr(one, "bias", bias)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
     assert not products
 
@@ -160,7 +160,7 @@ def test_biases_that_are_no_parameters(how, products):
 def test_sparse_weights_are_left_to_torch(layout, products):
     one, inputs = layer(bias=False), torch.randn(2, 24)
     one.weight = nn.Parameter(one.weight.data.to_sparse(layout=layout), requires_grad=False)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert torch.allclose(one(inputs), inputs @ one.weight.to_dense().T, atol=TOLERANCE)
     assert not products
 
@@ -177,14 +177,14 @@ def test_other_inputs_are_left_to_torch(kind, products):
         except Exception as error:
             return repr(error)
 
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert answer(one) == answer(partial(nn.Linear.forward, one))
     assert not products
 
 
 def test_tensors_of_other_classes_see_what_torch_does(products):
     one = layer()
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         one(torch.ones(2, 24).as_subclass(Recording))
     assert "linear" in Recording.names
     assert not products
@@ -193,7 +193,7 @@ def test_tensors_of_other_classes_see_what_torch_does(products):
 def test_wrong_inputs_are_refused_as_by_torch(products):
     one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
     for each in wrong:
-        with torch.no_grad(), linear.by_onednn(), pytest.raises(RuntimeError) as found:
+        with torch.no_grad(), onednn_pass(), pytest.raises(RuntimeError) as found:
             one(each)
         with torch.no_grad(), pytest.raises(RuntimeError) as expected:
             nn.Linear(24, 40)(each)
@@ -227,7 +227,7 @@ WATCHERS = {
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_who_looks_sees_what_torch_does(watcher, when, products):
     one, inputs = layer(), torch.randn(2, 24)
-    contexts = [linear.by_onednn(), looks := WATCHERS[watcher]()]
+    contexts = [onednn_pass(), looks := WATCHERS[watcher]()]
     with torch.no_grad(), ExitStack() as stack:
         for context in contexts if when == "in the midst" else contexts[::-1]:
             stack.enter_context(context)
@@ -236,14 +236,14 @@ def test_who_looks_sees_what_torch_does(watcher, when, products):
     assert not products
     if isinstance(looks, Functions):
         assert looks.names.count("linear") == 2
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         one(inputs)
     assert products == [2], "without it"
 
 
 def test_onednn_can_be_switched_off(products):
     with torch.backends.mkldnn.flags(enabled=False):
-        with torch.no_grad(), linear.by_onednn():
+        with torch.no_grad(), onednn_pass():
             layer()(torch.randn(2, 24))
         assert linear.describe(layer()) == "torch's choice"
     assert not products
@@ -251,7 +251,7 @@ def test_onednn_can_be_switched_off(products):
 
 def test_a_default_device_is_nobody_who_looks(products):
     one = layer()
-    with torch.device("cpu"), torch.no_grad(), linear.by_onednn():
+    with torch.device("cpu"), torch.no_grad(), onednn_pass():
         one(torch.randn(2, 24))
         with torch.device("cpu"):
             one(torch.randn(2, 24))
@@ -263,10 +263,10 @@ def test_transforms_see_what_torch_does(when, products):
     one, rows = layer(), torch.randn(3, 24)
 
     def inside(row):
-        with linear.by_onednn():
+        with onednn_pass():
             return one(row)
 
-    with torch.no_grad(), nullcontext() if when == "before the pass" else linear.by_onednn():
+    with torch.no_grad(), nullcontext() if when == "before the pass" else onednn_pass():
         found = torch.vmap(inside if when == "before the pass" else one)(rows)
     assert torch.allclose(found, one(rows), atol=TOLERANCE)
     assert not products
@@ -287,7 +287,7 @@ def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
         one = conv1d()
     owner, name = REPLACED[where]
     monkeypatch.setattr(owner, name, other)
-    with torch.no_grad(), linear.by_onednn():
+    with torch.no_grad(), onednn_pass():
         assert not one(torch.randn(2, 24)).any()
     assert len(asked) == 1
     assert not products
@@ -296,7 +296,7 @@ def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
 def test_a_pass_that_fails_leaves_nothing_switched_on(products):
     one = layer()
     with torch.no_grad():
-        with pytest.raises(KeyError), linear.by_onednn():
+        with pytest.raises(KeyError), onednn_pass():
             raise KeyError
         one(torch.randn(2, 24))
     assert not products

@@ -1,0 +1,80 @@
+"""Attention to dense K and V without a mask: of prompts in stock's shapes, and of encoders of images.
+
+transformers has torch's `scaled_dot_product_attention` do it. A backend may be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_paged.backends import backend_for
+from hf_paged.watched import is_unwatched
+
+if TYPE_CHECKING:
+    from hf_paged.runtime import PagedRuntime
+
+# What transformers' function refuses, or takes for a mask.
+_OTHERS = ("position_bias", "softcap", "output_attentions")
+
+
+def attend_unmasked(
+    function: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runtime: PagedRuntime | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What `function` would return, where nobody looks on; `None` where it is to be asked.
+
+    Args:
+        query: `[batch, heads, tokens, dim]`.
+        key, value: `[batch, kv_heads, kv_tokens, dim]`.
+
+    Returns:
+        `[batch, tokens, heads, value_dim]`, contiguous.
+    """
+    if runtime is None or dropout or _is_asked_more(kwargs):
+        return None
+    if not is_unwatched() or not _is_torch_attention(function):
+        return None
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if not _fit(query, key, value, getattr(module, "num_key_value_groups", 1)):
+        return None
+    if causal and query.shape[2] != key.shape[2]:  # torch aligns these otherwise than one would think
+        return None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    backend = backend_for(runtime.config.attention_backend, query.device)
+    return backend.attend_dense(query, key, value, scale, causal)
+
+
+def _is_asked_more(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None and kwargs[name] is not False for name in _OTHERS)
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int) -> bool:
+    """Whether nothing is broadcast, missing or wrong."""
+    if not query.dim() == key.dim() == value.dim() == 4 or key.shape[:3] != value.shape[:3] or not key.shape[2]:
+        return False
+    rows, kv_heads, _, dim = key.shape
+    return (rows, kv_heads * group, dim) == (query.shape[0], query.shape[1], query.shape[3])
+
+
+def _is_torch_attention(function: Callable[..., Any]) -> bool:
+    """Whether it is transformers' own for torch's, which is as it was and free to choose how it computes."""
+    return (
+        function is sdpa_attention_forward
+        and functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+        and torch.backends.cuda.flash_sdp_enabled()  # of the CPU, too
+        and torch.backends.cuda.math_sdp_enabled()
+        and not torch.jit.is_tracing()
+    )

@@ -1,0 +1,49 @@
+"""Whether anybody looks on while a pass of a patched model is computed: only where nobody does, other ways are taken.
+
+Gradients, autocast, transforms and modes of torch's see the functions that are called. Where such a function is not
+called, as something else computes the same, they would miss it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+
+class _Pass(threading.local):
+    """Of a thread: whether it is in a pass of a patched model, and how many modes of torch's that has begun with."""
+
+    is_open = False
+    modes = 0
+
+
+_pass = _Pass()
+
+
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """Around a pass of a patched model in this thread, on paged KV."""
+    before = _pass.is_open, _pass.modes
+    modes = _get_current_function_mode_stack()
+    _pass.is_open = all(type(each) is DeviceContext for each in modes)  # which does nothing to what has a device
+    _pass.modes = len(modes)
+    try:
+        yield
+    finally:
+        _pass.is_open, _pass.modes = before
+
+
+def is_unwatched() -> bool:
+    """Whether this thread is in such a pass, and nobody is to see what is computed."""
+    return _pass.is_open and not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() != _pass.modes
+    )
