@@ -46,13 +46,13 @@ static int64_t queries_per_strip(const Attention &call, bool is_tiled) {
     return queries > 1 ? queries : 1;
 }
 
-// Queries of a part that share strips, and the tokens that any of them sees.
-struct Together {
+// Queries of a part that share strips, and the tokens `[begin, end)` of it that any of them sees.
+struct Sharing {
     int64_t query, query_stop, begin, end;
 };
 
 // Tokens that nobody sees are left out in tiles alone: others have few queries.
-static Together together(const Part &part, int64_t query, int64_t most_queries, int64_t tokens, bool is_tiled) {
+static Sharing sharing_from(const Part &part, int64_t query, int64_t most_queries, int64_t tokens, bool is_tiled) {
     const int64_t stop = query + most_queries < part.query_stop ? query + most_queries : part.query_stop;
     if (!is_tiled) return {query, stop, 0, tokens};
     const int64_t last = part.first + query - part.query, end = part.first + stop - part.query;
@@ -79,9 +79,9 @@ static MostTokens most_tokens(const Attention &call) {
         const Part &part = call.parts[i];
         const bool tiled = is_tiled(call, part);
         const int64_t each = queries_per_strip(call, tiled);
-        const int64_t groups = (part.query_stop - part.query + each - 1) / each;
-        total[tiled] += (double)tokens_of(call, part) * (double)(tiled ? groups : 1);
-        if (tiled) strips += groups;
+        const int64_t count = (part.query_stop - part.query + each - 1) / each;
+        total[tiled] += (double)tokens_of(call, part) * (double)(tiled ? count : 1);
+        if (tiled) strips += count;
     }
     MostTokens most;
     const int64_t least[2] = {kLeastTokens, kLeastTiledTokens};
@@ -89,7 +89,7 @@ static MostTokens most_tokens(const Attention &call) {
         const double tokens = total[i] * (double)call.kv_heads / (double)(call.threads * kStripsPerThread);
         most.of[i] = tokens > (double)least[i] ? (int64_t)tokens : least[i];
     }
-    // A group's tokens are cut up, and merged, only where there are few groups.
+    // Tokens of queries in tiles are cut up, and results merged, only where there are few strips otherwise.
     if (strips * call.kv_heads >= call.threads * kStripsPerThread) most.of[1] = INT64_MAX;
     return most;
 }
@@ -111,27 +111,27 @@ struct Cutter {
             const bool tiled = is_tiled(call, part);
             const int64_t most_queries = queries_per_strip(call, tiled);
             for (int64_t query = part.query; query < part.query_stop; query += most_queries) {
-                const Together group = together(part, query, most_queries, tokens, tiled);
-                if (group.begin < group.end && !cut(part, group, tiled)) return false;
+                const Sharing sharing = sharing_from(part, query, most_queries, tokens, tiled);
+                if (sharing.begin < sharing.end && !cut(part, sharing, tiled)) return false;
             }
         }
         return true;
     }
 
-    bool cut(const Part &part, const Together &group, bool tiled) {
+    bool cut(const Part &part, const Sharing &sharing, bool tiled) {
         const Attention &call = *layout.call;
-        const int64_t tokens = group.end - group.begin, queries = group.query_stop - group.query;
+        const int64_t tokens = sharing.end - sharing.begin, queries = sharing.query_stop - sharing.query;
         const int64_t pieces = 1 + (tokens - 1) / most.of[tiled];
         const bool is_alone = tiled && is_apart && pieces == 1;
-        Cursor at = forward({call.runs + part.run, 0, group.end}, group.begin);
+        Cursor at = forward({call.runs + part.run, 0, sharing.end}, sharing.begin);
         for (int64_t piece = 0; piece < pieces; ++piece) {
             // Whole vectors of scores, in as equal pieces as that allows.
             int64_t begin = tokens * piece / pieces / 16 * 16, end = tokens * (piece + 1) / pieces / 16 * 16;
             if (piece + 1 == pieces) end = tokens;
             if (layout.strips)
                 layout.strips[layout.num_strips] = {
-                    group.query, group.query_stop, part.first + group.query - part.query, part.window,
-                    at.run - call.runs, at.skip, group.begin + begin, end - begin,
+                    sharing.query, sharing.query_stop, part.first + sharing.query - part.query, part.window,
+                    at.run - call.runs, at.skip, sharing.begin + begin, end - begin,
                     is_alone ? -1 : layout.partial_floats, tiled};
             ++layout.num_strips;
             layout.num_entries += queries;
