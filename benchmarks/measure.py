@@ -117,6 +117,13 @@ def generate(
     )
 
 
+def first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
+    """Seconds to the first new token of a prompt `[1, tokens]`, and that token."""
+    begin = time.perf_counter()
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    return time.perf_counter() - begin, int(answer[0, -1])
+
+
 def forget_prefixes(model: PreTrainedModel) -> None:
     """Drop what a patched model kept of earlier prompts; nothing to do on a stock one."""
     runtime = getattr(model, "paged", None)

@@ -42,7 +42,7 @@ def attend_unmasked(
     Returns:
         `[batch, tokens, heads, value_dim]`, contiguous.
     """
-    if runtime is None or dropout or _is_asked_more(kwargs):
+    if query.shape[-2] == 1 or runtime is None or dropout or _is_asked_more(kwargs):  # decode steps have one
         return None
     if not is_unwatched() or not _is_torch_attention(function):
         return None

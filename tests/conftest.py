@@ -82,6 +82,19 @@ def native_library():
         pytest.skip("there is no C++ compiler, so that the package has no native library")
 
 
+@pytest.fixture
+def all_variants(native_library, monkeypatch):
+    """Has the native kernel run whatever it can, whoever has made the CPU; what `native()` then says."""
+    from hf_paged_kernels.native import Availability, _look, kernel_for, variants
+
+    available = Availability(tuple(reversed(variants().values())), "all variants", True)
+    monkeypatch.setitem(_look.__globals__, "native", lambda: available)  # hidden by a function of the same name
+    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    kernel_for.cache_clear()
+    yield available
+    kernel_for.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     import torch

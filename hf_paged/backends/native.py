@@ -84,8 +84,12 @@ def _dense_parts(queries: int, tokens: int, causal: bool) -> Parts:
 
 
 def _adjacent(memory: torch.Tensor) -> torch.Tensor:
-    """`[heads, tokens, dim]` with tokens one after the other, as the kernel reads K and V."""
-    return memory if memory.stride()[1:] == (memory.shape[2], 1) else memory.contiguous()
+    """`[heads, tokens, dim]` with tokens one after the other, as the kernel reads K and V.
+
+    `contiguous` would leave the stride of a single token as it is.
+    """
+    is_adjacent = memory.stride()[1:] == (memory.shape[2], 1)
+    return memory if is_adjacent else memory.clone(memory_format=torch.contiguous_format)
 
 
 def _is_short(plan: StepPlan) -> bool:
@@ -98,10 +102,9 @@ def _is_narrow(plan: StepPlan, group: int) -> bool:
 
 def _parts(plan: StepPlan, window: int | None) -> Parts:
     found = _Found()
-    segments = joined(plan.segments)
     # Long segments have work enough of their own: what they share is read anew, and nothing is merged.
-    if window is not None or plan.num_queries > len(segments) * MAX_CHUNK_TOKENS:
-        _add_segments(found, segments, window)
+    if window is not None or plan.num_queries > len(plan.segments) * MAX_CHUNK_TOKENS:
+        _add_segments(found, joined(plan.segments), window)
     else:
         for piece in (*plan.own, *plan.shared):
             found.add(piece.start, piece.stop, piece.runs, *([0] if piece.causal else []))

@@ -19,21 +19,10 @@ from versions import skip_if_older
 from hf_paged.backends import cpu
 from hf_paged.unmasked import attend_unmasked
 from hf_paged.watched import one_pass
-from hf_paged_kernels import native
 
-pytestmark = [
-    pytest.mark.usefixtures("native_library"),
-    pytest.mark.skipif(not native().kernels, reason="no variant of the native kernel runs unasked on this CPU"),
-]
+pytestmark = pytest.mark.usefixtures("all_variants")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def measured(monkeypatch):
-    """As on a CPU whose prompts were measured."""
-    available = native()._replace(multiplies=True)
-    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
 
 
 def layer(group: int = 1, **attributes) -> torch.nn.Module:
@@ -88,6 +77,14 @@ def test_as_transformers(shape, causal, dtype, contiguous):
 
 def test_a_query_may_have_other_tokens_than_keys():
     given = tensors(queries=30, kv_tokens=77)
+    with torch.no_grad(), one_pass():
+        actual = ask(layer(3), *given, is_causal=False)
+    assert (actual - sdpa_attention_forward(layer(3), *given, None, is_causal=False)[0]).abs().max() < 1e-5
+
+
+def test_a_single_key():
+    """Its tokens' stride says nothing, as there is one token only."""
+    given = tensors(queries=30, kv_tokens=1)
     with torch.no_grad(), one_pass():
         actual = ask(layer(3), *given, is_causal=False)
     assert (actual - sdpa_attention_forward(layer(3), *given, None, is_causal=False)[0]).abs().max() < 1e-5
@@ -163,8 +160,8 @@ def test_a_function_of_torch_that_somebody_has_replaced_is_called(monkeypatch):
         assert ask(PLAIN, *given) is None
 
 
-def test_where_prompts_were_not_measured_torch_takes_what_its_flash_attention_does(monkeypatch):
-    available = native()._replace(multiplies=False)
+def test_where_prompts_were_not_measured_torch_takes_what_its_flash_attention_does(all_variants, monkeypatch):
+    available = all_variants._replace(multiplies=False)
     monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
     with torch.no_grad(), one_pass():
         assert ask(PLAIN, *tensors()) is None

@@ -237,12 +237,11 @@ def test_long_prompts(length, backend):
         model.decode([step, step])
 
 
-@pytest.mark.skipif(not native().kernels, reason="without the native library all attention is torch's")
 @pytest.mark.parametrize("call", ["plain", "softcap"])
 @pytest.mark.parametrize("is_measured", [True, False])
-def test_where_nobody_has_measured_it_torch_takes_prompts(is_measured, call, monkeypatch):
+def test_where_nobody_has_measured_it_torch_takes_prompts(is_measured, call, all_variants, monkeypatch):
     """But with a softcap, which torch's own flash attention does not do."""
-    available, taken = native()._replace(multiplies=is_measured), []
+    available, taken = all_variants._replace(multiplies=is_measured), []
     monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
     attend = NativeKernel.attend
     monkeypatch.setattr(NativeKernel, "attend", lambda self, *args: taken.append(args) or attend(self, *args))

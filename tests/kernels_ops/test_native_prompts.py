@@ -5,13 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tolerances import ATTENTION_OF_MANY
 
 from hf_paged_kernels import FORMATS, KVRecords, NativeKernel, Part, Parts
 
 pytestmark = pytest.mark.usefixtures("native_library")
-
-# Largest difference to float64, relative to the largest value.
-TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 class Prompt:
@@ -110,16 +108,16 @@ class Prompt:
 
 def assert_right(prompt: Prompt, actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-    assert error <= TOLERANCE[prompt.dtype], f"differs by {error:.1g} of the largest value"
+    assert error <= ATTENTION_OF_MANY[prompt.dtype], f"differs by {error:.1g} of the largest value"
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("queries", [9, 25, 64, 121, 300])
-@pytest.mark.parametrize("storage", [*TOLERANCE, *FORMATS], ids=str)
+@pytest.mark.parametrize("storage", [*ATTENTION_OF_MANY, *FORMATS], ids=str)
 def test_prompts_agree_with_float64(kernel, storage, queries, num_threads, threads):
     threads(num_threads)
     rng = random.Random(f"{kernel.name} {storage} {queries} {num_threads}")
-    multiple = kernel.lanes if storage in TOLERANCE else max(16, 2 * kernel.lanes)
+    multiple = kernel.lanes if storage in ATTENTION_OF_MANY else max(16, 2 * kernel.lanes)
     for group in (1, 3, 8, 71):
         prompt = Prompt(rng, storage, multiple, queries, group)
         assert_right(prompt, prompt.attend(kernel), prompt.expected())

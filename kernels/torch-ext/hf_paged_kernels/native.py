@@ -25,7 +25,7 @@ from .processor import AMD, vendor
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
 _MEASURED = ("avx512_bf16", "avx512", "avx2")
 # Prompts were measured on AMD's alone (`make bench-prompts`): torch's own attention, which multiplies with Intel's MKL,
-# takes 1.2 to 3.2 times as long there. On Intel's own CPUs that is at its best.
+# takes 1.1 to 3.6 times as long there. On Intel's own CPUs that is at its best.
 
 # As `AttentionCall` in native.h: what a call looks like, and where K and V are.
 _LOOK, _PLACE = Struct("=3q2Q14q2d"), Struct("=3Qq")
