@@ -45,8 +45,8 @@ def check_import(wheel: Path, has_library: bool) -> None:
             f"import sys; sys.path.insert(0, {scratch!r}); import hf_paged, hf_paged_kernels;"
             f"assert hf_paged.__file__.startswith({scratch!r}), hf_paged.__file__;"
             f"assert hf_paged_kernels.__file__.startswith({scratch!r}), hf_paged_kernels.__file__;"
-            "from hf_paged_kernels.native import variants, native;"
-            f"assert bool(variants()) == {has_library}, variants(); print(native().reason)"
+            "from hf_paged_kernels.native import variants, native_kernels;"
+            f"assert bool(variants()) == {has_library}, variants(); print(native_kernels().reason)"
         )
         subprocess.run([sys.executable, "-c", code], cwd=scratch, check=True)
 

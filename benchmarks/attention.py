@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from hf_paged_kernels import FORMATS, KVRecords, NativeKernel, Part, Parts, attend_partial, native
+from hf_paged_kernels import FORMATS, KVRecords, NativeKernel, Part, Parts, attend_partial, native_kernels
 from hf_paged_kernels.native import variants
 
 from . import environment, report
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> Iterator[Result]:
     if options.variant:
         kernel = variants()[options.variant]
     else:
-        kernel = next(iter(native().kernels), None)
+        kernel = next(iter(native_kernels().kernels), None)
     for shape, dtype, context, batch in product(options.shapes, options.dtypes, options.contexts, options.batches):
         _, kv_heads, dim = SHAPES[shape]
         if kv_heads * batch * context * bytes_of(dtype, dim) > MOST_BYTES:
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--out", type=Path, default=RESULTS)
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    described = {**environment.describe(), "kernel": options.variant or native().reason}
+    described = {**environment.describe(), "kernel": options.variant or native_kernels().reason}
     results = list(measure(options))
     console = report.console()
     console.print(table(results), described["cpu"], described["kernel"])

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from hf_paged import attention, cache, linear, patch_model, runtime
-from hf_paged_kernels import NativeKernel, native
+from hf_paged_kernels import NativeKernel, native_kernels
 
 from . import environment, report, smollm2
 from .measure import StepClock, Work, forget_prefixes, generate
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--out", type=Path, default=RESULTS)
     options = made.parse_args(arguments)
     environment.prepare(options.threads)
-    described = {**environment.describe(), "kernel": native().reason}
+    described = {**environment.describe(), "kernel": native_kernels().reason}
     console, results = report.console(), []
     for name in options.scenarios:
         for result in measure(name):

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_paged import paged
-from hf_paged_kernels import NativeKernel, Part, Parts, native
+from hf_paged_kernels import NativeKernel, Part, Parts, native_kernels
 
 from . import environment, report, smollm2, text
 from .attention import SHAPES
@@ -134,9 +134,9 @@ def first_table(measured: list[FirstToken]) -> Table:
 def main() -> int:
     """Measure, print, write a JSON file. The exit status is 1 where float32 tokens differ from stock's."""
     options = environment.options("prompts", __doc__)
-    described = {**environment.describe(), "kernel": native().reason}
+    described = {**environment.describe(), "kernel": native_kernels().reason}
     console = report.console()
-    measured = list(layers(native().kernels[0])) if native().kernels else []
+    measured = list(layers(native_kernels().kernels[0])) if native_kernels().kernels else []
     console.print(layer_table(measured), described["cpu"], described["kernel"])
     tokens = text.corpus(smollm2.load_tokenizer())
     firsts = [each for dtype in DTYPES for each in first_tokens(dtype, tokens)]

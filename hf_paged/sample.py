@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from hf_paged.weights import unreadable
-from hf_paged_kernels import NativeSample, takes
+from hf_paged_kernels import NativeSample, can_sample
 
 # How many elements of a tensor are read at least, or all; of one without rows (vectors, the packed columns of
 # bitsandbytes); and how far apart at most. These and not the bookkeeping are what a look at a model costs: 5 ns a read.
@@ -31,7 +31,7 @@ class Sample:
         groups: dict[tuple[torch.device, torch.dtype] | None, list[int]] = {}
         for index in sorted(distinct.values()):
             tensor = tensors[index]
-            groups.setdefault(None if takes(tensor) else (tensor.device, tensor.dtype), []).append(index)
+            groups.setdefault(None if can_sample(tensor) else (tensor.device, tensor.dtype), []).append(index)
         self._groups = [
             (indices, (_native_sample if key is None else _TorchSample)([tensors[index] for index in indices]))
             for key, indices in groups.items()

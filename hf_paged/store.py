@@ -30,7 +30,7 @@ from hf_paged.arena import Arena, whole_pages_of_slots
 from hf_paged.core.blocks import NULL_BLOCK
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import RowSpan, StepPlan
-from hf_paged_kernels import KVFormat, KVRecords, Writes, native
+from hf_paged_kernels import KVFormat, KVRecords, Writes, native_kernels
 
 # Past this many pieces one indexed copy is quicker than strided ones (8 strided copies: 36 us, indexed: 30 us).
 MAX_STRIDED_WRITES = 8
@@ -81,7 +81,7 @@ class LayerStore:
         num_slots = whole_pages_of_slots(num_slots, (key, value))
         self._arenas = [self._allocate(num_slots, block_size, each) for each in (key, value)]
         self.keys, self.values = (arena.tensor for arena in self._arenas)
-        self.native = native().store_for(self.keys, self.values, self.records)
+        self.native = native_kernels().store_for(self.keys, self.values, self.records)
 
     @staticmethod
     def _allocate(num_slots: int, block_size: int, like: torch.Tensor) -> Arena:

@@ -84,12 +84,12 @@ def native_library():
 
 @pytest.fixture
 def all_variants(native_library, monkeypatch):
-    """Has the native kernel run whatever it can, whoever has made the CPU; what `native()` then says."""
-    from hf_paged_kernels.native import Availability, _look, kernel_for, variants
+    """Has the native kernel run whatever it can, whoever has made the CPU; what `native_kernels()` then says."""
+    from hf_paged_kernels.native import Availability, kernel_for, variants
 
     available = Availability(tuple(reversed(variants().values())), "all variants", True)
-    monkeypatch.setitem(_look.__globals__, "native", lambda: available)  # hidden by a function of the same name
-    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    for module in ("hf_paged_kernels.native", "hf_paged.backends.native"):
+        monkeypatch.setattr(f"{module}.native_kernels", lambda: available)
     kernel_for.cache_clear()
     yield available
     kernel_for.cache_clear()

@@ -18,7 +18,7 @@ from hf_paged.backends.prepared import PreparedDecode
 from hf_paged.backends.schedule import schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
-from hf_paged_kernels import attend_all, attend_partial, native
+from hf_paged_kernels import attend_all, attend_partial, native_kernels
 
 if TYPE_CHECKING:
     from hf_paged.step import Step
@@ -50,11 +50,11 @@ class CPUBackend(AttentionBackend):
 
     def describe(self) -> str:
         """The name, and which native kernel runs or why none does."""
-        return f"{self.name} ({native().reason})"
+        return f"{self.name} ({native_kernels().reason})"
 
     def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
         """The layers of a decode step, where the native kernel runs."""
-        return PreparedDecode(stores, step) if native().kernels else None
+        return PreparedDecode(stores, step) if native_kernels().kernels else None
 
     def attend_dense(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool

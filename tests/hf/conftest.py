@@ -54,7 +54,7 @@ def reader(request, monkeypatch) -> str:
     import hf_paged.standstill
 
     if request.param == "torch":
-        monkeypatch.setattr(hf_paged.sample, "takes", lambda tensor: False)
+        monkeypatch.setattr(hf_paged.sample, "can_sample", lambda tensor: False)
         monkeypatch.setattr(hf_paged.standstill, "ModuleEntries", no_entries)
     else:
         request.getfixturevalue("native_library")

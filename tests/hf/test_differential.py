@@ -21,7 +21,7 @@ from tolerances import assert_close
 from transformers import DynamicCache
 
 from hf_paged import PagedCache, patch_model
-from hf_paged_kernels import native
+from hf_paged_kernels import native_kernels
 
 
 def assert_counts(stats, family, mode) -> None:
@@ -104,8 +104,8 @@ def test_reference_backend(family, name):
 @pytest.mark.parametrize("family", every_family(lambda family: family.packed is True))
 def test_prompts_by_torch(family, name, monkeypatch):
     """As on CPUs whose prompts nobody has measured on the native kernel."""
-    available = native()._replace(multiplies=False)
-    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    available = native_kernels()._replace(multiplies=False)
+    monkeypatch.setattr("hf_paged.backends.native.native_kernels", lambda: available)
     mode = modes.MODES[name]
     model = patch_model(copy_of(family, mode), block_size=BLOCK_SIZE)
     assert_same(family, mode, stock_outcome(family, mode), patched_outcome(model, family, mode, patch_model))

@@ -96,11 +96,11 @@ def test_the_yardstick_is_not_stock_itself():
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("switch", ["reference", "off"])
 def test_plain_torch_is_right_for_everything(name, switch, monkeypatch):
-    from hf_paged_kernels.native import kernel_for, native
+    from hf_paged_kernels.native import kernel_for, native_kernels
 
     if switch == "off":
         monkeypatch.setenv("HF_PAGED_NATIVE", "off")
-        for cached in (native, kernel_for):
+        for cached in (native_kernels, kernel_for):
             cached.cache_clear()
     try:
         inputs = prompts.ragged()
@@ -109,7 +109,7 @@ def test_plain_torch_is_right_for_everything(name, switch, monkeypatch):
         assert torch.equal(answer(model, inputs, do_sample=False), expected)
     finally:
         monkeypatch.undo()
-        for cached in (native, kernel_for):
+        for cached in (native_kernels, kernel_for):
             cached.cache_clear()
 
 

@@ -162,7 +162,7 @@ def test_a_function_of_torch_that_somebody_has_replaced_is_called(monkeypatch):
 
 def test_where_prompts_were_not_measured_torch_takes_what_its_flash_attention_does(all_variants, monkeypatch):
     available = all_variants._replace(multiplies=False)
-    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    monkeypatch.setattr("hf_paged.backends.native.native_kernels", lambda: available)
     with torch.no_grad(), one_pass():
         assert ask(PLAIN, *tensors()) is None
         assert ask(layer(), *tensors(**SHAPES["latent"])) is not None

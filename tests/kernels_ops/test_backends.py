@@ -11,7 +11,7 @@ from hf_paged.core.planner import plan_decode, plan_packed
 from hf_paged.store import LayerStore
 from hf_paged_kernels import NativeKernel
 from hf_paged_kernels.launch import triton_obstacle
-from hf_paged_kernels.native import kernel_for, native, variants
+from hf_paged_kernels.native import kernel_for, native_kernels, variants
 
 CPU = torch.device("cpu")
 # Backends as tests name them: `cpu` alone is torch's own attention, the others force a variant of the native kernel.
@@ -56,10 +56,10 @@ def backend(request, monkeypatch):
     if variant and variant not in variants():
         pytest.skip("this CPU or build does not have the variant")
     monkeypatch.setenv("HF_PAGED_NATIVE", variant or "off")
-    for cached in (native, kernel_for):
+    for cached in (native_kernels, kernel_for):
         cached.cache_clear()
     yield name
-    for cached in (native, kernel_for):
+    for cached in (native_kernels, kernel_for):
         cached.cache_clear()
 
 
@@ -242,7 +242,7 @@ def test_long_prompts(length, backend):
 def test_where_nobody_has_measured_it_torch_takes_prompts(is_measured, call, all_variants, monkeypatch):
     """But with a softcap, which torch's own flash attention does not do."""
     available, taken = all_variants._replace(multiplies=is_measured), []
-    monkeypatch.setattr("hf_paged.backends.native.native", lambda: available)
+    monkeypatch.setattr("hf_paged.backends.native.native_kernels", lambda: available)
     attend = NativeKernel.attend
     monkeypatch.setattr(NativeKernel, "attend", lambda self, *args: taken.append(args) or attend(self, *args))
     model = Model("gqa 3", torch.float32, CALLS[call], "cpu")

@@ -336,9 +336,8 @@ def test_the_switch():
 
 @pytest.mark.parametrize(("name", "multiplies"), [(AMD, True), ("GenuineIntel", False), ("", False)])
 def test_prompts_are_left_to_torch_where_nobody_has_measured_them(name, multiplies, monkeypatch):
-    hidden = _look.__globals__  # the package hides the module behind a function
-    monkeypatch.setitem(hidden, "vendor", lambda: name)
-    monkeypatch.setitem(hidden, "_MEASURED", tuple(variants()))
+    monkeypatch.setattr("hf_paged_kernels.native.vendor", lambda: name)
+    monkeypatch.setattr("hf_paged_kernels.native._MEASURED", tuple(variants()))
     found = _look(None)
     assert found.multiplies is multiplies
     assert ("prompts by torch" in found.reason) is not multiplies
@@ -364,9 +363,9 @@ def test_the_vendor_elsewhere(monkeypatch, tmp_path):
 
 OPENMP = """
 import re
-from hf_paged_kernels import native
+from hf_paged_kernels import native_kernels
 from hf_paged_kernels.native_library import openmp_entry
-native()
+native_kernels()
 with open("/proc/self/maps") as maps:
     paths = {line.split()[-1] for line in maps if re.search(r"/lib(g|i)?omp[^/]*[.]so", line)}
 print(len(paths), openmp_entry() is not None)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from hf_paged_kernels import NativeError, NativeSample, takes
+from hf_paged_kernels import NativeError, NativeSample, can_sample
 
 # As in the module under test, which cuts longer reads into pieces.
 PIECE = 4096
@@ -148,7 +148,7 @@ class Subclass(torch.Tensor):
     ids=["transposed", "strided", "complex64", "complex128", "negated", "empty", "meta", "sparse", "subclass"],
 )
 def test_what_is_left_to_torch(tensor):
-    assert not takes(tensor)
+    assert not can_sample(tensor)
     with pytest.raises((NativeError, NotImplementedError)):
         NativeSample([tensor], [1], [1])
 

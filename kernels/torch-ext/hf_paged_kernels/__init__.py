@@ -2,16 +2,17 @@
 
 from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
-from .native import NativeKernel, Part, Parts, kernel_for, native, place_at
+from .native import Availability, NativeKernel, Part, Parts, kernel_for, native_kernels, place_at
 from .native_library import NativeError
 from .native_store import NativeStore, Writes, place_from
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
 from .rotation import rotated
-from .sample import NativeSample, takes
+from .sample import NativeSample, can_sample
 
 __all__ = [
     "FORMATS",
+    "Availability",
     "KVFormat",
     "KVRecords",
     "ModuleEntries",
@@ -25,12 +26,12 @@ __all__ = [
     "Writes",
     "attend_all",
     "attend_partial",
+    "can_sample",
     "kernel_for",
     "merge_partial",
-    "native",
+    "native_kernels",
     "paged_attention_reference",
     "place_at",
     "place_from",
     "rotated",
-    "takes",
 ]

@@ -100,7 +100,9 @@ class NativeKernel:
     ) -> torch.Tensor:
         """Attention of `query [queries, heads, key_dim]` over `keys`, `values [kv_heads, slots, dim]`, or records.
 
-        Returns `[queries, heads, value_dim]`, contiguous. `NativeError` for what the library does not do.
+        Scores are products times `scale`, then `softcap * tanh(scores / softcap)` where there is a softcap. `sinks
+        [heads]` are one more score for each query, whose value is 0. Returns `[queries, heads, value_dim]`, contiguous.
+        `NativeError` for what the library does not do, `MemoryError` where it gets no memory.
         """
         signature = (*_look_of(query, keys, values), scale, softcap, self._index, records)
         call = parts.calls.get(signature)
@@ -140,7 +142,8 @@ class NativeKernel:
     ) -> torch.Tensor:
         """Attention of `query [rows, heads, 1, key_dim]`, each over all of its `key`, `value [rows, kv_heads, n, dim]`.
 
-        The rows lie equally far apart, a whole number of tokens. Returns `[rows, 1, heads, value_dim]`, contiguous.
+        The rows lie equally far apart, a whole number of tokens. `scale`, `softcap`, `sinks [heads]` and
+        errors are those of `attend`. Returns `[rows, 1, heads, value_dim]`, contiguous.
         """
         signature = (*_look_of(query, key, value), scale, softcap)
         call = self._row_calls.get(signature)
@@ -266,7 +269,7 @@ class Availability(NamedTuple):
 
 
 @functools.cache
-def native() -> Availability:
+def native_kernels() -> Availability:
     """What of the library can be used; looked at once a process."""
     return _look(os.environ.get(SWITCH))
 
@@ -276,7 +279,8 @@ def kernel_for(
     dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None
 ) -> NativeKernel | None:
     """The variant for K and V on the CPU, `None` where torch's own attention is to be used."""
-    return next((kernel for kernel in native().kernels if kernel.takes(dtype, key_dim, value_dim, kv_format)), None)
+    suits = (kernel for kernel in native_kernels().kernels if kernel.takes(dtype, key_dim, value_dim, kv_format))
+    return next(suits, None)
 
 
 def variants() -> dict[str, NativeKernel]:

@@ -36,7 +36,7 @@ class NativeSample:
         self._memory = _memory(storages)
         reads, size = array("q"), 0
         for tensor, storage, count, step in zip(tensors, storages, counts, steps, strict=True):
-            if not takes(tensor):
+            if not can_sample(tensor):
                 raise NativeError(f"cannot sample a {type(tensor).__name__} in {tensor.dtype} on {tensor.device}")
             width, offset = tensor.element_size(), tensor.storage_offset()
             if count < 1 or step < 1 or (count - 1) * step >= tensor.numel():
@@ -88,7 +88,7 @@ class NativeLook:
         self()
 
 
-def takes(tensor: torch.Tensor) -> bool:
+def can_sample(tensor: torch.Tensor) -> bool:
     """Whether `NativeSample` does this tensor; those whose bytes are not all there is to it are left to torch."""
     if library() is None or type(tensor) not in _TYPES or tensor.device != _CPU or tensor.layout is not torch.strided:
         return False
