@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from . import environment, plot, profiling, report
 from .progress import RunProgress
 from .runner import run_all
 from .scenarios import SCENARIOS, Scenario, named
 
-RESULTS = Path(__file__).parent / "results"
 QUICK_DIVISOR = 8
 BUSY = 0.7
 """Load average above which another program is likely at work; two threads that wait for a third take far longer."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run what was asked. The exit status is 1 where float32 tokens differ from stock's."""
-    options = parser().parse_args(arguments)
-    environment.prepare(options.threads)
+    options = environment.parse(parser())
     if options.profile:
         profiling.show(in_dtype(named(options.profile), options.dtype), options.side)
         return 0
@@ -55,14 +52,12 @@ def measure(scenarios: Sequence[Scenario], options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     names = [scenario.name for scenario in SCENARIOS]
-    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made = environment.parser("benchmarks", __doc__, what="folder for the JSON and the PNG")
     made.add_argument("--only", metavar="NAME", action="append", choices=names, help=f"one of {', '.join(names)}")
     made.add_argument("--quick", action="store_true", help="an eighth of the prompt lengths, one run, no floors")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="run every scenario in this dtype")
     made.add_argument("--runs", type=int, default=3, help="timed runs a side; the median counts (default 3)")
-    made.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     made.add_argument("--no-peer", dest="peer", action="store_false", help="leave generate_batch out")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the PNG")
     made.add_argument("--profile", metavar="NAME", choices=names, help="profile the decode part of one scenario")
     made.add_argument("--side", choices=("patched", "stock"), default="patched", help="what --profile looks at")
     return made

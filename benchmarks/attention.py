@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,7 +18,6 @@ from hf_paged_kernels.native import variants
 
 from . import environment, report
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK = 16
 SHAPES = {"9/3/64": (9, 3, 64), "32/8/128": (32, 8, 128)}
 """Heads, KV heads and dim: SmolLM2-135M and Llama-3-8B."""
@@ -171,25 +168,21 @@ def table(results: Sequence[Result]) -> Table:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    made.add_argument("--threads", type=int, default=2)
+    made = environment.parser("benchmarks.attention", __doc__)
     made.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     made.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     made.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     made.add_argument("--variant", help="of the native kernel; the one that is used unasked where left out")
-    made.add_argument("--out", type=Path, default=RESULTS)
-    options = made.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    options = environment.parse(made)
     described = {**environment.describe(), "kernel": options.variant or native_kernels().reason}
     results = list(measure(options))
     console = report.console()
     console.print(table(results), described["cpu"], described["kernel"])
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"attention-cpu-{options.threads}-threads.json"
-    path.write_text(json.dumps({"environment": described, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    environment.save(path, {"environment": described, "results": list(map(asdict, results))})
     console.print(f"Written: {path}")
 
 

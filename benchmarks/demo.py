@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,10 @@ from .scenarios import DEMO, Scenario
 WARM_UP = Scenario(name="warm-up", title="", own=(16,), new=2)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the demo. The exit status is 1 where tokens differ from stock's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    options = parser.parse_args(arguments)
-    environment.prepare(options.threads)
+    where = {"out": Path("demo.png"), "what": "where the picture goes"}
+    options = environment.parse(environment.parser("benchmarks.demo", __doc__, **where))
     return demonstrate(report.console(), options.out)
 
 

@@ -5,12 +5,10 @@ Each dialogue runs from nothing: the patched side forgets all prefixes before it
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -25,8 +23,6 @@ from hf_paged.identity import ModelIdentity
 from . import environment, report, smollm2, text
 from .measure import forget_prefixes
 from .runner import Sides
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,12 +272,9 @@ def as_json(each: Comparison) -> dict[str, object]:
 
 def main() -> int:
     """Run everything. The exit status is 1 where an answer differs from stock's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dialogues", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser = environment.parser("benchmarks.dialogues", __doc__)
     parser.add_argument("--only", choices=[d.name for d in DIALOGUES] + ["cold"], action="append")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described = environment.describe()
     tokenizer = smollm2.load_tokenizer()
     sides = Sides.of(smollm2.load_model(torch.float32))
@@ -309,7 +302,7 @@ def main() -> int:
     content = {"environment": described, **figures, "dialogues": [as_json(each) for each in comparisons]}
     name = "dialogues" if options.only is None else "partial.dialogues"
     path = options.out / f"{name}.json"
-    report.save(path, content)
+    environment.save(path, content)
     console.print(f"Written: {path}")
     return 0 if all(each.exact for each in comparisons) else 1
 

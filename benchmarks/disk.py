@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
@@ -26,7 +25,6 @@ from hf_paged.core.fetch import Choice, FetchPolicy, Option
 from hf_paged.core.records import RecordFile
 
 from . import environment, report, smollm2, text
-from .dialogues import RESULTS
 
 BLOCK_SIZE, NEW = 16, 4
 # The choice may take this much longer than the better of always and never: what two runs of one of them differ by.
@@ -183,15 +181,12 @@ def table(played: list[Round]) -> Table:
 
 def main() -> int:
     """Run everything. The exit status is 1 where an answer differs, or the choice is slower than the better of two."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.disk", description=__doc__)
+    parser = environment.parser("benchmarks.disk", __doc__)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=800, help="of each prompt")
     parser.add_argument("--fits", type=int, default=10, help="prompts that memory has room for")
     parser.add_argument("--read-rate", type=float, default=10, help="MB/s of the slow disk (default 10)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described = environment.describe()
     console, played = report.console(), []
     for each in rounds(options):
@@ -210,7 +205,7 @@ def main() -> int:
         "choice_over_better": lost,
         "rounds": [asdict(each) for each in played],
     }
-    report.save(path, content)
+    environment.save(path, content)
     console.print(f"Written: {path}")
     return int(max(lost.values()) > NOISE or not all(each.answers_equal for each in played))
 

@@ -1,8 +1,9 @@
-"""Where a result came from: hardware, versions, commit. Part of every result file."""
+"""What benchmarks begin and end with: arguments; where a result came from (hardware, versions, commit); its file."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -17,21 +18,34 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("hf-paged", "torch", "transformers", "accelerate", "numpy")
 
 
-def options(name: str, description: str | None) -> argparse.Namespace:
-    """Parse what a benchmark is asked with: `--threads`, which are set, and `--out`, a folder for its JSON."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    parsed = parser.parse_args()
-    prepare(parsed.threads)
-    return parsed
+def parser(
+    name: str, description: str | None, *, out: Path = RESULTS, what: str = "folder for the JSON"
+) -> argparse.ArgumentParser:
+    """The command line of `python -m NAME`: `--threads` and `--out`; a benchmark adds what is its own.
+
+    Args:
+        out: the default of `--out`.
+        what: is to be there, for people.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    made.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    made.add_argument("--out", type=Path, default=out, help=what)
+    return made
 
 
-def prepare(threads: int) -> None:
-    """Threads of torch, and silence from transformers, so that tables stand alone."""
-    torch.set_num_threads(threads)
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """What a benchmark is asked with; sets the threads, and has transformers be silent, so that tables stand alone."""
+    options = made.parse_args()
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    return options
+
+
+def save(path: Path, content: object) -> None:
+    """Write the result of a benchmark."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def describe() -> dict[str, object]:

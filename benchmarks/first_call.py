@@ -7,25 +7,21 @@ new token with a prompt of their own. What the process knows of the model's conf
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from hf_paged import footprint, paged
 
 from . import environment, report, smollm2, text
+from .measure import first_token, taking_turns
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS, PROMPT_TOKENS = 7, 20
 
 
@@ -44,9 +40,9 @@ def round_of(dtype: torch.dtype, prompts: list[torch.Tensor], patched: bool) -> 
     model = smollm2.load_model(dtype)
     footprint._measure.cache_clear()
     with paged(model) if patched else nullcontext():
-        before = [_seconds(model, ids) for ids in prompts[:2]]
+        before = [first_token(model, ids)[0] for ids in prompts[:2]]
         model.forward = _wrapped(model.forward)
-        after = [_seconds(model, ids) for ids in prompts[2:]]
+        after = [first_token(model, ids)[0] for ids in prompts[2:]]
     return Calls(*before, *after)
 
 
@@ -54,22 +50,14 @@ def _wrapped(forward: Callable[..., object]) -> Callable[..., object]:
     return functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
 
 
-def _seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
-    return time.perf_counter() - begin
-
-
 def measure(dtype: torch.dtype, tokens: list[int], rounds: int) -> dict[str, list[Calls]]:
-    """Rounds of both sides; the first of each is not counted."""
+    """Rounds of both sides."""
     prompts = [torch.tensor([tokens[i * 50 : i * 50 + PROMPT_TOKENS]]) for i in range(4)]
-    measured: dict[str, list[Calls]] = {"stock": [], "patched": []}
-    for number in range(rounds + 1):
-        for side, calls in measured.items():
-            taken = round_of(dtype, prompts, side == "patched")
-            if number:
-                calls.append(taken)
-    return measured
+    sides = {
+        side: functools.partial(round_of, dtype, prompts, is_patched)
+        for side, is_patched in (("stock", False), ("patched", True))
+    }
+    return taking_turns(sides, rounds)
 
 
 def medians(calls: list[Calls]) -> Calls:
@@ -90,13 +78,10 @@ def table(measured: dict[str, list[Calls]]) -> Table:
 
 def main() -> int:
     """Measure and write a JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_call", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser = environment.parser("benchmarks.first_call", __doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"fresh models a side (default {ROUNDS})")
     parser.add_argument("--dtype", default="float32", help="of the weights (default float32)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described = environment.describe()
     measured = measure(getattr(torch, options.dtype), text.corpus(smollm2.load_tokenizer()), options.rounds)
     report.console().print(table(measured), environment.summary(described))
@@ -105,7 +90,7 @@ def main() -> int:
         for side, calls in measured.items()
     }
     path = options.out / "first-call.json"
-    report.save(path, {"environment": described, "dtype": options.dtype, "prompt_tokens": PROMPT_TOKENS, **sides})
+    environment.save(path, {"environment": described, "dtype": options.dtype, "prompt_tokens": PROMPT_TOKENS, **sides})
     report.console().print(f"Written: {path}")
     return 0
 

@@ -7,7 +7,6 @@ Without a GPU it says so and exits with 2. Exits with 1 where a check has failed
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -25,7 +24,6 @@ import torch
 from benchmarks import environment
 from hf_paged_kernels.launch import is_interpreted, triton_obstacle
 
-RESULTS = Path(__file__).parent / "results"
 Rows = Iterator[dict[str, object]]
 
 
@@ -113,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=__doc__)
     made.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
     made.add_argument("--sides", nargs="+", default=(), help="of end-to-end and samples, as they are named in results")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    made.add_argument("--out", type=Path, default=environment.RESULTS, help="folder of the results")
     made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the script itself, interpreted
     options = made.parse_args(arguments)
     from benchmarks.gpu_generate import SIDES
@@ -130,11 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def keep(name: str, outcome: dict[str, object]) -> None:
         results[name] = outcome
-        path.write_text(json.dumps({"environment": described, "results": results}, indent=1) + "\n")
+        environment.save(path, {"environment": described, "results": results})
 
     label = re.sub(r"\W+", "-", str(described.get("gpu", "interpreted"))).lower()
     path = options.out / f"gpu-{label}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, rows in parts(device, options.tiny, options.sides).items():
         if name in options.only:
             keep(name, run(name, rows, partial(keep, name)))

@@ -15,9 +15,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate
+from benchmarks.measure import StepClock
 from hf_paged import paged, pool
 from hf_paged.core.fetch import Choice, FetchPolicy, Option
 
@@ -205,17 +206,16 @@ def pinned_speeds(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, flo
         yield way, sizes.copy_bytes / min(times)
 
 
-class Steps(StoppingCriteria):
+class Steps(StepClock):
     """Notes when each step of a decoding ends, and ends it when it takes too long."""
 
     def __init__(self, longest: float):
+        super().__init__()
         self._latest = time.perf_counter() + longest
-        self.stamps: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self.stamps.append(time.perf_counter())
-        is_over = self.stamps[-1] > self._latest
-        return torch.full(input_ids.shape[:1], is_over, dtype=torch.bool, device=input_ids.device)
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        never = super().__call__(*args, **kwargs)
+        return never.logical_not_() if self.stamps[-1] > self._latest else never
 
     @property
     def seconds(self) -> list[float]:

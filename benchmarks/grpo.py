@@ -9,12 +9,10 @@ hf_paged tries before it uses it::
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -27,7 +25,6 @@ from hf_paged import patch_model
 from . import environment, report, smollm2, text
 
 GENERATIONS, PROMPT_TOKENS = 8, 1_000
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -93,13 +90,10 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, side: Side
 
 def main() -> int:
     """Measure. The exit status is 1 where a completion differs from stock's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo", description=__doc__)
+    parser = environment.parser("benchmarks.grpo", __doc__)
     parser.add_argument("--turns", type=int, default=3, help="counted steps of each side (default 3)")
     parser.add_argument("--new", type=int, default=32, help="tokens of a completion (default 32)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described = environment.describe() | {"trl": environment.version("trl")}
     tokenizer = smollm2.load_tokenizer()
     models = [smollm2.load_model(torch.float32), patch_model(smollm2.load_model(torch.float32))]
@@ -123,7 +117,7 @@ def main() -> int:
         "stock": vars(stock),
         "patched": vars(patched),
     }
-    report.save(options.out / "grpo.json", content)
+    environment.save(options.out / "grpo.json", content)
     return 0 if is_equal else 1
 
 

@@ -119,12 +119,12 @@ def table(measured: list[Looks]) -> Table:
 
 def main() -> int:
     """Measure and write a JSON file."""
-    options = environment.options("identity", __doc__)
+    options = environment.parse(environment.parser("benchmarks.identity", __doc__))
     described = environment.describe()
     measured = measure(smollm2.load_model(torch.float32), text.corpus(smollm2.load_tokenizer()))
     report.console().print(table(measured), environment.summary(described))
     path = options.out / "identity.json"
-    report.save(path, {"environment": described, "looks": [asdict(each) for each in measured]})
+    environment.save(path, {"environment": described, "looks": [asdict(each) for each in measured]})
     report.console().print(f"Written: {path}")
     return 0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from statistics import median
 
 import psutil
@@ -24,14 +24,14 @@ from hf_paged import paged
 from hf_paged.linear import is_won, product
 
 from . import environment, report, smollm2
-from .measure import StepClock, first_token
+from .measure import StepClock, compare_first_tokens, first_token, median_seconds, taking_turns
 
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (4096, 1024), (4096, 4096), (4096, 14336))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 1000)
 WORKING_SET = 250e6
 """Bytes of weights that a round goes through, in as many layers as that takes: no cache holds them."""
-ROUNDS, PROMPT_ROUNDS, MANY_ROWS = 5, 3, 300
+ROUNDS, PROMPT_ROUNDS, CALLS, MANY_ROWS = 5, 3, 2, 300
 BATCHES, PROMPT_TOKENS, STEPS = (1, 4, 8), 100, 12
 PROMPTS = {"SmolLM2-135M": (50, 100, 200, 300, 1000, 2000), "Llama-3.2-1B's shape": (100, 300)}
 LENGTHS = range(1, 3000, 7)
@@ -87,17 +87,18 @@ def layers(features: tuple[int, int]) -> list[Layer]:
 
 def _compare(features: tuple[int, int], weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
     rows = len(inputs)
-    products: tuple[Product, Product] = (torch.nn.functional.linear, lambda *args: product(args[0], rows, *args[1:]))
-    times: tuple[list[float], list[float]] = ([], [])
-    for each in products:
-        each(inputs, weights[0], None)
-    for _ in range(ROUNDS if rows < MANY_ROWS else PROMPT_ROUNDS):
-        for each, taken in zip(products, times, strict=True):
-            begin = time.perf_counter()
-            for weight in weights:
-                each(inputs, weight, None)
-            taken.append((time.perf_counter() - begin) / len(weights) * 1e6)
-    return Layer(features, rows, *map(median, times), is_won(rows, weights[0], features[1]))
+
+    def through_all(one: Product) -> None:
+        for weight in weights:
+            one(inputs, weight, None)
+
+    calls = {
+        "torch": partial(through_all, torch.nn.functional.linear),
+        "onednn": partial(through_all, lambda *args: product(args[0], rows, *args[1:])),
+    }
+    seconds = median_seconds(calls, ROUNDS if rows < MANY_ROWS else PROMPT_ROUNDS)
+    microseconds = {name: each / len(weights) * 1e6 for name, each in seconds.items()}
+    return Layer(features, rows, **microseconds, is_taken=is_won(rows, weights[0], features[1]))
 
 
 def llama() -> PreTrainedModel:
@@ -116,46 +117,42 @@ def steps(model: PreTrainedModel, rows: int) -> Step:
     ids = torch.randint(
         0, model.config.vocab_size, (rows, PROMPT_TOKENS), generator=torch.Generator().manual_seed(rows)
     )
-    stock, patched, answers = [], [], []
-    for _ in range(2):
-        answers.append(_timed_steps(model, ids, stock))
+
+    def patched() -> tuple[list[float], torch.Tensor]:
         with paged(model, prefix_caching=False):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)  # finds out what is fast
-            answers.append(_timed_steps(model, ids, patched))
-    equal = all(torch.equal(answers[0], each) for each in answers)
-    return Step(rows, median(stock), median(patched), equal)
+            return _timed_steps(model, ids)
+
+    given = taking_turns({"stock": partial(_timed_steps, model, ids), "patched": patched}, CALLS)
+    times = {side: median(chain.from_iterable(taken for taken, _ in calls)) for side, calls in given.items()}
+    answers = [answer for calls in given.values() for _, answer in calls]
+    return Step(rows, **times, equal=all(torch.equal(answers[0], each) for each in answers))
 
 
-def _timed_steps(model: PreTrainedModel, ids: torch.Tensor, milliseconds: list[float]) -> torch.Tensor:
+def _timed_steps(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[float], torch.Tensor]:
+    """Milliseconds of each decode step of a call, and its answer."""
     clock = StepClock()
     answer = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
     )  # fmt: skip
-    milliseconds += [(end - begin) * 1e3 for begin, end in pairwise(clock.stamps)]
-    return answer
+    return [(end - begin) * 1e3 for begin, end in pairwise(clock.stamps)], answer
 
 
 def first_tokens(name: str, model: PreTrainedModel, count: int) -> FirstToken:
-    """One prompt of random tokens, by stock, patched without oneDNN and patched."""
+    """The first token of random ones, by stock, patched without oneDNN and patched."""
     ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(count))
-    seconds: dict[str, list[float]] = {"stock": [], "off": [], "patched": []}
-    answers = set()
 
-    def ask(way: str) -> None:
-        needed, answer = first_token(model, ids)
-        seconds[way].append(needed)
-        answers.add(answer)
-
-    for _ in range(PROMPT_ROUNDS + 1):
-        ask("stock")
+    def patched(enabled: bool) -> tuple[float, int]:
         with paged(model, prefix_caching=False):
             first_token(model, ids)  # finds out what is fast
-            for way in ("off", "patched"):
-                with torch.backends.mkldnn.flags(enabled=way == "patched"):
-                    ask(way)
-    medians = {way: 1e3 * median(taken[1:]) for way, taken in seconds.items()}
-    return FirstToken(name, count, **medians, equal=len(answers) == 1)
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                return first_token(model, ids)
+
+    stock = partial(first_token, model, ids)
+    ways = {"stock": stock, "off": partial(patched, False), "patched": partial(patched, True)}
+    seconds, equal = compare_first_tokens(ways, PROMPT_ROUNDS)
+    return FirstToken(name, count, **{way: 1e3 * each for way, each in seconds.items()}, equal=equal)
 
 
 def code_bytes(model: PreTrainedModel) -> int:
@@ -219,7 +216,7 @@ def first_table(measured: list[FirstToken]) -> Table:
 
 def main() -> int:
     """Measure and write a JSON file; 1 where tokens differ."""
-    options = environment.options("linear", __doc__)
+    options = environment.parse(environment.parser("benchmarks.linear", __doc__))
     described = environment.describe()
     with torch.inference_mode():
         models = dict(zip(PROMPTS, (smollm2.load_model(), llama()), strict=True))
@@ -236,7 +233,7 @@ def main() -> int:
     path = options.out / "linear.json"
     tables = {"layers": measured, "steps": taken, "first_tokens": first}
     content = {name: [asdict(each) for each in rows] for name, rows in tables.items()}
-    report.save(path, {"environment": described, **content, "code_bytes": code})
+    environment.save(path, {"environment": described, **content, "code_bytes": code})
     report.console().print(f"Written: {path}")
     return 0 if all(each.equal for each in (*taken, *first)) else 1
 

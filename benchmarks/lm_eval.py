@@ -30,7 +30,6 @@ from hf_paged import patch_model
 from . import environment, report, smollm2
 from .measure import forget_prefixes
 
-RESULTS = Path(__file__).parent / "results"
 TASK = "topics"
 _FIRST = {"function": "take_first"}
 WORDS, ANSWER_TOKENS = 60, 12  # of a question; of an answer
@@ -116,15 +115,12 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[list[Run]],
 
 def main() -> int:
     """Measure. The exit status is 1 where an answer or a score differs from stock's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.lm_eval", description=__doc__)
+    parser = environment.parser("benchmarks.lm_eval", __doc__)
     parser.add_argument("--runs", type=int, default=3, help="of each side, taking turns (default 3)")
     parser.add_argument("--shots", type=int, default=8, help="examples in the prompt (default 8)")
     parser.add_argument("--questions", type=int, default=6, help="(default 6)")
     parser.add_argument("--batch-size", type=int, default=1, help="of HFLM (default 1)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described = environment.describe() | {"lm_eval": environment.version("lm_eval")}
     with tempfile.TemporaryDirectory() as folder:
         (stock, patched), tokens = measure(options, Path(folder))
@@ -143,7 +139,7 @@ def main() -> int:
         "stock": list(map(asdict, stock)),
         "patched": list(map(asdict, patched)),
     }
-    report.save(options.out / "lm_eval.json", content)
+    environment.save(options.out / "lm_eval.json", content)
     return 0 if is_equal else 1
 
 

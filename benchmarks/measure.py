@@ -1,4 +1,4 @@
-"""One timed run of one scenario on one model."""
+"""One timed run of one scenario on one model, and calls that take turns."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from hf_paged.commands.calls import Watch
 
 from . import text
 from .scenarios import Scenario
 
 SEED = 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,17 @@ class Run:
         return self.decode_seconds if scenario.timed == "decode" else self.call_seconds
 
 
-class StepClock(StoppingCriteria):
+class StepClock(Watch):
     """Stamps the time at every generated token and never stops anything."""
 
-    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_token: Callable[[], object] = lambda: None) -> None:
+        super().__init__(on_token)
         self.stamps: list[float] = []
-        self.on_token = on_token
 
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        """Note the time; ``input_ids`` has a row per sequence, or per candidate in beam search."""
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Note the time, then call `on_token`."""
         self.stamps.append(time.perf_counter())
-        if self.on_token is not None:
-            self.on_token()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return super().__call__(*args, **kwargs)
 
 
 class RowsEnd(StoppingCriteria):
@@ -85,7 +89,7 @@ def run(
     model: PreTrainedModel,
     work: Work,
     *,
-    on_token: Callable[[], None] | None = None,
+    on_token: Callable[[], object] = lambda: None,
     probe: LogitsProcessor | None = None,
 ) -> Run:
     """Generate once, from a clean slate: same seed, no prefix kept from an earlier call."""
@@ -122,6 +126,38 @@ def first_token(model: PreTrainedModel, ids: torch.Tensor) -> tuple[float, int]:
     begin = time.perf_counter()
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     return time.perf_counter() - begin, int(answer[0, -1])
+
+
+def compare_first_tokens(
+    ways: dict[str, Callable[[], tuple[float, int]]], rounds: int
+) -> tuple[dict[str, float], bool]:
+    """Median seconds of each way to a first token, as `first_token` returns them, and whether the tokens are equal."""
+    given = taking_turns(ways, rounds)
+    seconds = {way: median(each for each, _ in pairs) for way, pairs in given.items()}
+    return seconds, len({token for pairs in given.values() for _, token in pairs}) == 1
+
+
+def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Of each call, over rounds in which they take turns."""
+    given = taking_turns({name: partial(_seconds, call) for name, call in calls.items()}, rounds)
+    return {name: median(each) for name, each in given.items()}
+
+
+def taking_turns(calls: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each call returns, a value a round; a first round that warms up does not count."""
+    for call in calls.values():
+        call()
+    given: dict[str, list[T]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            given[name].append(call())
+    return given
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def forget_prefixes(model: PreTrainedModel) -> None:

@@ -7,13 +7,11 @@ ours, too.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -27,7 +25,6 @@ from . import environment, report, smollm2
 from .measure import StepClock, Work, forget_prefixes, generate
 from .scenarios import SCENARIOS
 
-RESULTS = Path(__file__).parent / "results"
 CLOCKED = ("step", "update", "attention", "kernel", "linear")
 CALLS = 3
 """Of each kind; the first is not counted."""
@@ -107,14 +104,11 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
             yield {"scenario": name, "prompt": prompt, **medians, "ours": ours, "share": ours / medians["step"]}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.own_share", description=__doc__)
-    made.add_argument("--threads", type=int, default=2)
+    made = environment.parser("benchmarks.own_share", __doc__)
     made.add_argument("--scenarios", nargs="+", choices=[each.name for each in SCENARIOS], default=["one-100"])
-    made.add_argument("--out", type=Path, default=RESULTS)
-    options = made.parse_args(arguments)
-    environment.prepare(options.threads)
+    options = environment.parse(made)
     described = {**environment.describe(), "kernel": native_kernels().reason}
     console, results = report.console(), []
     for name in options.scenarios:
@@ -124,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{name}, prompt {result['prompt']:5}  step {result['step']:6.2f} ms  ours {result['ours']:.2f} ms, "
                 f"{result['share']:.2%} (around the pass {result['around']:.2f} ms)"
             )
-    report.save(options.out / "own-share.json", {"environment": described, "results": results})
+    environment.save(options.out / "own-share.json", {"environment": described, "results": results})
 
 
 if __name__ == "__main__":

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import StoppingCriteria
 
 from . import smollm2
-from .measure import Work, forget_prefixes, generate
+from .measure import StepClock, Work, forget_prefixes, generate
 from .runner import Sides
 from .scenarios import Scenario
 
 
-class FromFirstToken(StoppingCriteria):
-    """Switches a profiler on at the first token and off at the last."""
-
-    def __init__(self, profiler: cProfile.Profile | profile, tokens: int) -> None:
-        self.profiler = profiler
-        self.left = tokens
-        names = ("enable", "disable") if isinstance(profiler, cProfile.Profile) else ("start", "stop")
-        self.begin, self.end = (getattr(profiler, name) for name in names)
-        self.begun = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        """Count a token; nothing stops."""
-        self.left -= 1
-        if not self.begun:
-            self.begun = True
-            self.begin()
-        elif self.left == 0:
-            self.end()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+def switch(profiler: cProfile.Profile | profile, tokens: int) -> Callable[[], object]:
+    """To be called at each of so many tokens: switches a profiler on at the first and off at the last."""
+    names = ("enable", "disable") if isinstance(profiler, cProfile.Profile) else ("start", "stop")
+    begin, end = (getattr(profiler, name) for name in names)
+    turns = iter([begin, *repeat(lambda: None, tokens - 2), end])
+    return lambda: next(turns)()
 
 
 def show(scenario: Scenario, side: str, lines: int = 25) -> None:
@@ -43,7 +31,7 @@ def show(scenario: Scenario, side: str, lines: int = 25) -> None:
     operators, functions = profile(activities=[ProfilerActivity.CPU]), cProfile.Profile()
     for profiler in (operators, functions):
         forget_prefixes(model)
-        generate(model, work, FromFirstToken(profiler, scenario.new))
+        generate(model, work, StepClock(switch(profiler, scenario.new)))
     print(f"{side}, {scenario.title}, {scenario.new - 1} decode steps: operators, by their own time")
     print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=lines, max_name_column_width=60))
     print("Python functions, by their own time")

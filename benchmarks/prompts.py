@@ -6,13 +6,11 @@ The latter with SmolLM2, stock and patched, which take turns; nothing is kept fr
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from statistics import median
 
 import torch
 from rich.table import Table
@@ -23,7 +21,7 @@ from hf_paged_kernels import NativeKernel, Part, Parts, native_kernels
 
 from . import environment, report, smollm2, text
 from .attention import SHAPES
-from .measure import first_token
+from .measure import compare_first_tokens, first_token, median_seconds
 
 DTYPES = (torch.float32, torch.bfloat16)
 CHUNKS = ((0, 32), (0, 128), (0, 512), (0, 2000), (0, 6000), (2000, 32), (2000, 128), (2000, 512))
@@ -58,17 +56,6 @@ class FirstToken:
     """Whether the tokens are."""
 
 
-def turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, the first round not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: median(each[1:]) for name, each in seconds.items()}
-
-
 def layers(kernel: NativeKernel) -> Iterator[Layer]:
     """Every shape, dtype and chunk that is not too large."""
     for (name, (heads, kv_heads, dim)), dtype, (past, new) in product(SHAPES.items(), DTYPES, CHUNKS):
@@ -87,26 +74,24 @@ def layers(kernel: NativeKernel) -> Iterator[Layer]:
             "native": partial(kernel.attend, query, keys, values, parts, dim**-0.5),
             "torch": partial(scaled_dot_product_attention, *dense, **how),
         }
-        seconds = turns(calls, max(5, min(50, int(5e9 / (heads * dim * new * (past + new))))))
+        seconds = median_seconds(calls, max(5, min(50, int(5e9 / (heads * dim * new * (past + new))))))
         yield Layer(name, str(dtype)[6:], past, new, *(1e3 * each for each in seconds.values()))
 
 
 def first_tokens(dtype: torch.dtype, tokens: list[int]) -> Iterator[FirstToken]:
     """Prompts of real text."""
     model = smollm2.load_model(dtype)
+
+    def ask(ids: torch.Tensor, is_patched: bool) -> tuple[float, int]:
+        with paged(model, prefix_caching=False) if is_patched else nullcontext():
+            first_token(model, ids[:, :20])  # a patched model finds out what it can do
+            return first_token(model, ids)
+
     for number in PROMPTS:
         ids = torch.tensor([tokens[:number]])
-        seconds: dict[str, list[float]] = {"stock": [], "patched": []}
-        answers = set()
-        for _ in range(ROUNDS + 1):
-            for side, taken in seconds.items():
-                with paged(model, prefix_caching=False) if side == "patched" else nullcontext():
-                    first_token(model, ids[:, :20])  # a patched model finds out what it can do
-                    needed, answer = first_token(model, ids)
-                    taken.append(needed)
-                    answers.add(answer)
-        medians = (median(each[1:]) for each in seconds.values())
-        yield FirstToken(str(dtype)[6:], number, *medians, len(answers) == 1)
+        ways = {"stock": partial(ask, ids, False), "patched": partial(ask, ids, True)}
+        seconds, equal = compare_first_tokens(ways, ROUNDS)
+        yield FirstToken(str(dtype)[6:], number, **seconds, equal=equal)
 
 
 def layer_table(measured: list[Layer]) -> Table:
@@ -133,7 +118,7 @@ def first_table(measured: list[FirstToken]) -> Table:
 
 def main() -> int:
     """Measure, print, write a JSON file. The exit status is 1 where float32 tokens differ from stock's."""
-    options = environment.options("prompts", __doc__)
+    options = environment.parse(environment.parser("benchmarks.prompts", __doc__))
     described = {**environment.describe(), "kernel": native_kernels().reason}
     console = report.console()
     measured = list(layers(native_kernels().kernels[0])) if native_kernels().kernels else []
@@ -143,7 +128,7 @@ def main() -> int:
     console.print(first_table(firsts), environment.summary(described))
     path = options.out / "prompts.json"
     results = {"layers": list(map(asdict, measured)), "first_tokens": list(map(asdict, firsts))}
-    report.save(path, {"environment": described, **results})
+    environment.save(path, {"environment": described, **results})
     console.print(f"Written: {path}")
     return 0 if all(each.equal for each in firsts if each.dtype == "float32") else 1
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -15,7 +13,6 @@ from hf_paged_kernels import FORMATS, KVRecords
 from . import environment, report, smollm2
 from .text import corpus
 
-RESULTS = Path(__file__).parent / "results"
 LIMITS = {"int8": 0.002, "fp8": 0.002, "int4": 0.05}
 """Largest mean KL divergence from full precision, in nats, that a format may have to be offered."""
 TOKENS = 4096
@@ -76,19 +73,16 @@ def table(listed: list[dict[str, object]]) -> Table:
 
 def main() -> int:
     """Measure, print, write; the exit status is 1 where a limit was passed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser = environment.parser("benchmarks.quality", __doc__)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     model = smollm2.load_model()
     tokens = torch.tensor(corpus(smollm2.load_tokenizer())[: options.tokens])
     listed = rows(measure(model, tokens, list(FORMATS.values())), model.config.head_dim)
     described, console = environment.describe(), report.console()
     console.print(table(listed))
     stem = "quality" if options.tokens == TOKENS else "partial.quality"
-    report.save(options.out / f"{stem}.json", {"environment": described, "tokens": len(tokens), "formats": listed})
+    environment.save(options.out / f"{stem}.json", {"environment": described, "tokens": len(tokens), "formats": listed})
     (options.out / f"{stem}.md").write_text(markdown(listed, described, len(tokens)))
     console.print(f"Written: {options.out / stem}.json and .md")
     return int(any(row["limit"] is not None and not row["mean_kl"] < row["limit"] for row in listed))

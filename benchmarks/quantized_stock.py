@@ -7,14 +7,12 @@ with SmolLM2's three heads of 64 numbers, an even number of tokens in the prompt
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -27,7 +25,6 @@ from . import environment, report, smollm2
 from .measure import StepClock, forget_prefixes
 from .text import corpus
 
-RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW, RUNS = 2000, 64, 3
 PACKAGES = ("optimum-quanto", "hqq")
 
@@ -186,15 +183,13 @@ def table(rows: list[dict[str, object]], length: int, new: int) -> Table:
 
 def main() -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantized_stock", description=__doc__)
+    out = environment.RESULTS / "quantized-stock.json"
+    parser = environment.parser("benchmarks.quantized_stock", __doc__, out=out, what="the JSON")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--length", type=int, default=PROMPT)
     parser.add_argument("--new", type=int, default=NEW)
     parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / "quantized-stock.json")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described, console = environment.describe(), report.console()
     described["versions"] |= {name: metadata.version(name) for name in PACKAGES}
     settings = {"prompt_tokens": options.length, "new_tokens": options.new, "runs": options.runs}
@@ -204,7 +199,7 @@ def main() -> int:
         done = rows
         for found in measure(getattr(torch, name), options.length, options.new, options.runs):
             rows = done + found
-            report.save(options.out, {"environment": described, **settings, "sides": sides, "results": rows})
+            environment.save(options.out, {"environment": described, **settings, "sides": sides, "results": rows})
             console.print(table(found, options.length, options.new))
     console.print(table(rows, options.length, options.new))
     console.print(f"Written: {options.out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from .environment import save
 from .memory import MARGIN
 from .runner import Outcome
 
@@ -123,9 +123,3 @@ def console() -> Console:
 def number(value: float | None) -> str:
     """Return a figure, or a dash where there is none."""
     return "—" if value is None else f"{value:.2f}"
-
-
-def save(path: Path, content: object) -> None:
-    """Write the result of a benchmark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

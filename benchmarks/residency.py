@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,6 @@ from . import environment, plot, report, smollm2
 from .measure import StepClock, Work, generate
 from .scenarios import Scenario
 
-RESULTS = Path(__file__).parent / "results"
 QUICK_DIVISOR = 8
 RAGGED = Scenario(
     name="ragged-8",
@@ -156,10 +154,9 @@ def draw(path: Path, scenario: Scenario, curves: dict[str, Curve], caption: str)
     figure.savefig(path, dpi=110)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run every side, or one; the exit status is 1 where tokens differ."""
-    options = parser().parse_args(arguments)
-    environment.prepare(options.threads)
+    options = environment.parse(parser())
     scenario = RAGGED.shrunk(QUICK_DIVISOR) if options.quick else RAGGED
     if options.side is not None:
         options.out.write_text(json.dumps(asdict(run_side(options.side, scenario))))
@@ -188,17 +185,15 @@ def write(path: Path, scenario: Scenario, curves: dict[str, Curve], described: d
         for side, curve in curves.items()
     }
     content = {"environment": described, "scenario": asdict(scenario), "tokens_equal": equal, "sides": figures}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.save(path, content)
+    environment.save(path, content)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.residency", description=__doc__)
+    out = environment.RESULTS / "memory-over-time.json"
+    made = environment.parser("benchmarks.residency", __doc__, out=out, what="the JSON; a PNG beside it")
     made.add_argument("--quick", action="store_true", help="an eighth of the prompt lengths")
-    made.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     made.add_argument("--side", choices=list(SIDES), help="measure one side in this process, for the others' sake")
-    made.add_argument("--out", type=Path, default=RESULTS / "memory-over-time.json", help="the JSON; a PNG beside it")
     return made
 
 

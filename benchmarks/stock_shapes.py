@@ -8,12 +8,10 @@ stock's on the same weights. Calls take turns: each is made of the one model, th
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -25,7 +23,6 @@ from hf_paged import patch_model
 from . import environment, report, smollm2, text
 from .measure import forget_prefixes
 
-RESULTS = Path(__file__).parent / "results"
 IMAGE_TOKEN = 49_150
 TILES, TILE_TOKENS, TILE_PIXELS = 5, 64, 512
 TURNS, TURN_TOKENS, NEW_TOKENS, SAMPLES = 4, 16, 16, 8
@@ -153,12 +150,9 @@ def table(title: str, made: list[Call]) -> Table:
 
 def main() -> int:
     """Run both dialogues twice, the first time on a model that nobody has asked before; 1 where an answer differs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stock_shapes", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
+    parser = environment.parser("benchmarks.stock_shapes", __doc__)
     parser.add_argument("--only", choices=MODELS, action="append")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     described, console = environment.describe(), report.console()
     tokens = text.corpus(smollm2.load_tokenizer())
     results = {}
@@ -175,7 +169,7 @@ def main() -> int:
             rounds[which] = [asdict(each) for each in made]
         results[name] = {"title": title, "rounds": rounds}
     path = options.out / ("stock-shapes.json" if options.only is None else "partial.stock-shapes.json")
-    report.save(path, {"environment": described, "new_tokens": NEW_TOKENS, "models": results})
+    environment.save(path, {"environment": described, "new_tokens": NEW_TOKENS, "models": results})
     console.print(f"Written: {path}")
     return 0 if all(each["equal"] for model in results.values() for r in model["rounds"].values() for each in r) else 1
 

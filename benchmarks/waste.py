@@ -7,11 +7,9 @@ the free blocks that are kept for the next steps; beside it stand the blocks in 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -22,8 +20,6 @@ from . import environment, report, smollm2
 from .measure import Work, run
 from .memory import MARGIN, KvProbe, KvUse, kv_use
 from .scenarios import SCENARIOS, Scenario
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(scenarios: Sequence[Scenario]) -> dict[str, KvUse]:
@@ -62,12 +58,9 @@ def table(used: dict[str, KvUse]) -> Table:
 def main() -> int:
     """Run everything in float32, or what was asked; the exit status is 1 where a margin was passed."""
     names = [scenario.name for scenario in SCENARIOS]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.waste", description=__doc__)
+    parser = environment.parser("benchmarks.waste", __doc__)
     parser.add_argument("--only", metavar="NAME", action="append", choices=names, help=f"one of {', '.join(names)}")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON")
-    options = parser.parse_args()
-    environment.prepare(options.threads)
+    options = environment.parse(parser)
     chosen = [scenario for scenario in SCENARIOS if options.only is None or scenario.name in options.only]
     used: dict[str, KvUse] = {}
     for dtype in ("float32", "bfloat16"):
@@ -81,7 +74,7 @@ def main() -> int:
         "scenarios": {name: asdict(use) for name, use in used.items()},
     }
     path = options.out / ("kv-waste.json" if options.only is None else "partial.kv-waste.json")
-    report.save(path, content)
+    environment.save(path, content)
     console.print(f"Written: {path}")
     return int(max(use.worst_reserved_factor for use in used.values()) > MARGIN)
 
