@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.generation.candidate_generator import _MapInputEmbedding
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -37,6 +38,8 @@ CACHE_NAME = next(
 )
 OLD_CACHE_NAMES = CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) + 1 :]  # that are taken with a warning
 _ATTENTION_REGISTERED = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+# The function that asks for torch's attention, and its arguments that it refuses, or takes for a mask.
+SDPA_ATTENTION, BEYOND_SDPA = sdpa_attention_forward, ("position_bias", "softcap", "output_attentions")
 # The argument of gemma4's forward that asks for K and V, on which its draft models work.
 KV_WANTED = "return_shared_kv_states"
 # What configs say about the K and V of a layer.

@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from hf_paged import torch_compat
 from hf_paged.core.forks import new_lock
+from hf_paged.torch_compat import multiply
 from hf_paged.watched import is_unwatched
-from hf_paged_kernels.processor import AMD, vendor
+from hf_paged_kernels.processor import beats_mkl
 
 # More rows than this are multiplied in pieces.
 PIECE_ROWS = 512
@@ -34,9 +36,8 @@ LEAST: tuple[tuple[float, int, int], ...] = ((64, 2**18, 1), (256, 2**19, 768), 
 # oneDNN keeps code for each number of rows and shape of weights, made in some 0.5 ms and of 0.6 MB, however many rows
 # they are. So up to the next power of two there are no more numbers of rows than this.
 _STEPS = 8
-# Where it is faster, as measured by `benchmarks/linear.py`.
-_VENDORS, _CAPABILITIES = (AMD,), ("AVX512",)
-_ARGUMENTS = ["X", "W", "B", "attr", "scalars", "algorithm"]
+# What torch has to find in a CPU, as measured by `benchmarks/linear.py`.
+_CAPABILITIES = ("AVX512",)
 _ABSENT = object()
 # transformers' own, as long as nobody replaces it.
 _FORWARDS = nn.Linear.forward, Conv1D.forward
@@ -166,11 +167,6 @@ def _filled_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """torch's operator for it, which has no gradients."""
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-
-
 def take_layers(model: nn.Module) -> None:
     """Let the linear layers of a model take oneDNN in `by_onednn`, where that is of use on this machine."""
     if not is_faster():
@@ -210,19 +206,14 @@ def by_onednn() -> Iterator[None]:
 
 def _is_replaced() -> bool:
     """Whether torch's functions are not what they are from the start, or not to be called."""
-    return (
-        not torch.backends.mkldnn.enabled
-        or functional.linear is not torch._C._nn.linear
-        or torch.addmm is not torch._C._VariableFunctions.addmm
-        or (nn.Linear.forward, Conv1D.forward) != _FORWARDS
-    )
+    return not torch_compat.calls_own_linear() or (nn.Linear.forward, Conv1D.forward) != _FORWARDS
 
 
 def describe(model: nn.Module) -> str:
     """Which library multiplies in a patched model's passes, for people."""
-    is_taken = torch.backends.mkldnn.enabled and any(
-        type(each) in _ORIGINALS and _is_plain(each._parameters.get("weight")) for each in model.modules()
-    )
+    if torch_compat.OBSTACLE is not None or _is_replaced():
+        return "torch's choice"
+    is_taken = any(type(each) in _ORIGINALS and _is_plain(each._parameters.get("weight")) for each in model.modules())
     return "oneDNN" if is_taken else "torch's choice"
 
 
@@ -231,11 +222,5 @@ def is_faster() -> bool:
     """Whether torch takes MKL on this machine, oneDNN is faster, and can be asked for a linear layer."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    is_known = vendor() in _VENDORS and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
-    return is_known and _is_there()
-
-
-def _is_there() -> bool:
-    """Whether this torch has the operator, with the arguments that those of 2.11 to 2.13 have."""
-    schemas = torch._C._jit_get_schemas_for_operator("mkldnn::_linear_pointwise")
-    return any([each.name for each in schema.arguments] == _ARGUMENTS for schema in schemas)
+    is_known = beats_mkl() and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
+    return is_known and torch_compat.can_multiply()

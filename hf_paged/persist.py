@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,18 +52,18 @@ def save_prefixes(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder
 
     The blocks cannot be given up meanwhile, whoever else needs memory. Raises `ValueError` where the model changes.
     """
-    with _saving:
-        return _save(model, pool, root, folder)
+    with _saving, _listed_or_gone(folder) as new:
+        return _save(model, pool, root, folder, new)
 
 
-def _save(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) -> int:
+def _save(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path, new: set[str]) -> int:
     entries, pins = pool.manager.hold_prefixes(root.key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = _listed_files(folder)
         files = {}
         for stem, tensors in _contents(pool, entries):
-            name, content_sum, num_bytes = _write(folder, stem, tensors)
+            name, content_sum, num_bytes = _write(folder, stem, tensors, new)
             files[name] = {"sha256": content_sum, "bytes": num_bytes}
     finally:
         pool.manager.unpin(pins[::-1])
@@ -78,9 +79,24 @@ def _save(model: PreTrainedModel, pool: KVPool, root: PrefixRoot, folder: Path) 
         raise ValueError("save: the model has changed meanwhile; nothing was saved")
     manifest = json.loads(json.dumps(manifest, default=encodable))
     _replace(folder / MANIFEST, json.dumps({**manifest, "sha256": _sum_of(manifest)}, indent=1).encode())
-    for name in before.difference(files):
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, before.difference(files))
     return num_tokens
+
+
+@contextmanager
+def _listed_or_gone(folder: Path) -> Iterator[set[str]]:
+    """For the names of new files, which go again where something fails before a manifest lists them."""
+    new: set[str] = set()
+    try:
+        yield new
+    except BaseException:
+        _remove(folder, new - _listed_files(folder))
+        raise
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _listed_files(folder: Path) -> set[str]:
@@ -177,14 +193,16 @@ def _contents(pool: KVPool, entries: Sequence[Entry]) -> Iterator[tuple[str, dic
             yield f"layer-{index:04d}", tensors
 
 
-def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> tuple[str, str, int]:
-    """Name, sum and size of the file that now holds `tensors`."""
+def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor], new: set[str]) -> tuple[str, str, int]:
+    """Name, sum and size of the file that now holds `tensors`; among `new` if no such file was there."""
     scratch = _scratch(folder, stem)
     try:
         save_file(tensors, scratch)
         content_sum = _sum_of_file(scratch)
         name = f"{stem}-{content_sum[:16]}.safetensors"
         num_bytes = scratch.stat().st_size
+        if not (folder / name).exists():
+            new.add(name)
         os.replace(scratch, folder / name)
     finally:
         scratch.unlink(missing_ok=True)

@@ -25,13 +25,13 @@ from hf_paged.draws import draws_kept
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.forward import TOKEN_TYPES, ModelCall, run_padded
 from hf_paged.kept_states import KeptState, State, joined, state_of_row, tensors_of
+from hf_paged.own_state import OWN_STATE, OwnState
 from hf_paged.placing import match, placed
 from hf_paged.probe import Capability, Later, difference, in_one_line, tolerance_of
 from hf_paged.prompt import Prompt, described, prompt_of
 from hf_paged.state import put_states, state_of
 from hf_paged.stats import Counters
 from hf_paged.trial import MIN_TRIAL_TOKENS
-from hf_paged.weights import PLAIN_KINDS
 
 # Where a prompt parts from earlier ones, the next is likely to do so, too. A state is kept there, which takes a pass of
 # its own, if it saves that many tokens.
@@ -332,7 +332,7 @@ def _try_both(
         # Without one of the rows: others may have been computed together with that.
         owners = [max(owner, prompt.rows[1]) for owner in prompt.owners]
         prompt = prompt._replace(owners=owners)
-    request, before = prompt.call, _attributes(model)
+    request, before = prompt.call, OwnState(model)
     outputs = run_padded(request, cache, prompt.ids)
     whole = _states(cache, prompt.rows)
     stops, least = {*cuts, request.tokens}, MIN_TRIAL_TOKENS
@@ -347,8 +347,8 @@ def _try_both(
         stops.add(request.tokens - MIN_TRIAL_TOKENS)
     if min(stops) < least or (prompt.media is not None and any(map(prompt.media.reaches_over, stops))):
         return outputs, _UNTRIED
-    if _changed(before, _attributes(model)):
-        return outputs, "modules that keep a state of their own"
+    if before.is_changed():
+        return outputs, OWN_STATE
     twin = PagedCache(cache.model_config, pool=cache.pool, settings=cache.settings, layout=cache.layout)
     twin.copies_dense = cache.copies_dense
     try:
@@ -408,28 +408,3 @@ def _keep(prompt: Prompt, cache: PagedCache, states: list[State], columns: int) 
         for row, state in zip(prompt.rows, states, strict=True):
             (tokens,) = _ids(prompt, [row], range(columns))
             cache.pool.kept_states.keep(cache.tables[row].root, tokens, state.copy)
-
-
-def _attributes(model: PreTrainedModel) -> dict[tuple[int, str], Any]:
-    """What modules hold as attributes, by number of the module and name: plain values, and tensors with versions."""
-    return {
-        (index, name): (value, _version(value)) if isinstance(value, torch.Tensor) else value
-        for index, module in enumerate(model.modules())
-        for name, value in vars(module).items()
-        if isinstance(value, (torch.Tensor, *PLAIN_KINDS)) and name not in compat.NOTED_ONCE
-    }
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which counts no writes, and says so with an error
-
-
-def _changed(before: dict[tuple[int, str], Any], after: dict[tuple[int, str], Any]) -> bool:
-    """Whether anything is another object, or was written to."""
-
-    def same(one: Any, other: Any) -> bool:
-        if isinstance(one, tuple) and isinstance(other, tuple):
-            return one[0] is other[0] and one[1] == other[1]
-        return type(one) is type(other) and one == other
-
-    return before.keys() != after.keys() or not all(same(value, after[name]) for name, value in before.items())

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from hf_paged.torch_compat import plain_reads
 from hf_paged.weights import unreadable
 from hf_paged_kernels import NativeSample, can_sample
 
@@ -70,7 +71,7 @@ class _TorchSample:
         return partial(self.differs, tensors)
 
     def _read(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():
+        with torch.inference_mode(), plain_reads():
             views = [
                 tensor.as_strided((count,), (step,)) if indices is None else tensor[indices]
                 for tensor, (count, step, indices) in zip(tensors, self._reads, strict=True)

@@ -17,6 +17,7 @@ from hf_paged.encdec import paged_part
 from hf_paged.errors import PagedMemoryError, is_refusal
 from hf_paged.foreign import foreign_attention
 from hf_paged.forward import ModelCall, run_decode, run_padded, usual_tokens
+from hf_paged.own_state import OWN_STATE, OwnState
 from hf_paged.probe import difference, in_one_line, tolerance_of, tolerance_with
 from hf_paged.step import UnsupportedAttentionError
 
@@ -37,10 +38,10 @@ def try_decode(
     twin = deepcopy(request.kwargs[CACHE_NAME])
     _pair(cache, paged_part(twin))
     try:
-        before = _own_states(model)
+        before = OwnState(model)
         outputs = run_padded(request, cache, ids)
-        if _differ(before, _own_states(model)):
-            return outputs, "modules that keep a state of their own"
+        if before.is_changed():
+            return outputs, OWN_STATE
         request = replace(request, kwargs={**request.kwargs, CACHE_NAME: twin})
         with draws_kept(model):
             return outputs, _obstacle(model, request, paged_part(twin), backend, outputs.logits)
@@ -75,17 +76,3 @@ def _obstacle(
     if error <= max(tolerance_of(expected.dtype), tolerance_with(model, cache.pool)):
         return None
     return f"decoded logits differ from stock by {error:.1g} of the largest"
-
-
-def _own_states(model: nn.Module) -> dict[tuple[int, str], torch.Tensor]:
-    """Copies of the tensors that modules hold as attributes, by number of the module and name."""
-    return {
-        (index, name): value.clone()
-        for index, module in enumerate(model.modules())
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _differ(before: dict[tuple[int, str], torch.Tensor], after: dict[tuple[int, str], torch.Tensor]) -> bool:
-    return before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)

@@ -9,17 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_paged import compat, torch_compat
 from hf_paged.backends import backend_for
 from hf_paged.watched import is_unwatched
 
 if TYPE_CHECKING:
     from hf_paged.runtime import PagedRuntime
-
-# What transformers' function refuses, or takes for a mask.
-_OTHERS = ("position_bias", "softcap", "output_attentions")
 
 
 def attend_unmasked(
@@ -44,7 +40,7 @@ def attend_unmasked(
     """
     if query.shape[-2] == 1 or runtime is None or dropout or _is_asked_more(kwargs):  # decode steps have one
         return None
-    if not is_unwatched() or not _is_torch_attention(function):
+    if function is not compat.SDPA_ATTENTION or not is_unwatched() or not torch_compat.calls_own_attention():
         return None
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -58,7 +54,7 @@ def attend_unmasked(
 
 
 def _is_asked_more(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None and kwargs[name] is not False for name in _OTHERS)
+    return any(kwargs.get(name) is not None and kwargs[name] is not False for name in compat.BEYOND_SDPA)
 
 
 def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int) -> bool:
@@ -67,14 +63,3 @@ def _fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int
         return False
     rows, kv_heads, _, dim = key.shape
     return (rows, kv_heads * group, dim) == (query.shape[0], query.shape[1], query.shape[3])
-
-
-def _is_torch_attention(function: Callable[..., Any]) -> bool:
-    """Whether it is transformers' own for torch's, which is as it was and free to choose how it computes."""
-    return (
-        function is sdpa_attention_forward
-        and functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
-        and torch.backends.cuda.flash_sdp_enabled()  # of the CPU, too
-        and torch.backends.cuda.math_sdp_enabled()
-        and not torch.jit.is_tracing()
-    )

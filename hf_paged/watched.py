@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from hf_paged import torch_compat
 
 
 class _Pass(threading.local):
@@ -29,9 +29,10 @@ _pass = _Pass()
 def one_pass() -> Iterator[None]:
     """Around a pass of a patched model in this thread, on paged KV."""
     before = _pass.is_open, _pass.modes
-    modes = _get_current_function_mode_stack()
-    _pass.is_open = all(type(each) is DeviceContext for each in modes)  # which does nothing to what has a device
-    _pass.modes = len(modes)
+    if torch_compat.OBSTACLE is None:
+        modes = torch_compat.function_mode_stack()
+        _pass.is_open = all(type(each) is torch_compat.DeviceMode for each in modes)
+        _pass.modes = len(modes)
     try:
         yield
     finally:
@@ -43,7 +44,7 @@ def is_unwatched() -> bool:
     return _pass.is_open and not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() != _pass.modes
+        or torch_compat.transform() is not None
+        or torch_compat.dispatch_modes() > 0
+        or torch_compat.function_modes() != _pass.modes
     )

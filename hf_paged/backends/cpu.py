@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_paged import torch_compat
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.native import attend_dense, kernel_of, kernel_of_store, multiplies, parts_for
 from hf_paged.backends.parts import attend_schedule, with_sinks
@@ -49,8 +50,8 @@ class CPUBackend(AttentionBackend):
     reads_rows = True
 
     def describe(self) -> str:
-        """The name, and which native kernel runs or why none does."""
-        return f"{self.name} ({native_kernels().reason})"
+        """The name, which native kernel runs or why none does, and why it is not asked for all that it might be."""
+        return f"{self.name} ({'; '.join(filter(None, (native_kernels().reason, torch_compat.OBSTACLE)))})"
 
     def prepare(self, stores: Sequence[LayerStore | None], step: Step) -> PreparedDecode | None:
         """The layers of a decode step, where the native kernel runs."""

@@ -11,7 +11,7 @@ from hf_paged.backends.base import AttentionCall
 from hf_paged.core.chain import Run
 from hf_paged.core.plan import Segment, StepPlan, joined
 from hf_paged.store import LayerStore
-from hf_paged_kernels import NativeKernel, Part, Parts, kernel_for, native_kernels
+from hf_paged_kernels import NativeKernel, Part, Parts, flash_takes, kernel_for, native_kernels
 
 # Chunks of more query tokens a row are a prefill: without `multiplies` left to torch's own attention, with it read
 # segment by segment.
@@ -40,8 +40,8 @@ def multiplies(store: LayerStore, call: AttentionCall) -> bool:
 
     Where it was measured against torch's own flash attention, and where that would not do it.
     """
-    is_plain = store.records is None and store.key_dim == store.value_dim and call.softcap is None
-    return native_kernels().multiplies or not is_plain
+    torch_takes = store.records is None and flash_takes(store.dtype, store.key_dim, store.value_dim, call.softcap)
+    return native_kernels().multiplies or not torch_takes
 
 
 def parts_for(plan: StepPlan, window: int | None, group: int, multiplies: bool) -> Parts | None:
@@ -65,8 +65,9 @@ def attend_dense(
     if not all(type(each) is torch.Tensor and each.is_cpu and each.layout is torch.strided for each in tensors):
         return None
     kernel = kernel_of(key, value) if query.dtype == key.dtype else None
-    is_flash = key.shape[-1] == value.shape[-1]
-    if kernel is None or query.shape[2] <= MAX_CHUNK_TOKENS or (is_flash and not native_kernels().multiplies):
+    if kernel is None or query.shape[2] <= MAX_CHUNK_TOKENS:
+        return None
+    if not native_kernels().multiplies and flash_takes(key.dtype, key.shape[-1], value.shape[-1]):
         return None
     if query.stride(3) != 1:
         tensors = (query.contiguous(), key, value)

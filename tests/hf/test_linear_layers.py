@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_paged import linear, patch_model
+from hf_paged import linear, patch_model, torch_compat
 from hf_paged_kernels.processor import AMD
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -307,20 +307,20 @@ def test_a_pass_that_fails_leaves_nothing_switched_on(products):
 
 @pytest.mark.parametrize("vendor", [AMD, "GenuineIntel", ""])
 def test_machines(vendor, monkeypatch):
-    monkeypatch.setattr(linear, "vendor", lambda: vendor)
+    monkeypatch.setattr("hf_paged_kernels.processor.vendor", lambda: vendor)
     monkeypatch.setattr(linear, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
-    is_there = torch.backends.mkl.is_available() and linear._is_there()
+    is_there = torch.backends.mkl.is_available() and torch_compat.can_multiply()
     assert linear.is_faster.__wrapped__() == (is_there and vendor == AMD)
     monkeypatch.setattr(linear, "_CAPABILITIES", ())
     assert not linear.is_faster.__wrapped__(), "not measured"
 
 
 def test_a_torch_without_the_operator_or_with_another(monkeypatch):
-    monkeypatch.setattr(torch._C, "_jit_get_schemas_for_operator", lambda name: [])
-    assert not linear._is_there()
+    monkeypatch.setattr(torch_compat, "_schemas_of", lambda name: [])
+    assert not torch_compat.can_multiply()
     monkeypatch.undo()
-    monkeypatch.setattr(linear, "_ARGUMENTS", ["X", "W", "B"])
-    assert not linear._is_there()
+    monkeypatch.setattr(torch_compat, "_LINEAR_ARGUMENTS", ["X", "W", "B"])
+    assert not torch_compat.can_multiply()
 
 
 def test_other_machines_classes_are_left_alone(monkeypatch):

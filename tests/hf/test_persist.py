@@ -1,5 +1,6 @@
 """Saved prefixes: a model that loads them goes on where another process ended; anything else is refused by name."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from families import FAMILIES, stock_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_paged import patch_model
+from hf_paged import patch_model, persist
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
@@ -119,22 +120,90 @@ def test_saving_again_replaces_what_was_there(folder):
     assert len(list(folder.iterdir())) == 2 + model.config.num_hidden_layers, "nothing of the first save stays"
 
 
-def test_an_interrupted_save_leaves_the_old_one(folder, monkeypatch):
-    """Ctrl-C after the layers and before the manifest."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+# What goes wrong, where, and the how manieth time that is called.
+MISHAPS = {
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device"), "save_file", 2),
+    "Ctrl-C before a layer": (KeyboardInterrupt(), "save_file", 3),
+    "Ctrl-C in a layer": (KeyboardInterrupt(), "_sum_of_file", 3),
+    "Ctrl-C after the layers": (KeyboardInterrupt(), "_replace", 1),
+}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Has a save fail in one of these ways."""
+
+    def fail(what):
+        error, name, when = MISHAPS[what]
+        right, calls = getattr(persist, name), []
+
+        def wrong(*args):
+            calls.append(args)
+            if len(calls) == when:
+                raise error
+            return right(*args)
+
+        monkeypatch.setattr(persist, name, wrong)
+        return type(error)
+
+    return fail
+
+
+def changing_weights(monkeypatch, model):
+    """Has the weights of a model change while it is saved."""
+    describe = persist._description
+
+    def changing(*args):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        return describe(*args)
+
+    monkeypatch.setattr(persist, "_description", changing)
+    return ValueError
+
+
+@pytest.mark.parametrize("what", [*MISHAPS, "other weights"])
+@pytest.mark.parametrize("earlier", ["nothing", "something else", "the same", "some of it"])
+def test_a_save_that_fails_leaves_what_was_there(earlier, what, tmp_path, failing, monkeypatch):
+    model, folder = patched(), tmp_path / "prefixes"
+    written = 0
+    generate(model, prompts.single())
+    if earlier != "nothing":
+        written = model.paged.save(folder)
+    if earlier == "something else":
+        model.paged.clear()
+    if earlier != "the same":
+        generate(model, prompts.shared_prefix())
+    before = contents(folder)
+    error = changing_weights(monkeypatch, model) if what == "other weights" else failing(what)
+    with pytest.raises(error):
+        model.paged.save(folder)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert model.paged.stats().blocks_in_use == 0
+    if written:
+        assert patched().paged.load(folder) == written
+    assert model.paged.save(folder) >= 0
+    assert len(contents(folder)) <= 2 + model.config.num_hidden_layers
+
+
+def test_a_save_that_is_interrupted_when_its_manifest_is_there_is_whole(folder, monkeypatch):
     model = patched()
     generate(model, prompts.single())
+    remove = persist._remove
 
-    def interrupt(*args):
+    def interrupted(*args):
+        monkeypatch.setattr(persist, "_remove", remove)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_paged.persist._replace", interrupt)
+    monkeypatch.setattr(persist, "_remove", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.paged.save(folder)
-    assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
-    assert not list(folder.glob(".*")), "no scratch files"
-    assert model.paged.load(folder) > 28
-    assert model.paged.stats().blocks_in_use == 0
+    assert patched().paged.load(folder) == 28
 
 
 def test_threads_may_save_to_one_folder(tmp_path):

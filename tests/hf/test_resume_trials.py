@@ -18,6 +18,7 @@ from versions import skip_if_older
 
 from hf_paged import capabilities, resume
 from hf_paged.errors import PagedMemoryError
+from hf_paged.own_state import OwnState
 
 SAID = 20  # new tokens of a turn, beside the last one of the answer: enough for all cuts
 PACKED = ["bloom", "deepseek_v3", "falcon_alibi"]
@@ -206,14 +207,14 @@ def test_what_has_seen_all_that_follows_hides_no_model_that_does_so(in_stock_sha
 
 def test_what_is_gone_when_it_is_to_be_tried_is_computed(passes, monkeypatch):
     """The pass of all may have needed its memory."""
-    pair, attributes = hybrid("qwen3_next"), resume._attributes
+    pair, is_changed = hybrid("qwen3_next"), OwnState.is_changed
     prompt = asked(pair)
 
-    def evicting(model):
+    def evicting(state):
         evict(pair)
-        return attributes(model)
+        return is_changed(state)
 
-    monkeypatch.setattr(resume, "_attributes", evicting)
+    monkeypatch.setattr(OwnState, "is_changed", evicting)
     whole, *pieces = tried(pair, passes, prompt)
     assert pieces[0] == (1, len(prompt) - SAID - 1, 0)
     assert tokens_of(pieces) == tokens_of([whole])

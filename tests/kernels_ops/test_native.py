@@ -336,7 +336,7 @@ def test_the_switch():
 
 @pytest.mark.parametrize(("name", "multiplies"), [(AMD, True), ("GenuineIntel", False), ("", False)])
 def test_prompts_are_left_to_torch_where_nobody_has_measured_them(name, multiplies, monkeypatch):
-    monkeypatch.setattr("hf_paged_kernels.native.vendor", lambda: name)
+    monkeypatch.setattr("hf_paged_kernels.processor.vendor", lambda: name)
     monkeypatch.setattr("hf_paged_kernels.native._MEASURED", tuple(variants()))
     found = _look(None)
     assert found.multiplies is multiplies

@@ -5,7 +5,7 @@ from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
 from .native import Availability, NativeKernel, Part, Parts, kernel_for, native_kernels, place_at
 from .native_library import NativeError
 from .native_store import NativeStore, Writes, place_from
-from .partial import attend_all, attend_partial, merge_partial
+from .partial import attend_all, attend_partial, flash_takes, merge_partial
 from .reference import paged_attention_reference
 from .rotation import rotated
 from .sample import NativeSample, can_sample
@@ -27,6 +27,7 @@ __all__ = [
     "attend_all",
     "attend_partial",
     "can_sample",
+    "flash_takes",
     "kernel_for",
     "merge_partial",
     "native_kernels",

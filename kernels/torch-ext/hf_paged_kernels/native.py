@@ -19,13 +19,11 @@ import torch
 from .formats import KVFormat, KVRecords
 from .native_library import CPU, DTYPES, LIBRARY, SWITCH, NativeError, error_of, load
 from .native_store import NativeStore
-from .processor import AMD, vendor
+from .processor import beats_mkl
 
 # Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
 _MEASURED = ("avx512_bf16", "avx512", "avx2")
-# Prompts were measured on AMD's alone (`make bench-prompts`): torch's own attention, which multiplies with Intel's MKL,
-# takes 1.1 to 3.6 times as long there. On Intel's own CPUs that is at its best.
 
 # As `AttentionCall` in native.h: what a call looks like, and where K and V are.
 _LOOK, _PLACE = Struct("=3q2Q14q2d"), Struct("=3Qq")
@@ -314,6 +312,6 @@ def _look(switch: str | None) -> Availability:
     kernels = tuple(found[name] for name in _MEASURED if name in found)
     if not kernels:
         return Availability((), f"native kernel off: not measured on this CPU ({', '.join(found)})")
-    if vendor() != AMD:
+    if not beats_mkl():
         return Availability(kernels, f"native kernel, {kernels[0].name}; prompts by torch")
     return Availability(kernels, f"native kernel, {kernels[0].name}", True)

@@ -8,7 +8,7 @@ import torch
 
 # torch's own CPU flash attention; unlike `scaled_dot_product_attention` it returns the log-sum-exp. It takes fewer KV
 # heads than query heads as they are.
-_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The query heads of a KV head go into one matrix, so that K and V are read once for all of them, unless the matrix
 # gets this large. One query in float32 over few tokens is quicker unpacked (2 cores of Zen 4: 100 tokens 14 us against
@@ -17,6 +17,11 @@ _MAX_PACKED_ROWS = 256
 _FLOAT32_PACKED_TOKENS = 512
 # Queries per step of the plain path, which holds `[..., queries, kv]` scores in float32.
 _PLAIN_QUERIES = 256
+
+
+def flash_takes(dtype: torch.dtype, key_dim: int, value_dim: int, softcap: float | None = None) -> bool:
+    """Whether torch's flash attention on the CPU does it."""
+    return _FLASH_CPU is not None and dtype in _FLASH_DTYPES and key_dim == value_dim and softcap is None
 
 
 def attend_partial(
@@ -43,11 +48,11 @@ def attend_partial(
     batch, heads, queries, dim = query.shape
     if not causal and mask is None:
         query = _pack(query, key)
-    if softcap is None and query.device.type == "cpu" and query.dtype in _FLASH_DTYPES and dim == value.shape[-1]:
+    if query.device.type == "cpu" and flash_takes(query.dtype, dim, value.shape[-1], softcap):
         bias = None
         if mask is not None:
             bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        out, lse = _FLASH_CPU(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = _FLASH_CPU.default(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     else:
         out, lse = _attend_plain(query, key, value, scale, causal, softcap, mask)
     if query.shape[1] != heads:
