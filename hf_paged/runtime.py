@@ -67,8 +67,7 @@ class PagedRuntime:
         for key in ("cpu", "disk"):
             if config.budget_bytes(key) and model.device.type not in (*TIERED_DEVICES, "meta"):
                 raise ValueError(f"max_memory[{key!r}]: only models on the CPU or a CUDA device, not on {model.device}")
-        if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
+        backend_for(config.attention_backend, compat.compute_device(model))  # says why, where it does not run
         if config.kv_format is not None:
             footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
