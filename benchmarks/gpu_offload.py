@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate
 from benchmarks.measure import StepClock
-from hf_paged import paged, pool
+from hf_paged import limits, paged
 from hf_paged.core.fetch import Choice, FetchPolicy, Option
 
 COPY_BYTES = 256 * 2**20
@@ -148,7 +148,7 @@ class Prefix:
 
 def offload(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
     """Copies of pinned memory, then the tier's moves, then decoding with and without them."""
-    key = pool.budget_key(device)
+    key = limits.budget_key(device)
     if key == "cpu":
         yield {"work": "host tier", "skipped": "a model on the CPU has none"}
         return

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate, gpu_offload
-from hf_paged import paged, pool
+from hf_paged import limits, paged
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ TINY = Sizes(100, 8, gpu_generate.TINY, rows=1, context=160, new=3, copy_bytes=2
 
 def overflow(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
     """Right first, then how quick."""
-    key = pool.budget_key(device)
+    key = limits.budget_key(device)
     if key == "cpu":
         yield {"work": "overflow", "skipped": "a model on the CPU has no host below it"}
         return

@@ -42,7 +42,7 @@ class PagedCache(Cache):
     Args:
         config: the model's config.
         block_size: tokens per block, a power of two from 8 to 256.
-        max_memory: budget as in `PagedConfig`.
+        max_memory: budget as in `PagedConfig`, for the devices that K and V are on.
 
     Raises:
         ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep something else than K and V
@@ -302,8 +302,7 @@ class PagedCache(Cache):
     def begin_unplanned(self, key: torch.Tensor) -> None:
         """The first layer of a pass that nobody planned: an unpatched model calls `update`."""
         if self.sequences.pool is None:
-            layer_bytes = [2 * key.shape[1] * key.shape[3] * key.element_size()] * len(self.windows)
-            self.sequences.pool = KVPool(self.settings, self.windows, layer_bytes, key.device)
+            self.sequences.pool = KVPool.of_cache(self.settings, self.windows, key)
         self.ensure_rows(key.shape[0])
         self.sequences.unpin()
         self.trim()

@@ -57,10 +57,9 @@ class Capabilities:
             )
         return self._unpacked[circumstances]
 
-    def seen_bytes(self, model: PreTrainedModel) -> tuple[int, ...] | None:
-        """Bytes of one token's K and V in each layer of the model as it is now, if they have been seen."""
-        found = self._found.get(circumstances(model, self._config))
-        return None if found is None else found.layer_bytes
+    def seen(self, model: PreTrainedModel) -> Capability | None:
+        """What the fast path does for the model as it is now, if that has been found out."""
+        return self._found.get(circumstances(model, self._config))
 
     def may_have_gaps(self, model: PreTrainedModel, call: Callable[..., Any], known: Capability) -> bool:
         """Whether dense K and V of padded passes may have gaps. `known`: what the fast path does for the model now."""

@@ -286,12 +286,15 @@ def kv_shape(config: PreTrainedConfig) -> tuple[tuple[int | None, ...], ...]:
 
 def compute_device(model: PreTrainedModel) -> torch.device:
     """Where the model's first layer computes: accelerate's hooks bring weights there that lie elsewhere until then."""
-    if model.device.type == "meta":
-        for module in model.modules():
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-    return model.device
+    return next(execution_devices(model), model.device) if model.device.type == "meta" else model.device
+
+
+def execution_devices(model: PreTrainedModel) -> Iterator[torch.device]:
+    """Where accelerate's hooks have modules computed."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            yield torch.device(device)
 
 
 def attention_configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

@@ -12,8 +12,23 @@ from typing import Any
 from hf_paged_kernels.formats import FORMATS, KVFormat
 
 ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
-KV_CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
+KV_CACHE_DTYPES = ("auto", *FORMATS)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Fixed(dict[int | str, int | str]):
+    """A dict that stays as it is and may be a part of what is hashed."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("max_memory of a PagedConfig does not change; make another config")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +40,16 @@ class PagedConfig:
         max_memory: budget for KV blocks per device as accelerate writes it, `{0: "8GiB", "cpu": "16GiB", "disk":
             "50GiB"}`, ints in bytes. `None`: most of what is free on the model's devices when blocks are needed, and no
             tiers below. Those are for cached prefixes that are evicted: `"cpu"`, pinned memory, for a model on a GPU,
-            and `"disk"` below it, or right below a model on the CPU.
+            and `"disk"` below it, or right below a model on the CPU. Of a model on several devices each one's budget
+            counts for the layers there. Whatever it is, a pool has at most 262,144 blocks.
         offload_folder: where the disk tier makes a folder for its files; among the temporary files where `None`.
         prefix_caching: keep finished blocks for later calls until their memory is needed.
         kv_cache_dtype: `"auto"` stores KV in the model's dtype, `"int8"` and `"fp8"` (e4m3) in a byte a number and a
             scale for each token and KV head, `"int4"` in four bits a number, and step and minimum of each group of
             channels; for head dims that are multiples of 16. Attention reads what is stored, also where a token was
             just computed.
-        attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` or `"reference"` (plain torch operations on any device).
+        attention_backend: `"auto"`, `"triton"` (CUDA), `"cpu"` (models there) or `"reference"` (plain torch operations
+            on any device).
         cuda_graphs: replay decode steps from CUDA graphs where the device can and attention runs in Triton's kernels.
         verify: on first use ask a few questions of the patched model and of stock, and raise `ValueError` where the
             answers differ; `hf-paged doctor` asks the same ones. Where KV is stored quantized, a short prompt is held
@@ -55,12 +72,14 @@ class PagedConfig:
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or not 8 <= size <= 256 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {size!r}")
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, available=("auto", *FORMATS))
-        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS, available=ATTENTION_BACKENDS)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in ("prefix_caching", "cuda_graphs", "verify"):
             if not isinstance(getattr(self, name), bool) and not (name == "verify" and self.verify is None):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _check_max_memory(self.max_memory)
+        if self.max_memory is not None:
+            _check_max_memory(self.max_memory)
+            object.__setattr__(self, "max_memory", _Fixed(self.max_memory))
         if self.offload_folder is not None:
             _check_folder(self.offload_folder)
             if self.budget_bytes("disk") is None:
@@ -90,7 +109,7 @@ class PagedConfig:
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes from an int or from text such as `"8GiB"`, `"500MB"`."""
+    """Bytes from an int or from text such as `"8GiB"`, `"500MB"`; a `b` as in `"8Gb"` is bits, as in accelerate."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = (
@@ -98,19 +117,16 @@ def parse_bytes(value: int | str) -> int:
     )
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"max_memory: {value!r} is no size; write bytes as an int or text such as '8GiB' or '500MB'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    return size // 8 if match[2][1:] == "b" else size
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...], available: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if value not in available:
-        raise ValueError(f"{name}={value!r} is not available in this version; use {' or '.join(map(repr, available))}")
 
 
 def _check_max_memory(max_memory: object) -> None:
-    if max_memory is None:
-        return
     if not isinstance(max_memory, Mapping):
         raise ValueError(f"max_memory must be a dict such as {{0: '8GiB', 'cpu': '16GiB'}}, got {max_memory!r}")
     for device, size in max_memory.items():

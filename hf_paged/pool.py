@@ -28,6 +28,7 @@ from hf_paged.core.whole import whole
 from hf_paged.errors import ForeignKVError, PagedMemoryError, RefusedMemoryError, UnseenLayersError
 from hf_paged.free_memory import free_bytes, total_bytes
 from hf_paged.kept_states import KeptStates
+from hf_paged.limits import DeviceLimits, misplaced_limit
 from hf_paged.overflow import Overflow, UnseenLayers
 from hf_paged.stats import Counters
 from hf_paged.store import POISON, LayerStore
@@ -38,11 +39,11 @@ Taken = TypeVar("Taken")
 
 # Of the memory that is free or the pool's own; the rest stays for activations and everyone else.
 FREE_MEMORY_SHARE = 0.8
-# Enough for any prompt of today, and block ids stay small; untouched blocks cost no memory.
-MAX_SLOTS = 2**21
-# Where they do, because all of a pool is allocated at once, it stays smaller.
-MAX_SLOTS_ALLOCATED = 2**18
-MAX_SLOTS_POISONED = 2**14
+# What is noted of each id takes 3 MB a group then. Blocks that were never handed out cost no other memory.
+MAX_BLOCKS = 2**18
+# Where they do, because all of a pool is allocated at once, and nobody has said how much that may be.
+MAX_TOKENS_UNASKED = 2**18
+MAX_TOKENS_POISONED = 2**14
 
 
 class KVPool:
@@ -54,8 +55,9 @@ class KVPool:
             windows form a group, with blocks of its own.
         layer_bytes: estimate of the bytes of K and V of one token in each layer; the true figures replace it when the
             first tokens are written.
-        device: where the first layer's KV lies; its budget counts.
+        device: where the first layer's KV lies.
         max_slots: no more slots than these, whatever the budget.
+        layer_devices: where each layer's KV lies, if that is known before the first tokens are written.
     """
 
     def __init__(
@@ -65,22 +67,28 @@ class KVPool:
         layer_bytes: Sequence[int],
         device: torch.device,
         max_slots: int | None = None,
+        layer_devices: Sequence[torch.device] | None = None,
     ):
         self.block_size = block_size = settings.block_size
         self.kv_format = settings.kv_format
-        self.device_key = budget_key(device)
-        given_bytes = settings.budget_bytes(self.device_key)
-        on_demand = comes_on_demand(device)
         self.device = device
         self.stores: list[LayerStore | None] = [None] * len(windows)
         groups = group_costs(layer_bytes, windows)
         kinds = [group.window for group in groups]
         self.layer_groups = [kinds.index(window) for window in windows]
         block_bytes = [group.block_bytes(block_size) for group in groups]
-        most_blocks = (most_slots(on_demand) if max_slots is None else max_slots) // block_size + 1
-        limit_bytes = self._free_limit(0) if given_bytes is None else given_bytes
-        # Where memory comes on demand, what is free may yet grow, up to all there is.
-        self.most_bytes = min(total_bytes(device), given_bytes or sys.maxsize) if on_demand else limit_bytes
+        self.limits, devices = DeviceLimits(settings, device), {device}
+        if layer_devices is not None and len(layer_devices) == len(windows):
+            self.limits.place(zip(self.layer_groups, layer_bytes, layer_devices, strict=True))
+            devices.update(layer_devices)
+        allowed_bytes, on_demand = self.limits.allowed_bytes, all(map(comes_on_demand, devices))
+        self._takes_all_unasked = not on_demand and allowed_bytes is None
+        most_slots = most_tokens(block_size, self._takes_all_unasked) if max_slots is None else max_slots
+        self._most_blocks = most_blocks = most_slots // block_size + 1
+        limit_bytes = self._find_limit(0)
+        self.most_bytes = limit_bytes
+        if on_demand:  # what is free may yet grow, up to all there is
+            self.most_bytes = min(sum(map(total_bytes, devices)), allowed_bytes or sys.maxsize)
         self._is_bounded = max_slots is not None
         self.manager = BlockManager(
             # Each group may need all of the budget. A given number of slots is the only bound.
@@ -92,7 +100,7 @@ class KVPool:
             kinds,
             block_bytes,
             most_blocks * sum(block_bytes) if self._is_bounded else limit_bytes,
-            _weak(self._free_limit) if given_bytes is None and on_demand and not self._is_bounded else None,
+            _weak(self._find_limit) if on_demand and not (self.limits.is_set or self._is_bounded) else None,
         )
         self.kept_states = KeptStates(self.manager)
         self._refusal: RefusedMemoryError | None = None
@@ -105,6 +113,17 @@ class KVPool:
         self.tiers: Tiers | None = None
         self.overflow: Overflow | None = None
         self._abandoned: deque[tuple[Sequence[BlockTable], Sequence[Pin]]] = deque()
+
+    @classmethod
+    def of_cache(cls, settings: PagedConfig, windows: Sequence[int | None], key: torch.Tensor) -> KVPool:
+        """The pool of a cache on its own, whose first K `[batch, kv_heads, tokens, dim]` says what layers keep.
+
+        Raises `ValueError` for a limit of another device: there are no tiers.
+        """
+        misplaced = misplaced_limit(settings, [key.device], has_tiers=False)
+        if misplaced is not None:
+            raise ValueError(misplaced)
+        return cls(settings, windows, [2 * key.shape[1] * key.shape[3] * key.element_size()] * len(windows), key.device)
 
     @property
     def token_bytes(self) -> int:
@@ -129,9 +148,13 @@ class KVPool:
         kept = staging + self.manager.budget.guest_bytes
         return kept + sum(pools[each.group].touched * self.block_size * each.bytes_per_token for each in written)
 
-    def _free_limit(self, touched_bytes: int) -> int:
-        """The budget where none was set: most of what is free now, beside what the pool has taken itself."""
-        return int((free_bytes(self.device) + touched_bytes) * FREE_MEMORY_SHARE)
+    def _find_limit(self, touched_bytes: int) -> int:
+        """The budget: where none was set, most of what is free now, beside what the pool has taken itself."""
+        allowed_bytes = self.limits.allowed_bytes
+        if self.limits.is_set:
+            return allowed_bytes
+        most_of_free = int((free_bytes(self.device) + touched_bytes) * FREE_MEMORY_SHARE)
+        return most_of_free if allowed_bytes is None else min(most_of_free, allowed_bytes)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerStore:
         """The store of a layer; made when first asked for, to fit `key` and `value` `[batch, kv_heads, tokens, dim]`.
@@ -181,33 +204,52 @@ class KVPool:
         return True
 
     def _keep_to_budget(self) -> None:
-        """Once every layer's K and V were seen, blocks cost what they are."""
+        """Once every layer's K and V were seen, blocks cost what they are, where they are."""
         if self._is_bounded or any(layer is None for layer in self.stores):
             return
+        self.limits.place((layer.group, layer.bytes_per_token, layer.keys.device) for layer in self.stores)
         for group, pool in enumerate(self.manager.pools):
             layers = [layer for layer in self.stores if layer.group == group]
             pool.block_bytes = sum(layer.bytes_per_token for layer in layers) * self.block_size
             pool.limit_ids(self.most_bytes // pool.block_bytes)
+        allowed_bytes = self.limits.allowed_bytes
+        if allowed_bytes is not None:
+            self.manager.budget.resize(allowed_bytes)
 
     def memory_error(self, error: OutOfBlocks, num_tokens: int) -> PagedMemoryError:
         """The error that tells a user what to raise."""
         fit = error.available * self.block_size
+        need = f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens"
         if error.refused:
             return RefusedMemoryError(
-                f"{self._refusal}: {num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, "
-                f"{fit} tokens fit"
+                f"{self._refusal}: {need}, {fit} tokens fit. {self._more_on_host()}shorten the input or lower the "
+                "batch size."
             )
         kind = UnseenLayersError if isinstance(error, UnseenLayers) else PagedMemoryError
         return kind(
-            f"{num_tokens} more tokens need {error.wanted} blocks of {self.block_size} tokens, but only {fit} tokens "
-            f"({error.available} blocks) fit beside the {self.manager.in_use} blocks in use: the budget is "
-            f"{self.manager.budget.limit_bytes} bytes. Raise {self._raisable()}, shorten the input or "
-            "lower the batch size."
+            f"{need}, but only {fit} tokens ({error.available} blocks) fit beside the {self.manager.in_use} blocks in "
+            f"use: {self._bound(error)}shorten the input or lower the batch size."
         )
 
-    def _raisable(self) -> str:
-        below = "" if self.overflow is None else " or max_memory['cpu']"
-        return f"max_memory[{self.device_key!r}]{below}"
+    def _more_on_host(self) -> str:
+        """What lets blocks go on in host memory, where they can."""
+        if self.limits.key == "cpu" or None not in self.manager.windows:
+            return "Free memory there, "
+        return f"Free memory there, {'set' if self.overflow is None else 'raise'} max_memory['cpu'], "
+
+    def _bound(self, error: OutOfBlocks) -> str:
+        """What there is too little of, and which setting is for that."""
+        limit_bytes, num_blocks = self.manager.budget.limit_bytes, self._most_blocks - 1
+        has_all_ids = any(pool.num_blocks == self._most_blocks for pool in self.manager.pools)
+        if error.wanted_bytes > self.manager.budget.free_bytes or not has_all_ids:
+            below = "" if self.overflow is None else " or max_memory['cpu']"
+            return f"the budget is {limit_bytes} bytes. Raise max_memory[{self.limits.tightest!r}]{below}, "
+        if self._takes_all_unasked:
+            return (
+                f"all memory of a pool is taken at once here, {num_blocks} blocks at most unless it is said how much. "
+                f"Set max_memory[{self.limits.key!r}], "
+            )
+        return f"a pool has {num_blocks} blocks at most, whatever the budget. Raise block_size (up to 256), "
 
     def gauges(self) -> dict[str, float]:
         """Fields of `PagedStats` that are true now, of the tiers below."""
@@ -282,7 +324,7 @@ class KVPool:
 
         `takes_evicted`: whether cached blocks go there.
         """
-        host_bytes = None if self.device_key == "cpu" else settings.budget_bytes("cpu")
+        host_bytes = None if self.limits.key == "cpu" else settings.budget_bytes("cpu")
         disk_bytes, folder = settings.budget_bytes("disk"), settings.offload_folder
         if (host_bytes or disk_bytes) and (self.tiers is None or self.tiers.is_closed):
             if self.tiers is None:
@@ -372,13 +414,10 @@ def _weak(method: Callable[..., Taken]) -> Callable[..., Taken]:
     return lambda *arguments: found()(*arguments)
 
 
-def budget_key(device: torch.device) -> str | int:
-    """What `max_memory` calls a device."""
-    return "cpu" if device.type == "cpu" else (device.index or 0)
+def most_tokens(block_size: int, takes_all_unasked: bool = False) -> int:
+    """Tokens that a pool keeps at most, whatever the budget.
 
-
-def most_slots(on_demand: bool = True) -> int:
-    """Tokens that a pool keeps at most, whatever the budget; fewer where their memory does not come on demand."""
-    if POISON:
-        return MAX_SLOTS_POISONED
-    return MAX_SLOTS if on_demand else MAX_SLOTS_ALLOCATED
+    Fewer where it `takes_all_unasked`: all of its memory at once, with no limit set by the user.
+    """
+    most = min(MAX_BLOCKS * block_size, MAX_TOKENS_UNASKED if takes_all_unasked else sys.maxsize)
+    return min(most, MAX_TOKENS_POISONED) if POISON else most

@@ -95,6 +95,7 @@ class Capability:
             token depends on the highest position in the pass.
         later: what is found out when it is needed, for all that this is known of.
         layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
+        layer_devices: where these K and V lie, likewise.
         sees_shapes: whether code of others must see what stock computes, row by row: hooks, attention.
     """
 
@@ -106,6 +107,7 @@ class Capability:
     unfit: str | None = None
     later: Later = field(default_factory=Later)
     layer_bytes: tuple[int, ...] | None = None
+    layer_devices: tuple[torch.device, ...] | None = None
     sees_shapes: bool = False
 
 
@@ -146,7 +148,9 @@ def probe(model: PreTrainedModel, call: Callable[..., Any], settings: PagedConfi
         if is_refusal(error):
             raise
         found = Capability(in_one_line(error))
-    return found if stock is None else replace(found, unfit=stock.unfit, layer_bytes=stock.layer_bytes)
+    if stock is None:
+        return found
+    return replace(found, unfit=stock.unfit, layer_bytes=stock.layer_bytes, layer_devices=stock.layer_devices)
 
 
 def _compare(
@@ -208,11 +212,13 @@ class _Stock:
     Attributes:
         logits: `[2, vocabulary]` of the last two tokens of each row.
         layer_bytes: of one token's K and V in each layer that keeps any.
+        layer_devices: where these lie.
         unfit: why the model's K and V are not those of the tokens, or `None`: cpmant puts a prompt of its own before.
     """
 
     logits: list[torch.Tensor]
     layer_bytes: tuple[int, ...]
+    layer_devices: tuple[torch.device, ...]
     unfit: str | None
 
 
@@ -243,7 +249,8 @@ def _stock(model: PreTrainedModel, call: Callable[..., Any], rows: list[torch.Te
         unfit = f"the model keeps K and V of {max(kept)} tokens where it was given {given}"
     else:
         unfit = compat.idle_layer(layout.places, layer_bytes)
-    return _Stock(last_two, layer_bytes, unfit)
+    devices = tuple(layer.keys.device for layer in cache.layers if getattr(layer, "keys", None) is not None)
+    return _Stock(last_two, layer_bytes, devices, unfit)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from hf_paged.forward import (
     shows_padding,
 )
 from hf_paged.identity import Sampling
+from hf_paged.limits import compute_devices, misplaced_limit
 from hf_paged.linear import by_onednn, describe, take_layers
 from hf_paged.noted import check_not_lost, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
@@ -67,8 +68,10 @@ class PagedRuntime:
         for key in ("cpu", "disk"):
             if config.budget_bytes(key) and model.device.type not in (*TIERED_DEVICES, "meta"):
                 raise ValueError(f"max_memory[{key!r}]: only models on the CPU or a CUDA device, not on {model.device}")
-        if config.attention_backend == "triton":
-            backend_for("triton", compat.compute_device(model))  # says why, where it does not run
+        misplaced = misplaced_limit(config, compute_devices(model))
+        if misplaced is not None:
+            raise ValueError(misplaced)
+        backend_for(config.attention_backend, compat.compute_device(model))  # says why, where it does not run
         if config.kv_format is not None:
             footprint_of(model, config.kv_format)  # says so where the format is not there for the model's dims
         self.config = config
@@ -279,12 +282,18 @@ class PagedRuntime:
         self._pool = self._pool_key = None
 
     def _make_pool(self, model: PreTrainedModel, config: PagedConfig | None = None) -> KVPool:
-        config = config or self.config
-        windows = self.layout().windows
-        layer_bytes = None if config.kv_format else self._capabilities.seen_bytes(model)
-        if layer_bytes is None or len(layer_bytes) != len(windows):
+        config, windows = config or self.config, self.layout().windows
+        misplaced = misplaced_limit(
+            config, compute_devices(model), has_tiers=config.max_memory == self.config.max_memory
+        )
+        if misplaced is not None:  # the model has moved since it was patched, or it is the limit of a cache
+            self.counters.fall_back(misplaced)
+            self._warn("takes what memory is free", misplaced)
+        seen = self._capabilities.seen(model)
+        layer_bytes, layer_devices = (None, None) if seen is None else (seen.layer_bytes, seen.layer_devices)
+        if config.kv_format or layer_bytes is None or len(layer_bytes) != len(windows):
             layer_bytes = footprint_of(model, config.kv_format).layer_bytes
-        return KVPool(config, windows, layer_bytes, compat.compute_device(model))
+        return KVPool(config, windows, layer_bytes, compat.compute_device(model), layer_devices=layer_devices)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -327,7 +336,9 @@ class PagedRuntime:
         if both is not cache:
             both.note_inputs(kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
-            config = replace(self.config, kv_cache_dtype=cache.settings.kv_cache_dtype)
+            given = cache.settings
+            limit = {} if given.max_memory is None else {"max_memory": given.max_memory, "offload_folder": None}
+            config = replace(self.config, kv_cache_dtype=given.kv_cache_dtype, **limit)
             cache.sequences.pool = self._make_pool(model, config)
         cache.ensure_rows(inputs.shape[0])
         if cache.root is not None and not cache.generating:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_paged import compat, torch_compat
-from hf_paged.backends import backend_for
+from hf_paged.backends import backend_for, backend_obstacle
 from hf_paged.watched import is_unwatched
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ def attend_unmasked(
     if causal and query.shape[2] != key.shape[2]:  # torch aligns these otherwise than one would think
         return None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    backend = backend_for(runtime.config.attention_backend, query.device)
-    return backend.attend_dense(query, key, value, scale, causal)
+    name = runtime.config.attention_backend
+    if backend_obstacle(name, query.device) is not None:  # a part of the model that is elsewhere
+        return None
+    return backend_for(name, query.device).attend_dense(query, key, value, scale, causal)
 
 
 def _is_asked_more(kwargs: dict[str, Any]) -> bool:

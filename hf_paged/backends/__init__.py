@@ -17,6 +17,7 @@ __all__ = [
     "PreparedDecode",
     "attend_rows",
     "backend_for",
+    "backend_obstacle",
     "plain_torch_reason",
 ]
 
@@ -26,22 +27,29 @@ _BACKENDS: dict[str, AttentionBackend] = {backend.name: backend for backend in (
 def backend_for(name: str, device: torch.device) -> AttentionBackend:
     """The backend of that name; `"auto"` is the fastest one for `device`.
 
-    Raises `ValueError` for `"triton"` where it does not run, saying why.
+    Raises `ValueError` where it does not run there, saying why.
     """
+    obstacle = backend_obstacle(name, device)
+    if obstacle is not None:
+        raise ValueError(f"attention_backend={name!r} is not available: {obstacle}")
     if name == "auto":
         if device.type == "cpu":
             return _BACKENDS["cpu"]
         name = "triton" if triton_obstacle(device) is None else "reference"
-    if name != "triton":
-        return _BACKENDS[name]
-    obstacle = triton_obstacle(device)
-    if obstacle is not None:
-        raise ValueError(f"attention_backend='triton' is not available: {obstacle}")
     if name not in _BACKENDS:
         from hf_paged.backends.triton import TritonBackend  # imports triton, which other platforms do not have
 
         _BACKENDS[name] = TritonBackend()
     return _BACKENDS[name]
+
+
+def backend_obstacle(name: str, device: torch.device) -> str | None:
+    """Why the backend of that name does not run on a device, and what to do; `None` where it does."""
+    if name == "triton":
+        return triton_obstacle(device)
+    if name == "cpu" and device.type != "cpu":
+        return f"it is for models on the CPU, this one is on {device}; 'auto' takes the fastest one there"
+    return None
 
 
 def plain_torch_reason(name: str, device: torch.device) -> str | None:

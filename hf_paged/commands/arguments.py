@@ -6,8 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from hf_paged.config import PagedConfig, parse_bytes
-from hf_paged_kernels import FORMATS
+from hf_paged.config import KV_CACHE_DTYPES, PagedConfig, parse_bytes
 
 Budget = dict[int | str, int]  # bytes by GPU index, "cpu" or "disk"
 
@@ -51,7 +50,7 @@ def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
     """`--kv-cache-dtype`."""
     parser.add_argument(
         "--kv-cache-dtype",
-        choices=("auto", *FORMATS),
+        choices=KV_CACHE_DTYPES,
         default="auto",
         help="how KV is stored, as in patch_model (default: %(default)s)",
     )

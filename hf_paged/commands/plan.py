@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from hf_paged.commands.arguments import Budget, add_block_size, add_kv_cache_dtype, count_of, memory_budget, merged
 from hf_paged.commands.columns import aligned
 from hf_paged.commands.subject import DTYPES, Subject, add_dtype, find_subject
-from hf_paged.config import PagedConfig
 from hf_paged.core.capacity import Capacity, GroupCost, stock_bytes
 from hf_paged.host import lendable_blocks
-from hf_paged.pool import most_slots
+from hf_paged.pool import most_tokens
 from hf_paged.stats import format_bytes
 from hf_paged_kernels import FORMATS
 
@@ -87,7 +86,7 @@ def _name(group: GroupCost) -> str:
 
 
 def _capacity(subject: Subject, args: argparse.Namespace) -> Capacity:
-    return Capacity(subject.groups, args.block_size, most_slots())
+    return Capacity(subject.groups, args.block_size, most_tokens(args.block_size))
 
 
 # What fits
@@ -152,7 +151,7 @@ def _split(budget: Budget) -> tuple[list[int | str], list[str]]:
 
 
 def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterator[str]:
-    on_device, below = _split(budget)
+    on_device, _ = _split(budget)
     yield "Nothing is taken to be shared: what sequences begin with in common is stored once, so that more of them fit."
     yield "Stock: its dynamic cache between two steps, every row padded to the longest; copies while it grows left out."
     if subject.has_states:
@@ -167,25 +166,16 @@ def _notes(subject: Subject, budget: Budget, args: argparse.Namespace) -> Iterat
     if getattr(subject.config, "use_cache", True) is False:
         yield "The config switches caches off: pass use_cache=True to generate."
     if len(on_device) > 1:
-        yield "Each GPU is reckoned as if it held all layers; the budget of the first layer's device counts."
+        yield "Each GPU is reckoned as if it held all layers; of those that lie on several, each budget is for its own."
     for device in on_device:
         capacity = _capacity(subject, args)
         if capacity.longest(budget[device]) == capacity.most_tokens:
-            yield f"{device}: this version keeps {capacity.most_tokens:,} tokens at most, whatever the budget."
+            yield (
+                f"{device}: a pool keeps {capacity.most_tokens:,} tokens at most, whatever the budget; more in larger "
+                "blocks."
+            )
     if _overflows(subject, budget):
         yield (
             f"{on_device[0]}+cpu: sequences that fill the device go on with blocks of full layers in cpu, in place of "
             "prefixes. Each step waits until these were read."
         )
-    for tier in below:
-        if refusal := _refusal(tier):
-            yield refusal
-
-
-def _refusal(tier: str) -> str | None:
-    """Why this version keeps no blocks on a lower tier, or `None`."""
-    try:
-        PagedConfig(max_memory={"cpu": 1, tier: 1})
-    except ValueError as error:
-        return f"{tier}: the figure is what would fit, but patch_model says: {error}."
-    return None

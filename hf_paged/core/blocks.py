@@ -216,8 +216,9 @@ class BlockPool:
         if idle == self.num_blocks - 1 - self._in_use - self.cached:
             return ()
         count = min(count, idle)
-        others = int.from_bytes(self._touched.translate(_FLIP), "big")
-        taken = (int.from_bytes(self._used, "big") | others).to_bytes(self.num_blocks, "big")
+        seen = self.high_water if self.extents is None else self.num_blocks
+        others = int.from_bytes(self._touched[:seen].translate(_FLIP), "big")
+        taken = (int.from_bytes(self._used[:seen], "big") | others).to_bytes(seen, "big")
         start = -1 if after is None else taken.find(bytes(count), after + 1, after + 1 + count)
         if start < 0:
             start = taken.find(bytes(count))
@@ -344,9 +345,9 @@ class BlockPool:
                 self._withhold(run)
             self._settled_idle = self.idle
             return runs
-        runs, size, at = [], self.page_blocks, 0
-        unused = self._used.translate(_FLIP)
-        idle = (int.from_bytes(self._touched, "big") & int.from_bytes(unused, "big")).to_bytes(self.num_blocks, "big")
+        runs, size, at, seen = [], self.page_blocks, 0, self.high_water
+        unused = self._used[:seen].translate(_FLIP)
+        idle = (int.from_bytes(self._touched[:seen], "big") & int.from_bytes(unused, "big")).to_bytes(seen, "big")
         while (at := idle.find(1, at)) >= 0:
             start = at // size * size
             used = self._used.find(1, max(start, NULL_BLOCK + 1))

@@ -142,6 +142,14 @@ class Budget:
         self._ceiling_bytes = min(self.limit_bytes, grown + GROWTH_STEP_BYTES)
         self.make_room(0)
 
+    def resize(self, limit_bytes: int) -> None:
+        """The limit is another one from now on, or found anew; what is in use stays in any case."""
+        if self._find_limit is not None:
+            self.expire()
+        elif limit_bytes != self.limit_bytes:
+            self.limit_bytes = self._ceiling_bytes = max(self.limit_bytes - self.free_bytes, limit_bytes)
+            self.make_room(0)
+
     def expire(self) -> None:
         """Time passes: whatever is to be taken from now on, memory may be short by then."""
         if self._find_limit is not None:

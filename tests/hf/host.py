@@ -10,7 +10,7 @@ from disk import Always
 from pair import Pair
 from test_sharing import BLOCK_BYTES
 
-from hf_paged import layout, pool
+from hf_paged import layout, limits, pool
 
 
 class LateSide:
@@ -105,7 +105,7 @@ def as_gpu(monkeypatch, make_side=LateSide, has_kernels=False):
     """
     if not has_kernels:
         monkeypatch.setattr(layout, "triton_obstacle", lambda device: "it is interpreted")
-    monkeypatch.setattr(pool, "budget_key", lambda device: 0)
+    monkeypatch.setattr(limits, "budget_key", lambda device: 0)
     monkeypatch.setattr(pool, "side_stream", lambda device: make_side())
 
 

@@ -59,10 +59,6 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def _same_memory(one, other):
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
 def launch(function):
     """The function as a kernel: one entry of the tape, whatever it does inside."""
 

@@ -6,7 +6,7 @@ import torch
 from compare import BLOCK_SIZE, copy_of
 from families import VOCAB, stock_model
 from mishaps import assert_usable
-from patched_copies import GREEDY, LLAMA, patched, returned_cache
+from patched_copies import GREEDY, LLAMA, is_patched, patched, returned_cache
 
 from hf_paged import PagedCache, PagedConfig, paged, patch_model
 
@@ -99,6 +99,21 @@ def test_bad_setting_is_a_value_error_that_names_the_field(field, value):
 @pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
 def test_every_allowed_block_size_is_allowed(size):
     assert PagedConfig(block_size=size).block_size == size
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_attention_for_another_device_than_the_models(name):
+    class Elsewhere(type(stock_model("llama"))):
+        device = torch.device("xpu:0")
+
+    model = copy_of(LLAMA)
+    model.__class__ = Elsewhere
+    if name == "cpu":
+        with pytest.raises(ValueError, match=r"attention_backend='cpu' is not available: .* on xpu:0; 'auto' takes"):
+            patch_model(model, attention_backend=name)
+        assert type(model) is Elsewhere
+    else:
+        assert is_patched(patch_model(model, attention_backend=name))
 
 
 def test_unknown_setting():

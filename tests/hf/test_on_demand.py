@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from host import as_gpu
 from on_demand import HostDriver
 from pair import Pair
 from prompts import batch, tokens
@@ -154,6 +155,17 @@ def test_memory_that_is_refused_is_a_clear_error_and_nothing_is_lost(driver):
     driver.limit_bytes = None
     pair.ask(rows)
     assert pair.paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize(("architecture", "named"), [("llama", True), ("mistral_sliding", False)])
+def test_what_the_device_refuses_may_go_to_the_host_of_full_layers(architecture, named, driver, monkeypatch):
+    as_gpu(monkeypatch)
+    pair = Pair(architecture, prefix_caching=False)
+    pair.ask([tokens(10, seed=1)])
+    driver.limit_bytes = held(driver) + PAGE
+    with pytest.raises(RefusedMemoryError, match=r"tokens fit\. Free memory there, .*lower the batch size") as raised:
+        pair.model.generate(**batch([tokens(150, seed=seed) for seed in range(4)]), max_new_tokens=4)
+    assert ("set max_memory['cpu'], shorten" in str(raised.value)) == named
 
 
 def test_memory_that_is_refused_while_decoding(driver):

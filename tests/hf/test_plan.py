@@ -159,7 +159,6 @@ def test_budgets_are_written_as_in_accelerate(capsys, folder, budget):
     assert row(output, "0")[::2] == ["1.0 MiB", str(2**20 // sequence - 1)]
     assert row(output, "cpu (kept prefixes)") == ["2.0 MiB", "-", str(2**21 // sequence), "-"]
     assert row(output, "disk (kept prefixes)") == ["4.0 MiB", "-", str(2**22 // sequence), "-"]
-    assert "patch_model says" not in output
 
 
 def test_several_gpus_are_reckoned_alone(capsys, folder):
@@ -167,16 +166,6 @@ def test_several_gpus_are_reckoned_alone(capsys, folder):
     assert row(output, "0") == row(output, "1")
     assert "as if it held all layers" in output
     assert "as if it held all layers" not in plan(capsys, folder(), "--max-memory", "0=1MiB")
-
-
-def test_a_disk_is_as_good_as_patch_model_takes_it(capsys, folder):
-    output, said = plan(capsys, folder(), "--max-memory", "cpu=1MiB,disk=1MiB"), None
-    try:
-        patch_model(copy_of(FAMILIES["llama"]), max_memory={"cpu": "1MiB", "disk": "1MiB"})
-    except ValueError as error:
-        said = str(error)
-    assert ("patch_model says" in output) == (said is not None)
-    assert said is None or said in output
 
 
 def test_dtypes(capsys, folder):
@@ -199,6 +188,12 @@ def test_limits_of_the_model_are_told(capsys, folder):
 def test_the_most_that_a_pool_keeps_is_told(capsys, folder):
     assert "tokens at most, whatever the budget" in plan(capsys, folder(), "--max-memory", "cpu=900GiB")
     assert "tokens at most, whatever the budget" not in plan(capsys, folder(), "--max-memory", "cpu=1MiB")
+
+
+def test_the_most_that_a_pool_keeps_grows_with_its_blocks(capsys, folder, no_poison):
+    for block_size, tokens in ((16, 2**22), (128, 2**25)):
+        output = plan(capsys, folder(), "--max-memory", "cpu=90000GiB", "--block-size", str(block_size))
+        assert f"a pool keeps {tokens:,} tokens at most" in output
 
 
 def test_estimates_say_that_they_are(capsys, tmp_path):

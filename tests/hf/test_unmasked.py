@@ -118,6 +118,14 @@ REFUSED = {
         nullcontext(),
         lambda: ask(PLAIN, *given, runtime=SimpleNamespace(config=SimpleNamespace(attention_backend="reference"))),
     ),
+    "attention for another device": lambda given: (
+        nullcontext(),
+        lambda: ask(
+            PLAIN,
+            *[each.to("meta") for each in given],
+            runtime=SimpleNamespace(config=SimpleNamespace(attention_backend="cpu")),
+        ),
+    ),
     "a parameter": lambda given: (
         nullcontext(),
         lambda: ask(PLAIN, torch.nn.Parameter(given[0], requires_grad=False), *given[1:]),
