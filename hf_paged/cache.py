@@ -25,7 +25,7 @@ from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
-from hf_paged.sequences import Sequences
+from hf_paged.sequences import Sequences, chosen_rows
 from hf_paged.state import is_whole, make_layers, select_states, state_of
 from hf_paged.step import Step
 
@@ -386,25 +386,20 @@ class PagedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` holds: a permutation of tables, no data moves."""
-        self._select(beam_idx.tolist())
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
         self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, given as numbers (negative ones count from the end) or as a mask."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self._select(indices.tolist())
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices`: numbers (negative ones count from the end) or a mask, in a tensor or a list."""
+        self._select(indices)
 
-    def _select(self, rows: Sequence[int]) -> None:
+    def _select(self, indices: Any) -> None:
         if not self.tables:
             return
-        count = len(self.tables)
-        if not all(-count <= row < count for row in rows):
-            raise ValueError(f"indices {list(rows)} reach beyond the {count} rows that {CACHE_NAME} holds")
-        rows = [row % count for row in rows]
+        rows = chosen_rows(indices, len(self.tables))
         if rows == list(range(len(self.tables))):
             return
         self.sequences.select(rows)
