@@ -59,7 +59,7 @@ class PagedRuntime:
         config: the `PagedConfig` in force.
         attention_configs: of the model and its parts; each names an implementation of attention.
         calls: that run on the model, begun before this was made or after that.
-        is_leaving: whether the model is unpatched at the end of these.
+        is_leaving: whether the model is unpatched at the end of these, or was patched anew.
     """
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig, calls: RunningCalls | None = None):
@@ -145,28 +145,33 @@ class PagedRuntime:
         Those in the pool: what lies only on the tiers below is not among them. They belong to the model as it is now.
         The folder is made where it does not exist; what an earlier `save` left there is replaced at once, when all is
         written. The manifest holds the salt.
+
+        Raises `ValueError` where no prefixes are kept, or where this is not the model's runtime any more.
         """
-        model, root = self._model(), self._kept_under("save", cache_salt)
-        return save_prefixes(model, self._current_pool(model), root, Path(folder))
+        with self.calls.one_more():  # the model is not unpatched meanwhile
+            model, root = self._model(), self._kept_under("save", cache_salt)
+            return save_prefixes(model, self._current_pool(model), root, Path(folder))
 
     def load(self, folder: str | os.PathLike[str]) -> int:
         """Read what `save` has written, under the salt it was saved with; returns the number of tokens.
 
-        Raises `ValueError` and loads nothing where files are missing or damaged, or belong to other weights, another
-        dtype or config: it names the file or says what differs.
+        Raises `ValueError` as `save` does, and loads nothing where files are missing or damaged, or belong to other
+        weights, another dtype or config: it names the file or says what differs.
         """
-        model = self._model()
-        before = self._kept_under("load", None)
-        pool = self._current_pool(model)
-        manifest = read_manifest(model, pool, Path(folder))
-        root = self._kept_under("load", manifest["cache_salt"])
-        if root.digest != before.digest:
-            raise ValueError("load: the model has changed meanwhile; nothing was loaded")
-        device = compat.compute_device(model)
-        return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
+        with self.calls.one_more():
+            model, before = self._model(), self._kept_under("load", None)
+            pool = self._current_pool(model)
+            manifest = read_manifest(model, pool, Path(folder))
+            root = self._kept_under("load", manifest["cache_salt"])
+            if root.digest != before.digest:
+                raise ValueError("load: the model has changed meanwhile; nothing was loaded")
+            device = compat.compute_device(model)
+            return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where there are none."""
+        if self.is_leaving:
+            raise ValueError(f"{what}: the model is not patched any more, or was patched anew: ask its model.paged")
         obstacle = self._prompt_obstacle()
         if obstacle is not None:
             raise ValueError(f"{what}: prefixes of this model are not written to files: {obstacle}")
