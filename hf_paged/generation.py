@@ -20,7 +20,7 @@ from hf_paged.compat import CACHE_NAME
 from hf_paged.draws import way_back
 from hf_paged.encdec import paged_part
 from hf_paged.encoded_later import EncodedLater, copied, encoded_later
-from hf_paged.errors import ForeignKVError
+from hf_paged.errors import ForeignKVError, PoolInUseError
 from hf_paged.identity import Sampling
 from hf_paged.media import Alone
 from hf_paged.probe import CACHE_UNUSED
@@ -202,7 +202,13 @@ class PagedGenerationMixin:
             self._hf_paged.hand_over(obstacle)
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-        model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
+        try:
+            model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
+        except PoolInUseError as error:
+            self._hf_paged.hand_over(str(error))
+            if self.config.is_encoder_decoder:
+                return result
+            return super()._prepare_cache_for_generation(*arguments, **kwargs)
         paged_part(cache).alone = _ALONE.get()
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             paged_part(cache).activate_past_recording()  # guesses will be taken back

@@ -22,6 +22,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.core.forks import new_rlock, tell_forks
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
+from hf_paged.errors import PoolInUseError
 from hf_paged.footprint import footprint_of
 from hf_paged.forward import (
     DECODER_ONLY,
@@ -80,6 +81,7 @@ class PagedRuntime:
         tell_forks(self, self._lock)
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
+        self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()  # of calls that run, and such as were returned
         self._layout = compat.LayoutMemo()
         self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities = Capabilities(config)
@@ -203,11 +205,14 @@ class PagedRuntime:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
         Its rows begin with what calls of the same `salt` have left. `begun`: what `begin_look` gave.
+        Raises `PoolInUseError` where others need the pool that is there, and this call another one.
         """
         model = self._model()
-        pool = self._current_pool(model)
-        cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
-        cache.room_tokens, cache.held_by_user = room_tokens, False
+        with self._lock:
+            pool = self._current_pool(model)
+            cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
+            cache.room_tokens, cache.held_by_user = room_tokens, False
+            self._caches.add(cache)
         if not model.config.is_encoder_decoder:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
@@ -250,12 +255,13 @@ class PagedRuntime:
         return "layers that keep a state" if self.layout().has_states else None
 
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
-        """The pool; a new one where the model has changed its dtype or device."""
+        """The pool; a new one where the model has changed its dtype or device. Raises `PoolInUseError`."""
         with self._lock:
             device = compat.compute_device(model)
             key = (model.dtype, device, compat.autocast_dtype(device), compat.own_forward(model), self.layout().windows)
             self.mend()
             if self._pool is not None and self._pool_key != key:
+                self._check_unused()
                 self._pool.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
             if self._pool is None:
@@ -264,6 +270,12 @@ class PagedRuntime:
             # Of no use are K and V without a state behind them, and states go before their blocks, and not to tiers.
             self._pool.open_tiers(self.config, self.counters, takes_evicted=not self.layout().has_states)
             return self._pool
+
+    def _check_unused(self) -> None:
+        """`PoolInUseError` where calls of other threads need the pool: autocast is on or off in each thread alone."""
+        is_used = any(not cache.held_by_user for cache in self._caches)
+        if is_used and self.calls.in_other_threads():
+            raise PoolInUseError("calls of other threads keep K and V of another dtype (autocast), or elsewhere")
 
     def mend(self) -> None:
         """Have done with a pool of which nobody knows any more who holds what; other calls on it run to their ends."""
