@@ -39,12 +39,16 @@ class PagedCache(Cache):
     Rows share blocks where they were forked (beams, samples, copies of the cache), padding that an attention mask
     covers is not stored, and each row's tokens lie in adjacent blocks where possible.
 
+    Gradients do not go through it: where K and V need some, a call of the model raises `ValueError`. Call it under
+    `torch.no_grad()`, as `generate` does, or train with `use_cache=False` or a `DynamicCache`.
+
     Args:
         config: the model's config.
         block_size: tokens per block, a power of two from 8 to 256.
-        max_memory: budget as in `PagedConfig`.
+        max_memory: budget as in `PagedConfig`; on a patched model `None` is that model's.
 
     Raises:
+        TypeError: where `config` is no config of transformers.
         ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep something else than K and V
             or a convolutional or recurrent state.
     """

@@ -7,10 +7,10 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
@@ -25,18 +25,16 @@ from hf_paged.equal_rows import share_equal_rows
 from hf_paged.errors import PoolInUseError
 from hf_paged.footprint import footprint_of
 from hf_paged.forward import (
-    DECODER_ONLY,
-    ENCODER_DECODER,
     PADDING_SHOWN,
     ModelCall,
     fast_path_obstacle,
-    padding_columns,
     run_decode,
     shows_padding,
+    take_apart,
 )
 from hf_paged.identity import Sampling
 from hf_paged.linear import by_onednn, describe, take_layers
-from hf_paged.noted import check_not_lost, note_padded, note_unkept
+from hf_paged.noted import fast_or_padded, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -46,7 +44,6 @@ from hf_paged.replay import DecodeGraphs
 from hf_paged.resume import StockShaped
 from hf_paged.running import RunningCalls
 from hf_paged.stats import Counters, PagedStats, format_table
-from hf_paged.step import UnsupportedAttentionError
 from hf_paged.stepwise import Stepwise
 from hf_paged.streams import TIERED_DEVICES
 from hf_paged.verify import Verification
@@ -324,56 +321,49 @@ class PagedRuntime:
         """What `config.verify` asks for, once: `ValueError` where the model does not answer as it should."""
         self._verification.run(self._model())
 
-    def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, call: Callable[..., Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
 
         Raises `PagedMemoryError` where the new tokens do not fit and `ValueError` for a cache of another model or
         batch size.
         """
-        model = self._model()
-        if args and "input_ids" not in kwargs:
-            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        both = kwargs[CACHE_NAME]
-        names = ENCODER_DECODER if isinstance(both, PagedEncoderDecoderCache) else DECODER_ONLY
-        inputs = kwargs.get(names.ids)
-        if inputs is None:
-            inputs = kwargs.get(names.embeds)
-        if args or inputs is None or inputs.dim() not in (2, 3) or not len(inputs):
-            return call(*args, **kwargs)
-        self._check_owner(cache, model)
-        if both is not cache:
-            both.note_inputs(kwargs.get("encoder_outputs"))
-        if cache.sequences.pool is None:
-            config = replace(self.config, kv_cache_dtype=cache.settings.kv_cache_dtype)
-            cache.sequences.pool = self._make_pool(model, config)
-        cache.ensure_rows(inputs.shape[0])
-        if cache.root is not None and not cache.generating:
-            cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
-        last_only = cache.prefilling and not cache.assisted
-        mask = kwargs.get(names.mask)
-        hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
-        new_columns = None if hides_nothing else padding_columns(mask, inputs)
-        is_own = not self.attention_configs
-        request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing, own_attention=is_own)
-        if shows_padding(request, cache):
-            self.counters.fall_back(PADDING_SHOWN)
-            self._warn("does not answer as stock", PADDING_SHOWN)
+        request = take_apart(call, cache, kwargs, own_attention=not self.attention_configs)
+        if request is None:
+            return call(**kwargs)
+        self._begin_pass(request, cache)
         lengths = [table.num_tokens for table in cache.tables]
         try:
             with self._prefixes.passing(), self._graphs.passing(), one_pass(), by_onednn():
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
+            both = kwargs[CACHE_NAME]
             if both is not cache and cache.dense_len == 0:
                 both.release()
             raise
         if cache.prefilling:
-            if cache.fell_back and cache.dense_len == request.tokens > self.config.block_size:
+            if cache.fell_back and cache.dense_len == request.tokens > cache.pool.block_size:
                 self._share_equal_rows(cache)
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.end_prompt()
         cache.trim()
         return outputs
+
+    def _begin_pass(self, request: ModelCall, cache: PagedCache) -> None:
+        """Have an owner, a pool and rows for the cache. Raises `ValueError` for that of another model or batch size."""
+        model, both = self._model(), request.kwargs[CACHE_NAME]
+        self._check_owner(cache, model)
+        if both is not cache:
+            both.note_inputs(request.kwargs.get("encoder_outputs"))
+        if cache.sequences.pool is None:
+            budget = cache.settings.max_memory or self.config.max_memory
+            cache.sequences.pool = self._make_pool(model, replace(cache.settings, max_memory=budget))
+        cache.ensure_rows(request.rows)
+        if cache.root is not None and not cache.generating:
+            cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
+        if shows_padding(request, cache):
+            self.counters.fall_back(PADDING_SHOWN)
+            self._warn("does not answer as stock", PADDING_SHOWN)
 
     @staticmethod
     def _check_owner(cache: PagedCache, model: PreTrainedModel) -> None:
@@ -408,20 +398,15 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
-        if obstacle is None:
-            try:
-                if request.tokens == 1:
-                    return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
-                return run_packed(
-                    request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches
-                )
-            except UnsupportedAttentionError as error:
-                obstacle = str(error)
-                cache.roll_back(lengths)
-            check_not_lost(cache, lengths, obstacle)
-        note_padded(self.counters, cache, obstacle)
-        return self._stock_shaped.run(self._model(), request, cache, capability)
+
+        def fast() -> tuple[Any, int, int]:
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            if request.tokens == 1:
+                return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
+            return run_packed(request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches)
+
+        padded = partial(self._stock_shaped.run, self._model(), request, cache, capability)
+        return fast_or_padded(fast, padded, self.counters, cache, lengths, obstacle)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""
