@@ -25,7 +25,7 @@ from hf_paged.layer import PagedLayer
 from hf_paged.pool import KVPool
 from hf_paged.portable import as_stock, reduced
 from hf_paged.prefixes import PrefixRoot
-from hf_paged.sequences import Sequences
+from hf_paged.sequences import Sequences, chosen_rows
 from hf_paged.state import is_whole, make_layers, select_states, state_of
 from hf_paged.step import Step
 
@@ -39,12 +39,17 @@ class PagedCache(Cache):
     Rows share blocks where they were forked (beams, samples, copies of the cache), padding that an attention mask
     covers is not stored, and each row's tokens lie in adjacent blocks where possible.
 
+    Gradients do not go through it: where K and V need some, a call of the model raises `ValueError`. Call it under
+    `torch.no_grad()`, as `generate` does, or train with `use_cache=False` or a `DynamicCache`.
+
     Args:
         config: the model's config.
         block_size: tokens per block, a power of two from 8 to 256.
-        max_memory: budget as in `PagedConfig`, for the devices that K and V are on.
+        max_memory: budget as in `PagedConfig`, for the devices that K and V are on; on a patched model `None` is that
+            model's.
 
     Raises:
+        TypeError: where `config` is no config of transformers.
         ValueError: for a bad `block_size` or `max_memory`, or a config whose layers keep something else than K and V
             or a convolutional or recurrent state.
     """
@@ -385,25 +390,20 @@ class PagedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` continues what row `beam_idx[i]` holds: a permutation of tables, no data moves."""
-        self._select(beam_idx.tolist())
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
         self._select([row for row in range(len(self.tables)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, given as numbers (negative ones count from the end) or as a mask."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self._select(indices.tolist())
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices`: numbers (negative ones count from the end) or a mask, in a tensor or a list."""
+        self._select(indices)
 
-    def _select(self, rows: Sequence[int]) -> None:
+    def _select(self, indices: Any) -> None:
         if not self.tables:
             return
-        count = len(self.tables)
-        if not all(-count <= row < count for row in rows):
-            raise ValueError(f"indices {list(rows)} reach beyond the {count} rows that {CACHE_NAME} holds")
-        rows = [row % count for row in rows]
+        rows = chosen_rows(indices, len(self.tables))
         if rows == list(range(len(self.tables))):
             return
         self.sequences.select(rows)

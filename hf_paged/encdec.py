@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from hf_paged.cache import PagedCache
 from hf_paged.lazy import SharedRows
 from hf_paged.portable import as_stock, dense_copy, reduced
+from hf_paged.sequences import chosen_rows
 
 
 class PagedEncoderDecoderCache(EncoderDecoderCache):
@@ -115,19 +116,19 @@ class CrossCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` goes on with the encoder input of row `beam_idx[i]`."""
-        self._select(beam_idx.tolist())
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times in a row."""
         self._select([row for row in range(len(self.rows.owners)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, given as numbers or as a mask."""
-        self._select(torch.arange(len(self.rows.owners), device="cpu")[indices.cpu()].tolist())
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices`: numbers or a mask, in a tensor or a list."""
+        self._select(indices)
 
-    def _select(self, rows: Sequence[int]) -> None:
+    def _select(self, indices: Any) -> None:
         before = self.rows.owners
-        if before and before != (owners := [before[row] for row in rows]):
+        if before and before != (owners := [before[row] for row in chosen_rows(indices, len(before))]):
             self.rows.owners = owners
             self._forget_views()
 

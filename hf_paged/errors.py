@@ -18,6 +18,10 @@ class ForeignKVError(ValueError):
     """K and V of other tokens than a row's new ones, or of another shape than the layer has blocks for."""
 
 
+class PoolInUseError(ValueError):
+    """Calls of other threads run on a pool whose K and V are of another dtype than one's own, or elsewhere."""
+
+
 class UnseenLayersError(PagedMemoryError):
     """The host would have room, once it is known what each layer keeps: nothing has gone through the model yet."""
 

@@ -5,12 +5,14 @@ The caller's view stays that of stock transformers: `[batch, tokens]` in, logits
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_paged import compat
 from hf_paged.attention import paged_mask
@@ -115,6 +117,37 @@ class ModelCall:
     def positions(self) -> torch.Tensor | None:
         """Position ids of the decoder."""
         return self.kwargs.get(self.names.positions)
+
+
+def by_name(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, with those by position among the others, as the model's forward names them.
+
+    As they are where it has no names for some (`*args`), or where it is the model's own to refuse them.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD][: len(args)]
+    if len(names) < len(args) or not kwargs.keys().isdisjoint(names):
+        return args, kwargs
+    return (), {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def take_apart(
+    call: Callable[..., Any], cache: PagedCache, kwargs: dict[str, Any], own_attention: bool
+) -> ModelCall | None:
+    """A call of a patched model, as `ModelCall` has its parts; `None` where it gives no tokens to the decoder."""
+    names = DECODER_ONLY if kwargs[CACHE_NAME] is cache else ENCODER_DECODER
+    inputs = kwargs.get(names.ids)
+    if inputs is None:
+        inputs = kwargs.get(names.embeds)
+    if inputs is None or inputs.dim() not in (2, 3) or not len(inputs):
+        return None
+    mask = kwargs.get(names.mask)
+    hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
+    new_columns = None if hides_nothing else padding_columns(mask, inputs)
+    last_only = cache.prefilling and not cache.assisted
+    return ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing, own_attention)
 
 
 def padding_columns(mask: Any, inputs: torch.Tensor) -> torch.Tensor | None:

@@ -20,7 +20,8 @@ from hf_paged.compat import CACHE_NAME
 from hf_paged.draws import way_back
 from hf_paged.encdec import paged_part
 from hf_paged.encoded_later import EncodedLater, copied, encoded_later
-from hf_paged.errors import ForeignKVError
+from hf_paged.errors import ForeignKVError, PoolInUseError
+from hf_paged.forward import by_name
 from hf_paged.identity import Sampling
 from hf_paged.media import Alone
 from hf_paged.probe import CACHE_UNUSED
@@ -89,12 +90,14 @@ class PagedGenerationMixin:
         runtime = self.__dict__.get(RUNTIME_ATTRIBUTE)
         if runtime is None or not isinstance(self, PagedGenerationMixin):  # unpatched; who calls has kept this method
             return type(self).__call__(self, *args, **kwargs)
+        if args and any(paged_part(each) is not None for each in (*args, compat.given_cache(kwargs))):
+            args, kwargs = by_name(self, args, kwargs)
         cache = paged_part(compat.given_cache(kwargs))
-        if cache is not None:
+        if cache is not None and not args:
             named = kwargs if kwargs.keys().isdisjoint(compat.OLD_CACHE_NAMES) else compat.named_as_today(self, kwargs)
             if CACHE_NAME in named:  # else by a name that only the model knows, to which it is like any other cache
                 take_names(runtime.attention_configs, runtime)
-                return runtime.run(super().__call__, cache, args, named)
+                return runtime.run(super().__call__, cache, named)
         make_way(self, runtime)
         return super().__call__(*args, **kwargs)
 
@@ -202,7 +205,13 @@ class PagedGenerationMixin:
             self._hf_paged.hand_over(obstacle)
             return result
         room_tokens = min(generation_config.max_new_tokens or MAX_ROOM_TOKENS, MAX_ROOM_TOKENS)
-        model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
+        try:
+            model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
+        except PoolInUseError as error:
+            self._hf_paged.hand_over(str(error))
+            if self.config.is_encoder_decoder:
+                return result
+            return super()._prepare_cache_for_generation(*arguments, **kwargs)
         paged_part(cache).alone = _ALONE.get()
         if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
             paged_part(cache).activate_past_recording()  # guesses will be taken back

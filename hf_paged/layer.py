@@ -242,7 +242,7 @@ class PagedLayer(CacheLayerMixin):
         """As `PagedCache.batch_repeat_interleave` (with the other layers)."""
         self._together("batch_repeat_interleave", repeats)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """As `PagedCache.batch_select_indices` (with the other layers)."""
         self._together("batch_select_indices", indices)
 

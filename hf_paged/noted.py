@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from transformers import PreTrainedModel
 
 from hf_paged.cache import PagedCache
@@ -11,6 +14,8 @@ from hf_paged.forward import ModelCall
 from hf_paged.probe import Capability
 from hf_paged.stats import Counters
 from hf_paged.step import UnsupportedAttentionError
+
+T = TypeVar("T")
 
 
 def note_unkept(
@@ -37,7 +42,35 @@ def note_padded(counters: Counters, cache: PagedCache, obstacle: str) -> None:
         counters.fall_back(obstacle)
 
 
-def check_not_lost(cache: PagedCache, lengths: list[int], obstacle: str) -> None:
-    """`RuntimeError` where a pass that could not be fast cannot be repeated either."""
-    if lengths and not cache.tables:
-        raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass") from None
+def fast_or_padded(
+    fast: Callable[[], T],
+    padded: Callable[[], T],
+    counters: Counters,
+    cache: PagedCache,
+    lengths: list[int],
+    obstacle: str | None,
+) -> T:
+    """What `fast` returns; that of `padded` where there is an obstacle or `fast` meets one, which is counted.
+
+    Args:
+        fast: a pass that reads blocks.
+        padded: the same pass in stock's shapes.
+        counters: told of the obstacle.
+        cache: of the pass.
+        lengths: tokens that its rows hold before the pass.
+        obstacle: why the pass must not be fast.
+
+    Raises:
+        RuntimeError: where the pass cannot be repeated.
+        UnsupportedAttentionError: where the prompt is to be cut in stock's way.
+    """
+    if obstacle is None:
+        try:
+            return fast()
+        except UnsupportedAttentionError as error:
+            obstacle = str(error)
+            cache.roll_back(lengths)
+        if lengths and not cache.tables:
+            raise RuntimeError(f"{CACHE_NAME} was lost: {obstacle}, in the middle of a pass")
+    note_padded(counters, cache, obstacle)
+    return padded()

@@ -61,6 +61,7 @@ def _reconfigure(target: PreTrainedModel, settings: PagedConfig) -> bool:
         runtime = PagedRuntime(target, settings, before.calls)
         before.calls.when_idle(None)
         target.__dict__[RUNTIME_ATTRIBUTE] = runtime
+        before.is_leaving = True
     before.release()
     take_names(runtime.attention_configs, runtime, of_others=True)
     return True
@@ -117,7 +118,12 @@ _scopes: weakref.WeakKeyDictionary[PreTrainedModel, list[_Scope]] = weakref.Weak
 def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iterator[T]:
     """`patch_model` for the length of a `with` block; a model that was patched before gets its old settings back.
 
+    Not where it was unpatched inside of the block: that is final, whether it was patched before or not.
     Blocks of several threads may overlap: the settings are those of the last one that was entered and is not left yet.
+
+    Raises:
+        TypeError: as `patch_model`, when the block is entered.
+        ValueError: as `patch_model`.
     """
     target = find_generating_model(model)
     with _patching:
@@ -125,6 +131,9 @@ def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iter
         patch_model(model, config, **overrides)
         scope = _Scope(target.paged.config)
         scopes = _scopes.setdefault(target, [before])
+        if before.settings is None:
+            for outer in scopes:
+                outer.settings = None  # the model was unpatched inside of them
         scopes.append(scope)
     try:
         yield model
@@ -136,7 +145,7 @@ def paged(model: T, config: PagedConfig | None = None, **overrides: Any) -> Iter
                 del _scopes[target]
             if was_last and scopes[-1].settings is None:
                 unpatch_model(model)
-            elif was_last:
+            elif was_last and is_patched(target):
                 patch_model(model, scopes[-1].settings)
 
 

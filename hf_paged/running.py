@@ -45,6 +45,10 @@ class RunningCalls:
             then, self._then = self._then, None
             then()
 
+    def in_other_threads(self) -> bool:
+        """Whether there are calls in other threads than this one."""
+        return any(ident != threading.get_ident() for ident in list(self._threads.values()))
+
     def forget_other_threads(self) -> bool:
         """Whether there were calls in other threads, which are not there any more."""
         mine = {call: ident for call, ident in self._threads.items() if ident == threading.get_ident()}

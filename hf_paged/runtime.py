@@ -7,10 +7,10 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
@@ -22,21 +22,20 @@ from hf_paged.config import PagedConfig
 from hf_paged.core.forks import new_rlock, tell_forks
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
+from hf_paged.errors import PoolInUseError
 from hf_paged.footprint import footprint_of
 from hf_paged.forward import (
-    DECODER_ONLY,
-    ENCODER_DECODER,
     PADDING_SHOWN,
     ModelCall,
     fast_path_obstacle,
-    padding_columns,
     run_decode,
     shows_padding,
+    take_apart,
 )
 from hf_paged.identity import Sampling
 from hf_paged.limits import compute_devices, misplaced_limit
 from hf_paged.linear import by_onednn, describe, take_layers
-from hf_paged.noted import check_not_lost, note_padded, note_unkept
+from hf_paged.noted import fast_or_padded, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
 from hf_paged.pool import KVPool
@@ -46,7 +45,6 @@ from hf_paged.replay import DecodeGraphs
 from hf_paged.resume import StockShaped
 from hf_paged.running import RunningCalls
 from hf_paged.stats import Counters, PagedStats, format_table
-from hf_paged.step import UnsupportedAttentionError
 from hf_paged.stepwise import Stepwise
 from hf_paged.streams import TIERED_DEVICES
 from hf_paged.verify import Verification
@@ -60,7 +58,7 @@ class PagedRuntime:
         config: the `PagedConfig` in force.
         attention_configs: of the model and its parts; each names an implementation of attention.
         calls: that run on the model, begun before this was made or after that.
-        is_leaving: whether the model is unpatched at the end of these.
+        is_leaving: whether the model is unpatched at the end of these, or was patched anew.
     """
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig, calls: RunningCalls | None = None):
@@ -83,6 +81,7 @@ class PagedRuntime:
         tell_forks(self, self._lock)
         self._pool: KVPool | None = None
         self._pool_key: tuple[Any, ...] | None = None
+        self._caches: weakref.WeakSet[PagedCache] = weakref.WeakSet()  # of calls that run, and such as were returned
         self._layout = compat.LayoutMemo()
         self._looked_at: tuple[compat.CacheLayout, str | None] | None = None  # and which layer of it is not used
         self._capabilities = Capabilities(config)
@@ -148,28 +147,33 @@ class PagedRuntime:
         Those in the pool: what lies only on the tiers below is not among them. They belong to the model as it is now.
         The folder is made where it does not exist; what an earlier `save` left there is replaced at once, when all is
         written. The manifest holds the salt.
+
+        Raises `ValueError` where no prefixes are kept, or where this is not the model's runtime any more.
         """
-        model, root = self._model(), self._kept_under("save", cache_salt)
-        return save_prefixes(model, self._current_pool(model), root, Path(folder))
+        with self.calls.one_more():  # the model is not unpatched meanwhile
+            model, root = self._model(), self._kept_under("save", cache_salt)
+            return save_prefixes(model, self._current_pool(model), root, Path(folder))
 
     def load(self, folder: str | os.PathLike[str]) -> int:
         """Read what `save` has written, under the salt it was saved with; returns the number of tokens.
 
-        Raises `ValueError` and loads nothing where files are missing or damaged, or belong to other weights, another
-        dtype or config: it names the file or says what differs.
+        Raises `ValueError` as `save` does, and loads nothing where files are missing or damaged, or belong to other
+        weights, another dtype or config: it names the file or says what differs.
         """
-        model = self._model()
-        before = self._kept_under("load", None)
-        pool = self._current_pool(model)
-        manifest = read_manifest(model, pool, Path(folder))
-        root = self._kept_under("load", manifest["cache_salt"])
-        if root.digest != before.digest:
-            raise ValueError("load: the model has changed meanwhile; nothing was loaded")
-        device = compat.compute_device(model)
-        return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
+        with self.calls.one_more():
+            model, before = self._model(), self._kept_under("load", None)
+            pool = self._current_pool(model)
+            manifest = read_manifest(model, pool, Path(folder))
+            root = self._kept_under("load", manifest["cache_salt"])
+            if root.digest != before.digest:
+                raise ValueError("load: the model has changed meanwhile; nothing was loaded")
+            device = compat.compute_device(model)
+            return load_prefixes(pool, root.key, Path(folder), manifest["files"], device)
 
     def _kept_under(self, what: str, salt: str | None) -> PrefixRoot:
         """Root of the prefixes to save or load; `ValueError` where there are none."""
+        if self.is_leaving:
+            raise ValueError(f"{what}: the model is not patched any more, or was patched anew: ask its model.paged")
         obstacle = self._prompt_obstacle()
         if obstacle is not None:
             raise ValueError(f"{what}: prefixes of this model are not written to files: {obstacle}")
@@ -201,11 +205,14 @@ class PagedRuntime:
         """An empty cache on the model's pool for sequences that grow by about `room_tokens`.
 
         Its rows begin with what calls of the same `salt` have left. `begun`: what `begin_look` gave.
+        Raises `PoolInUseError` where others need the pool that is there, and this call another one.
         """
         model = self._model()
-        pool = self._current_pool(model)
-        cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
-        cache.room_tokens, cache.held_by_user = room_tokens, False
+        with self._lock:
+            pool = self._current_pool(model)
+            cache = PagedCache(model.config, pool=pool, settings=self.config, layout=self.layout())
+            cache.room_tokens, cache.held_by_user = room_tokens, False
+            self._caches.add(cache)
         if not model.config.is_encoder_decoder:
             cache.root = self._prefixes.root(salt, pool, begun)
         elif self.config.prefix_caching:
@@ -248,12 +255,13 @@ class PagedRuntime:
         return "layers that keep a state" if self.layout().has_states else None
 
     def _current_pool(self, model: PreTrainedModel) -> KVPool:
-        """The pool; a new one where the model has changed its dtype or device."""
+        """The pool; a new one where the model has changed its dtype or device. Raises `PoolInUseError`."""
         with self._lock:
             device = compat.compute_device(model)
             key = (model.dtype, device, compat.autocast_dtype(device), compat.own_forward(model), self.layout().windows)
             self.mend()
             if self._pool is not None and self._pool_key != key:
+                self._check_unused()
                 self._pool.forget_prefixes()  # caches that are still held keep the rest of it alive
                 self._drop_pool()
             if self._pool is None:
@@ -262,6 +270,12 @@ class PagedRuntime:
             # Of no use are K and V without a state behind them, and states go before their blocks, and not to tiers.
             self._pool.open_tiers(self.config, self.counters, takes_evicted=not self.layout().has_states)
             return self._pool
+
+    def _check_unused(self) -> None:
+        """`PoolInUseError` where calls of other threads need the pool: autocast is on or off in each thread alone."""
+        is_used = any(not cache.held_by_user for cache in self._caches)
+        if is_used and self.calls.in_other_threads():
+            raise PoolInUseError("calls of other threads keep K and V of another dtype (autocast), or elsewhere")
 
     def mend(self) -> None:
         """Have done with a pool of which nobody knows any more who holds what; other calls on it run to their ends."""
@@ -316,58 +330,49 @@ class PagedRuntime:
         """What `config.verify` asks for, once: `ValueError` where the model does not answer as it should."""
         self._verification.run(self._model())
 
-    def run(self, call: Callable[..., Any], cache: PagedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, call: Callable[..., Any], cache: PagedCache, kwargs: dict[str, Any]) -> Any:
         """Call the model with a paged cache: fast where that is exact, padded otherwise.
 
         Raises `PagedMemoryError` where the new tokens do not fit and `ValueError` for a cache of another model or
         batch size.
         """
-        model = self._model()
-        if args and "input_ids" not in kwargs:
-            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
-        both = kwargs[CACHE_NAME]
-        names = ENCODER_DECODER if isinstance(both, PagedEncoderDecoderCache) else DECODER_ONLY
-        inputs = kwargs.get(names.ids)
-        if inputs is None:
-            inputs = kwargs.get(names.embeds)
-        if args or inputs is None or inputs.dim() not in (2, 3) or not len(inputs):
-            return call(*args, **kwargs)
-        self._check_owner(cache, model)
-        if both is not cache:
-            both.note_inputs(kwargs.get("encoder_outputs"))
-        if cache.sequences.pool is None:
-            given = cache.settings
-            limit = {} if given.max_memory is None else {"max_memory": given.max_memory, "offload_folder": None}
-            config = replace(self.config, kv_cache_dtype=given.kv_cache_dtype, **limit)
-            cache.sequences.pool = self._make_pool(model, config)
-        cache.ensure_rows(inputs.shape[0])
-        if cache.root is not None and not cache.generating:
-            cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
-        last_only = cache.prefilling and not cache.assisted
-        mask = kwargs.get(names.mask)
-        hides_nothing = isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all())
-        new_columns = None if hides_nothing else padding_columns(mask, inputs)
-        is_own = not self.attention_configs
-        request = ModelCall(call, kwargs, inputs, new_columns, last_only, names, hides_nothing, own_attention=is_own)
-        if shows_padding(request, cache):
-            self.counters.fall_back(PADDING_SHOWN)
-            self._warn("does not answer as stock", PADDING_SHOWN)
+        request = take_apart(call, cache, kwargs, own_attention=not self.attention_configs)
+        if request is None:
+            return call(**kwargs)
+        self._begin_pass(request, cache)
         lengths = [table.num_tokens for table in cache.tables]
         try:
             with self._prefixes.passing(), self._graphs.passing(), one_pass(), by_onednn():
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
+            both = kwargs[CACHE_NAME]
             if both is not cache and cache.dense_len == 0:
                 both.release()
             raise
         if cache.prefilling:
-            if cache.fell_back and cache.dense_len == request.tokens > self.config.block_size:
+            if cache.fell_back and cache.dense_len == request.tokens > cache.pool.block_size:
                 self._share_equal_rows(cache)
             self._count_prompt(request, cache, computed_tokens, reused_tokens)
             cache.end_prompt()
         cache.trim()
         return outputs
+
+    def _begin_pass(self, request: ModelCall, cache: PagedCache) -> None:
+        """Have an owner, a pool and rows for the cache. Raises `ValueError` for that of another model or batch size."""
+        model, both = self._model(), request.kwargs[CACHE_NAME]
+        self._check_owner(cache, model)
+        if both is not cache:
+            both.note_inputs(request.kwargs.get("encoder_outputs"))
+        if cache.sequences.pool is None:
+            budget = cache.settings.max_memory or self.config.max_memory
+            cache.sequences.pool = self._make_pool(model, replace(cache.settings, max_memory=budget))
+        cache.ensure_rows(request.rows)
+        if cache.root is not None and not cache.generating:
+            cache.untrack()  # nobody checks what a caller of their own does to the model between two passes
+        if shows_padding(request, cache):
+            self.counters.fall_back(PADDING_SHOWN)
+            self._warn("does not answer as stock", PADDING_SHOWN)
 
     @staticmethod
     def _check_owner(cache: PagedCache, model: PreTrainedModel) -> None:
@@ -402,20 +407,15 @@ class PagedRuntime:
             obstacle = capability.prompt_obstacle
             if obstacle is None and capability.whole_batches and would_cut(request, cache):
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
-        backend = backend_for(self.config.attention_backend, request.inputs.device)
-        if obstacle is None:
-            try:
-                if request.tokens == 1:
-                    return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
-                return run_packed(
-                    request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches
-                )
-            except UnsupportedAttentionError as error:
-                obstacle = str(error)
-                cache.roll_back(lengths)
-            check_not_lost(cache, lengths, obstacle)
-        note_padded(self.counters, cache, obstacle)
-        return self._stock_shaped.run(self._model(), request, cache, capability)
+
+        def fast() -> tuple[Any, int, int]:
+            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            if request.tokens == 1:
+                return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
+            return run_packed(request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches)
+
+        padded = partial(self._stock_shaped.run, self._model(), request, cache, capability)
+        return fast_or_padded(fast, padded, self.counters, cache, lengths, obstacle)
 
     def _run_unplanned(self, request: ModelCall, cache: PagedCache) -> Any:
         """A decode step of a model that is given all tokens in each: only it knows which of them are new (xlm)."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
+
+from hf_paged.compat import CACHE_NAME
 from hf_paged.core.manager import BlockManager
 from hf_paged.core.plan import Pin
 from hf_paged.core.table import BlockTable
@@ -86,3 +90,15 @@ def _select(manager: BlockManager, sequences: Sequences, rows: Sequence[int]) ->
             tables.append(kept[row])
     sequences.pool.free([table for row, table in enumerate(sequences.tables) if row not in kept])
     sequences.tables[:] = tables
+
+
+def chosen_rows(indices: Any, count: int) -> list[int]:
+    """Numbers of the rows that are chosen among `count`, as one chooses from a tensor: by numbers or by a mask.
+
+    Raises `ValueError` for numbers beyond them; negative ones count from the end.
+    """
+    indices = torch.as_tensor(indices, device="cpu")
+    rows = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+    if not all(-count <= row < count for row in rows):
+        raise ValueError(f"indices {rows} reach beyond the {count} rows that {CACHE_NAME} holds")
+    return [row % count for row in rows]

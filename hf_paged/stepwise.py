@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,11 +12,10 @@ from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
 from hf_paged.config import PagedConfig
 from hf_paged.forward import ModelCall, fast_path_obstacle, run_decode, run_padded
-from hf_paged.noted import check_not_lost, note_padded, note_unkept
+from hf_paged.noted import fast_or_padded, note_unkept
 from hf_paged.probe import circumstances
 from hf_paged.resume import StockShaped
 from hf_paged.stats import Counters
-from hf_paged.step import UnsupportedAttentionError
 from hf_paged.trial import MIN_TRIAL_TOKENS, try_decode
 
 
@@ -62,18 +62,15 @@ class Stepwise:
                 outputs, self._trials[key] = try_decode(model, request, cache, backend)
                 return outputs, request.real_tokens, 0
             obstacle = self._trials.get(key, "decode steps before the first trial")
-        if obstacle is None:
-            try:
-                outputs = run_decode(request, cache, backend)
-                cache.reads_blocks = True
-                return outputs, request.rows, 0
-            except UnsupportedAttentionError as error:
-                obstacle = str(error)
-                cache.roll_back(lengths)
-            check_not_lost(cache, lengths, obstacle)
-        note_padded(self._counters, cache, obstacle)
         cache.reads_blocks = False
-        return self._stock_shaped.run(model, request, cache, known)
+
+        def fast() -> tuple[Any, int, int]:
+            outputs = run_decode(request, cache, backend)
+            cache.reads_blocks = True
+            return outputs, request.rows, 0
+
+        padded = partial(self._stock_shaped.run, model, request, cache, known)
+        return fast_or_padded(fast, padded, self._counters, cache, lengths, obstacle)
 
     def obstacle(self, model: PreTrainedModel, cache: PagedCache) -> str | None:
         """Why decode steps on `cache` will not be fast, as far as that is known."""

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 
+import numpy as np
 import prompts
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_select(name, rows):
     assert_caches_equal(*caches)
     append(caches, len(rows), 3, seed=1)
     assert_caches_equal(*caches, "after growing")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [[0], (2, -1), [True, False, True], np.array([2, 0])], ids=str)
+def test_select_as_tensors_take_it(name, rows):
+    caches = both_caches(name, batch_size=3)
+    for cache in caches:
+        cache.batch_select_indices(rows)
+    assert_caches_equal(*caches)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -239,9 +249,10 @@ def test_a_dynamic_cache_can_be_made_from_it(name):
         lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
         lambda layer: layer.batch_repeat_interleave(2),
         lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.batch_select_indices([1]),
         lambda layer: layer.crop(-3),
     ],
-    ids=["reorder", "repeat", "select", "crop"],
+    ids=["reorder", "repeat", "select", "select by a list", "crop"],
 )
 def test_layer_methods_one_by_one(name, operation):
     """`for layer in cache.layers: layer.method(...)` is how `Cache` itself and other code apply an operation."""

@@ -3,17 +3,20 @@
 import copy
 
 import modes
+import more_models
 import prompts
 import pytest
 import torch
 from compare import BLOCK_SIZE, copy_of, every_family
 from families import stock_model
 from mode_parts import Run
+from pair import Pair
 from tolerances import assert_close
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from versions import choose_attention
 
-from hf_paged import PagedCache, patch_model
+from hf_paged import PagedCache, PagedMemoryError, patch_model
+from hf_paged.compat import CACHE_NAME
 
 
 def with_attention(family, attention: str):
@@ -113,3 +116,82 @@ def test_users_paged_cache_on_a_patched_model(family):
             sequences.append(output)
     assert torch.equal(sequences[0], sequences[2]), family.name
     assert torch.equal(sequences[1], sequences[3]), family.name
+
+
+# By position
+
+
+@torch.no_grad()
+def test_arguments_by_position():
+    """As stock takes them: `model(ids, mask, positions, cache)`."""
+    pair, inputs = Pair(), prompts.ragged()
+    ids = torch.cat([inputs["input_ids"], 5 + torch.arange(len(inputs["input_ids"]))[:, None]], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :1])], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for by_position in (2, 3, 4):
+        logits = []
+        for model, cache in (
+            (pair.stock, DynamicCache(config=pair.stock.config)),
+            (pair.model, PagedCache(pair.model.config, block_size=BLOCK_SIZE)),
+        ):
+            for columns in (slice(0, -1), slice(-1, None)):
+                given = [ids[:, columns], mask[:, : columns.stop], positions[:, columns], cache]
+                names = ["input_ids", "attention_mask", "position_ids", CACHE_NAME]
+                named = dict(zip(names[by_position:], given[by_position:], strict=True))
+                logits.append(model(*given[:by_position], **named).logits[mask[:, columns].bool()])
+        assert cache.owner() is pair.model, "a patched model takes note of it"
+        assert_close(logits[2], logits[0], f"{by_position} by position, prompt")
+        assert_close(logits[3], logits[1], f"{by_position} by position, step")
+
+
+@torch.no_grad()
+def test_a_first_argument_that_is_not_the_ids():
+    """Whisper's are spectrograms."""
+    pair = Pair.of(more_models.build("whisper"))
+    features = torch.randn(2, 16, 128)
+    both = EncoderDecoderCache(*(DynamicCache(config=pair.stock.config) for _ in range(2)))
+    ours = pair.paged.new_cache(room_tokens=8)
+    for piece in (torch.tensor([[1, 5, 6], [1, 7, 8]]), torch.tensor([[9], [4]])):
+        expected, actual = (
+            model(features, None, piece, **{CACHE_NAME: cache}).logits
+            for model, cache in ((pair.stock, both), (pair.model, ours))
+        )
+        assert_close(actual, expected, f"{piece.shape[1]} tokens")
+    assert ours.self_attention_cache.owner() is pair.model
+
+
+# Settings of its own
+
+
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+@torch.no_grad()
+def test_block_size_and_budget_are_those_of_the_cache(patched):
+    pair = Pair(max_memory={"cpu": "1GiB"})
+    model = pair.model if patched else pair.stock
+    cache = PagedCache(model.config, block_size=64, max_memory={"cpu": "128KiB"})
+    model(torch.tensor([prompts.tokens(20)]), **{CACHE_NAME: cache})
+    assert cache.pool.block_size == 64
+    with pytest.raises(PagedMemoryError, match="131072"):
+        model(torch.tensor([prompts.tokens(2000)]), **{CACHE_NAME: cache})
+
+
+@torch.no_grad()
+def test_a_cache_without_a_budget_has_that_of_the_patched_model():
+    pair = Pair(max_memory={"cpu": "128KiB"})
+    cache = PagedCache(pair.model.config)
+    with pytest.raises(PagedMemoryError, match="131072"):
+        pair.model(torch.tensor([prompts.tokens(2000)]), **{CACHE_NAME: cache})
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "unpatched"])
+def test_gradients_are_refused_with_the_remedy(patched):
+    pair = Pair()
+    model, ids = pair.model if patched else pair.stock, torch.tensor([prompts.tokens(9)])
+    cache = PagedCache(model.config, block_size=BLOCK_SIZE)
+    with pytest.raises(ValueError, match=r"torch\.no_grad\(\)"):
+        model(ids, **{CACHE_NAME: cache})
+    with torch.no_grad():
+        assert_close(model(ids, **{CACHE_NAME: cache}).logits, pair.stock(ids).logits, "after the refusal")

@@ -154,6 +154,7 @@ def test_operations_of_the_cache():
         lambda cache: cache.crop(-3),
         lambda cache: cache.batch_repeat_interleave(2),
         lambda cache: cache.batch_select_indices(torch.tensor([7, 0, 3])),
+        lambda cache: cache.batch_select_indices([2, 0]),
     ]
     config = pair.stock.config
     stock = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))

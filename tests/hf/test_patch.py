@@ -245,3 +245,24 @@ def test_with_block_inside_a_patch_gives_the_outer_patch_back():
     assert is_patched(model), "the outer patch was the user's own"
     assert model.paged.config.block_size == BLOCK_SIZE
     assert_generates_as_stock(model)
+
+
+def test_unpatching_inside_of_with_blocks_is_final():
+    model = patched()
+    before = snapshot(unpatch_model(model))
+    patch_model(model, block_size=BLOCK_SIZE)
+    with paged(model, block_size=32), paged(model, block_size=16):
+        unpatch_model(model)
+    assert not is_patched(model), "whoever unpatches a model wants it as it was"
+    with paged(patch_model(model)):
+        with paged(unpatch_model(model), block_size=16):
+            assert_generates_as_stock(model)
+        assert not is_patched(model)
+    assert differences(before, snapshot(model)) == []
+
+
+def test_patching_anew_inside_of_a_with_block_lasts_as_long_as_the_block():
+    model = patched()
+    with paged(model, block_size=32):
+        patch_model(unpatch_model(model), block_size=64)
+    assert model.paged.config.block_size == BLOCK_SIZE

@@ -13,8 +13,9 @@ from compare import BLOCK_SIZE, copy_of
 from families import FAMILIES, stock_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from snapshot import differences, snapshot
 
-from hf_paged import patch_model, persist
+from hf_paged import patch_model, persist, unpatch_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
@@ -318,3 +319,41 @@ def test_saving_while_nothing_was_generated(tmp_path):
     model = patched()
     assert model.paged.save(tmp_path) == 0
     assert model.paged.load(tmp_path) == 0
+
+
+# A runtime that is held
+
+
+AGAIN = {"unpatched": unpatch_model, "patched anew": lambda model: patch_model(model, block_size=32)}
+
+
+@pytest.mark.parametrize("act", ["save", "load"])
+@pytest.mark.parametrize("how", AGAIN)
+def test_a_runtime_of_before_refuses_and_leaves_no_trace(act, how, folder, tmp_path):
+    model = patched()
+    generate(model, prompts.single())
+    held = model.paged
+    AGAIN[how](model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{act}: .* patched"):
+        getattr(held, act)(folder if act == "load" else tmp_path / "new")
+    assert held._pool is None
+    assert differences(before, snapshot(model)) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_unpatched_in_the_midst_of_a_save_nothing_stays(tmp_path, monkeypatch):
+    model = patched()
+    generate(model, prompts.single())
+    held, root = model.paged, model.paged._prefixes.root
+
+    def root_and_unpatch(*args):
+        found = root(*args)
+        unpatch_model(model)
+        return found
+
+    monkeypatch.setattr(held._prefixes, "root", root_and_unpatch)
+    with pytest.raises(ValueError, match="nothing was saved"):
+        held.save(tmp_path)
+    assert held._pool is None
+    assert type(model) is type(stock_model("llama"))

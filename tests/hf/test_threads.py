@@ -140,6 +140,34 @@ def test_weights_that_change_while_a_call_runs_hide_its_prompt():
     pair.check()
 
 
+def test_what_computes_in_another_dtype_beside_a_call_is_left_to_stock(tmp_path):
+    """K and V of the two cannot be in one pool, and there is one at a time, for which `max_memory` is."""
+    pair = Pair("llama")
+    prompt, other, streamer = batch([tokens(30, seed=1)]), batch([tokens(30, seed=2)]), Waits()
+    expected = greedy(pair.stock, prompt)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(greedy, pair.model, prompt, streamer=streamer)
+        try:
+            assert streamer.reached.wait(PATIENCE_S)
+            before = pair.paged._pool
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = greedy(pair.model, other)
+                assert pair.paged._pool is before
+                assert torch.equal(actual, greedy(pair.stock, other))
+                with pytest.raises(ValueError, match="autocast"):
+                    pair.paged.save(tmp_path)
+            ((reason, count),) = pair.paged.stats().fallbacks.items()
+            assert ("autocast" in reason, count) == (True, 1)
+        finally:
+            streamer.go_on.set()
+        assert torch.equal(first.result(PATIENCE_S), expected)
+    pair.ask(prompt)
+    assert pair.reused == 29, "its prefix outlives what was asked meanwhile"
+    with torch.autocast("cpu", torch.bfloat16):
+        greedy(pair.model, other)
+    assert pair.check().fallbacks == {}, "nobody else runs, so that the pool changes hands"
+
+
 def test_a_call_goes_on_while_another_thread_patches_with_other_settings(monkeypatch):
     pair = Pair("llama")
     prompt, streamer = batch([tokens(30, seed=1)]), Waits()
