@@ -4,6 +4,7 @@ from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
 from .native import NativeKernel, Part, Parts, kernel_for, native, place_at
 from .native_library import NativeError
+from .native_linear import NativeLinear
 from .native_store import NativeStore, Writes, place_from
 from .partial import attend_all, attend_partial, merge_partial
 from .reference import paged_attention_reference
@@ -17,6 +18,7 @@ __all__ = [
     "ModuleEntries",
     "NativeError",
     "NativeKernel",
+    "NativeLinear",
     "NativeSample",
     "NativeStore",
     "Part",
