@@ -77,7 +77,7 @@ def clocked(clocks: Clocks) -> Iterator[None]:
         mock.patch.object(
             attention, "paged_attention_forward", clocks.around("attention", attention.paged_attention_forward)
         ),
-        mock.patch.object(linear, "rows_to_take", clocks.around("linear", linear.rows_to_take)),
+        mock.patch.object(linear, "way_to_take", clocks.around("linear", linear.way_to_take)),
         mock.patch.object(NativeKernel, "run_whole", clocks.around("kernel", NativeKernel.run_whole)),
     ):
         yield

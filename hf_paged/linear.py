@@ -1,9 +1,9 @@
-"""Linear layers by oneDNN, on CPUs where torch takes a slower library for them.
+"""Linear layers by the native kernel and by oneDNN, on CPUs where torch is slower.
 
-For float32 torch takes Intel's MKL, which is at its best on Intel's own CPUs. On a Zen 4 torch's oneDNN, which it takes
-for bfloat16, multiplies up to 64 rows, as decode steps have, by the same weights 1 to 3.9 times as fast, as they lie in
-memory; prompts through large layers 1.1 to 1.7 times. Sums differ in their last bits, as between two versions of one
-library.
+Few rows, as decode steps have, are bound by reading the weights. On a Zen 4 torch takes two to five times as long for
+that as memory needs: Intel's MKL for float32, oneDNN for bfloat16, plain loops for float16. The native kernel reads
+them once, in order. More rows of float32, as prompts have, are multiplied by torch's oneDNN faster than by MKL, which
+is at its best on Intel's own CPUs. Sums differ in their last bits, as between two versions of one library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -25,9 +25,14 @@ from hf_paged import torch_compat
 from hf_paged.core.forks import new_lock
 from hf_paged.torch_compat import multiply
 from hf_paged.watched import is_unwatched
+from hf_paged_kernels import NativeLinear, native_kernels
 from hf_paged_kernels.processor import beats_mkl
 
-# More rows than this are multiplied in pieces.
+# By the native kernel: up to how many numbers go in, and how many weights there are at least, by dtype; measured by
+# `benchmarks/linear.py`.
+MOST_NUMBERS = {torch.float32: 2**16, torch.bfloat16: 2**16, torch.float16: 2**24}
+LEAST_WEIGHTS = 2**14
+# By oneDNN: more rows than this are multiplied in pieces.
 PIECE_ROWS = 512
 # Up to how many rows layers of how many weights and features out, or more, take it, by `benchmarks/linear.py`. Below
 # 2**18 a call costs more than it saves: 576 x 192 takes longer, 576 x 576 does not. Of more rows less is to be won, and
@@ -39,12 +44,14 @@ _STEPS = 8
 # What torch has to find in a CPU, as measured by `benchmarks/linear.py`.
 _CAPABILITIES = ("AVX512",)
 _ABSENT = object()
+# Of input, weights `[features_out, features_in]` and bias.
+Product = Callable[..., torch.Tensor]
 # transformers' own, as long as nobody replaces it.
 _FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
 class _Scope(threading.local):
-    """Of a thread: whether layers may take oneDNN."""
+    """Of a thread: whether layers may be multiplied by others than torch chooses."""
 
     is_open = False
 
@@ -56,9 +63,9 @@ class _TakenLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
-            rows = rows_to_take(input, self._parameters, 1)
-            if rows is not None:
-                return product(input, rows, self._parameters["weight"], self._parameters["bias"])
+            multiply = way_to_take(input, self._parameters, 1)
+            if multiply is not None:
+                return multiply(input, self._parameters["weight"], self._parameters["bias"])
         return nn.Linear.forward(self, input)  # by name: accelerate calls this method of layers that were given back
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -72,9 +79,9 @@ class _TakenConv1D(Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`; weights are `[in_features, out_features]`."""
         if not torch.compiler.is_compiling() and _scope.is_open:
-            rows = rows_to_take(x, self._parameters, 0)
-            if rows is not None:
-                return product(x, rows, self._parameters["weight"].T, self._parameters["bias"])
+            multiply = way_to_take(x, self._parameters, 0)
+            if multiply is not None:
+                return multiply(x, self._parameters["weight"].T, self._parameters["bias"])
         return Conv1D.forward(self, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -96,8 +103,8 @@ _models_of: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary
 _lock = new_lock()
 
 
-def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -> int | None:
-    """How many rows `input` has, where oneDNN is faster and nobody sees that it is asked; else `None`.
+def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -> Product | None:
+    """Who multiplies faster than torch, where nobody sees that it is asked; else `None`.
 
     `axis`: of a layer's weights, that of features in. Asked of each layer in each step; it takes 2 us, more where
     caches are cold.
@@ -106,21 +113,40 @@ def rows_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) 
     is_plain = (
         _is_plain(weight)
         and weight.dim() == 2
-        and (bias is None or (_is_plain(bias) and bias.shape == (weight.shape[1 - axis],)))
+        and (
+            bias is None or (_is_plain(bias) and bias.dtype is weight.dtype and bias.shape == (weight.shape[1 - axis],))
+        )
         and type(input) is torch.Tensor
-        and input.dtype is torch.float32
+        and input.dtype is weight.dtype
         and input.is_cpu
         and input.layout is torch.strided
         and input.dim()
     )
     if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or not is_unwatched():
         return None
-    rows = input.numel() // features
-    return rows if is_won(rows, weight, weight.shape[1 - axis]) else None
+    numbers = input.numel()
+    if axis and is_natively_won(numbers, weight):
+        return native_linear().multiply
+    if input.dtype is torch.float32 and is_won(numbers // features, weight, weight.shape[1 - axis]):
+        return product
+    return None
+
+
+def is_natively_won(numbers: int, weight: torch.Tensor) -> bool:
+    """Whether the native kernel is faster with `numbers` numbers in, by weights `[features_out, features_in]`."""
+    kernel = native_linear()
+    return (
+        kernel is not None
+        and 0 < numbers <= MOST_NUMBERS[weight.dtype]
+        and weight.numel() >= LEAST_WEIGHTS
+        and kernel.takes(weight.dtype, weight.shape[1])
+    )
 
 
 def is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
-    """Whether oneDNN is faster, its copies included."""
+    """Whether oneDNN is faster than torch's choice for float32, its copies included."""
+    if not has_onednn():
+        return False
     for most_rows, weights, least_outputs in LEAST:
         if rows <= most_rows:
             return weight.numel() >= weights and outputs >= least_outputs
@@ -130,15 +156,16 @@ def is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
 def _is_plain(tensor: Any) -> bool:
     return (
         type(tensor) is nn.Parameter
-        and tensor.dtype is torch.float32
+        and tensor.dtype in MOST_NUMBERS
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
     )
 
 
-def product(input: torch.Tensor, rows: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`functional.linear` by oneDNN."""
+    rows = input.numel() // weight.shape[1]
     if rows <= PIECE_ROWS and rows == _filled_up(rows):
         return multiply(input, weight, bias)
     flat = input.reshape(rows, -1)
@@ -168,7 +195,7 @@ def _filled_up(rows: int) -> int:
 
 
 def take_layers(model: nn.Module) -> None:
-    """Let the linear layers of a model take oneDNN in `by_onednn`, where that is of use on this machine."""
+    """Let the linear layers of a model be multiplied faster in `multiplied_faster`, where this machine can."""
     if not is_faster():
         return
     for each in model.modules():
@@ -180,7 +207,8 @@ def take_layers(model: nn.Module) -> None:
 
 def _is_to_be_taken(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
-    return "forward" not in vars(layer) and _is_plain(weight) and weight.numel() >= LEAST[0][1]
+    least = LEAST[0][1] if native_linear() is None else LEAST_WEIGHTS
+    return "forward" not in vars(layer) and _is_plain(weight) and weight.numel() >= least
 
 
 def give_layers_back(model: nn.Module) -> None:
@@ -194,8 +222,8 @@ def give_layers_back(model: nn.Module) -> None:
 
 
 @contextmanager
-def by_onednn() -> Iterator[None]:
-    """Within `one_pass`: layers take oneDNN where it is faster, and nobody has replaced what they call."""
+def multiplied_faster() -> Iterator[None]:
+    """Within `one_pass`: layers are multiplied by who is fastest, where nobody has replaced what they call."""
     before = _scope.is_open
     _scope.is_open = is_faster() and not _is_replaced()
     try:
@@ -210,15 +238,30 @@ def _is_replaced() -> bool:
 
 
 def describe(model: nn.Module) -> str:
-    """Which library multiplies in a patched model's passes, for people."""
-    if torch_compat.OBSTACLE is not None or _is_replaced():
+    """Who multiplies in a patched model's passes, for people."""
+    plain = [each._parameters.get("weight") for each in model.modules() if type(each) in _ORIGINALS]
+    dtypes = {weight.dtype for weight in plain if _is_plain(weight)}
+    if torch_compat.OBSTACLE is not None or _is_replaced() or not dtypes:
         return "torch's choice"
-    is_taken = any(type(each) in _ORIGINALS and _is_plain(each._parameters.get("weight")) for each in model.modules())
-    return "oneDNN" if is_taken else "torch's choice"
+    ways = ["native kernel"] * (native_linear() is not None) + ["oneDNN"] * (torch.float32 in dtypes and has_onednn())
+    return ", ".join(ways) or "torch's choice"
 
 
 @functools.cache
 def is_faster() -> bool:
+    """Whether anybody is known to be faster than torch on this machine."""
+    return native_linear() is not None or has_onednn()
+
+
+@functools.cache
+def native_linear() -> NativeLinear | None:
+    """The native kernel for linear layers, where it is known to be faster."""
+    available = native_kernels()
+    return available.kernels[0].linear if available.kernels and available.multiplies else None
+
+
+@functools.cache
+def has_onednn() -> bool:
     """Whether torch takes MKL on this machine, oneDNN is faster, and can be asked for a linear layer."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False

@@ -34,7 +34,7 @@ from hf_paged.forward import (
 )
 from hf_paged.identity import Sampling
 from hf_paged.limits import compute_devices, misplaced_limit
-from hf_paged.linear import by_onednn, describe, take_layers
+from hf_paged.linear import describe, multiplied_faster, take_layers
 from hf_paged.noted import fast_or_padded, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -342,7 +342,7 @@ class PagedRuntime:
         self._begin_pass(request, cache)
         lengths = [table.num_tokens for table in cache.tables]
         try:
-            with self._prefixes.passing(), self._graphs.passing(), one_pass(), by_onednn():
+            with self._prefixes.passing(), self._graphs.passing(), one_pass(), multiplied_faster():
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)

@@ -4,6 +4,7 @@
 //   attend   cuts the parts of a call into strips, one piece of work per strip and KV head, and merges their partial
 //            results by log-sum-exp as soon as the last one of a query is done
 //   store    copies new tokens to their slots, or encodes them there
+//   linear   multiplies few rows by the weights of a linear layer
 //   sample   compares elements of tensors with those it has kept
 //   entries  compares what stands in the dicts of modules with what stood there
 //
@@ -18,6 +19,8 @@
 #include "entries.h"
 #include "sample.h"
 #include "variants.h"
+// What follows is called through the table of variants.
+#include "layer.h"
 // Encodes with the vectors of the portable variant.
 #include "store.h"
 #include "strips.h"
@@ -28,7 +31,7 @@ namespace hfp {
 static const double kSerialWork = 200000;
 // Sizes beyond these are mistakes, and could overflow what is computed from them.
 static const int64_t kMostHeads = 1 << 16, kMostQueries = 1 << 22, kMostSlots = (int64_t)1 << 36;
-static const int64_t kMostThreads = 1 << 12, kMostTokens = (int64_t)1 << 40;
+static const int64_t kMostTokens = (int64_t)1 << 40;
 static const int64_t kNeverOverflows = INT64_MAX / 4;
 
 static bool is_dim(int64_t dim) { return dim >= 8 && dim <= kMaxDim && dim % 8 == 0; }
@@ -231,6 +234,8 @@ HFP_PUBLIC int64_t hf_paged_attend(const hfp::AttentionCall *call, const void *q
     const hfp::Error error = hfp::check(attention);
     return error ? error : hfp::attend(attention);
 }
+
+HFP_PUBLIC int64_t hf_paged_linear(const hfp::Linear *call) { return hfp::linear(*call); }
 
 HFP_PUBLIC int64_t hf_paged_store(const hfp::StoreCall *call, const char *key, const char *value) {
     hfp::Store store = {*call, {key, value}};

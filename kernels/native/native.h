@@ -98,6 +98,16 @@ struct Store : StoreCall {
     const char *fresh[2];
 };
 
+// Outputs `[rows, outputs]` of a linear layer: of `input [rows, inputs]`, `weights [outputs, inputs]` and `bias [outputs]`,
+// which may be null. All of them are contiguous and of one dtype.
+struct Linear {
+    int64_t variant, dtype;
+    int64_t rows, inputs, outputs;
+    const void *input, *weights, *bias;
+    void *out;
+    int64_t threads;
+};
+
 // The largest head dim, and the most tokens that are scored before their values are read.
 constexpr int64_t kMaxDim = 256;
 constexpr int64_t kMaxBlock = 64;
@@ -138,6 +148,9 @@ struct PartialRows {
     const float *sums, *most, *total;
 };
 
+// More threads are a mistake.
+constexpr int64_t kMostThreads = 1 << 12;
+
 // What a thread works in.
 struct Scratch {
     float *query;    // [rows, key_dim]
@@ -153,6 +166,13 @@ struct Kernel {
     typedef void Attend(const Attention &, const Strip &, int64_t head, float *partial, const Scratch &);
     Attend *attend[kStorages], *attend_tiles[kStorages];
     void (*merge[kDtypes])(const Attention &, int64_t query, int64_t head, const PartialRows *partials, int64_t count);
+    // Outputs [begin, end); `channels` is what the inputs must be a multiple of. Where `widen` is not null, the input is
+    // to be floats, and that makes them.
+    struct {
+        void (*multiply)(const Linear &, int64_t begin, int64_t end);
+        void (*widen)(const void *numbers, int64_t count, float *into);
+        int64_t channels;
+    } linear[kDtypes];
 };
 
 struct Variant {

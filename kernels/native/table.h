@@ -25,6 +25,9 @@ static const Kernel kKernel = {
      avx512::attend_tiles<avx512::Int8>, avx512::attend_tiles<avx512::Float8>, avx512::attend_tiles<avx512::Int4>},
     {avx512::merge_partials<avx512::Float32>, avx512::merge_partials<avx512::BFloat16>,
      avx512::merge_partials<avx512::Float16>},
+    {{avx512::multiply_linear<avx512::Float32, avx512::Float32>, nullptr, HFP_LANES},
+     {multiply_linear<BFloat16Pairs, BFloat16>, nullptr, BFloat16Pairs::channels},
+     {avx512::multiply_linear<avx512::Float16, avx512::Float16>, avx512::widen<avx512::Float16>, HFP_LANES}},
 };
 
 #else
@@ -35,6 +38,9 @@ static const Kernel kKernel = {
     {attend_tiles<Float32>, attend_tiles<BFloat16>, attend_tiles<Float16>, attend_tiles<Int8>, attend_tiles<Float8>,
      attend_tiles<Int4>},
     {merge_partials<Float32>, merge_partials<BFloat16>, merge_partials<Float16>},
+    {{multiply_linear<Float32, Float32>, nullptr, HFP_LANES},
+     {multiply_linear<BFloat16, BFloat16>, widen<BFloat16>, HFP_LANES},
+     {multiply_linear<Float16, Float16>, widen<Float16>, HFP_LANES}},
 };
 
 #endif

@@ -25,6 +25,7 @@ namespace portable {
 #include "simd.h"
 #include "decode.h"
 #include "tiles.h"
+#include "linear.h"
 #include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
@@ -47,6 +48,7 @@ namespace wide {
 #include "simd.h"
 #include "decode.h"
 #include "tiles.h"
+#include "linear.h"
 #include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
@@ -59,6 +61,7 @@ namespace avx2 {
 #include "simd.h"
 #include "decode.h"
 #include "tiles.h"
+#include "linear.h"
 #include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
@@ -77,6 +80,7 @@ namespace avx512 {
 #include "simd.h"
 #include "decode.h"
 #include "tiles.h"
+#include "linear.h"
 #include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS
@@ -105,6 +109,7 @@ namespace avx512_bf16 {
 #include "pairs.h"
 #include "decode.h"
 #include "tiles.h"
+#include "linear.h"
 #include "table.h"
 #undef HFP_LANES
 #undef HFP_REGISTERS

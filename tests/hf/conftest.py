@@ -78,7 +78,8 @@ def products(monkeypatch):
     if not torch_compat.can_multiply():
         # torch is also built without oneDNN (USE_MKLDNN=0); linear layers are its own there, and nothing is to be seen
         pytest.skip("this torch has no linear layers of oneDNN's")
-    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "has_onednn", lambda: True)
+    monkeypatch.setattr(linear, "native_linear", lambda: None)
     monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, 1),))
     rows, multiply = [], linear.multiply
 
@@ -87,4 +88,39 @@ def products(monkeypatch):
         return multiply(input, weight, bias)
 
     monkeypatch.setattr(linear, "multiply", counted)
+    _look_anew(linear, monkeypatch)
     return rows
+
+
+@pytest.fixture
+def native_products(native_library, monkeypatch):
+    """Rows of each product that goes to the native kernel, which all layers do that may. oneDNN is asked for none."""
+    from hf_paged import linear
+    from hf_paged_kernels.native import variants
+
+    kernel, rows = next(iter(variants().values())).linear, []
+
+    class Counted:
+        takes = kernel.takes
+
+        @staticmethod
+        def multiply(input, weight, bias):
+            rows.append(input.numel() // weight.shape[1])
+            return kernel.multiply(input, weight, bias)
+
+    monkeypatch.setattr(linear, "has_onednn", lambda: False)
+    monkeypatch.setattr(linear, "native_linear", lambda: Counted)
+    monkeypatch.setattr(linear, "MOST_NUMBERS", dict.fromkeys(linear.MOST_NUMBERS, math.inf))
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
+    _look_anew(linear, monkeypatch)
+    return rows
+
+
+def _look_anew(linear, monkeypatch):
+    monkeypatch.setattr(linear, "is_faster", linear.is_faster.__wrapped__)
+
+
+@pytest.fixture(params=["oneDNN", "native kernel"])
+def multiplied(request) -> list[int]:
+    """Rows of each product that does not go to torch, by the one or by the other."""
+    return request.getfixturevalue("products" if request.param == "oneDNN" else "native_products")

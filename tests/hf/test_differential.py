@@ -146,11 +146,13 @@ def test_every_block_size(family, name, block_size):
     assert_blocks_given_back(model, f"{family.name} × {name} × block_size={block_size}")
 
 
+@pytest.mark.parametrize("layers", ["as here", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", every_family(lambda family: family.packed is True))
 @torch.no_grad()
-def test_half_precision_is_as_near_to_float32_as_stock(family, dtype):
+def test_half_precision_is_as_near_to_float32_as_stock(family, dtype, layers, request):
     """In half precision tokens may part at near-ties, so logits of one fixed text are compared, step by step."""
+    products = [] if layers == "as here" else request.getfixturevalue("native_products")
     inputs, steps = prompts.ragged(), 6
     exact = stock_model(family.name).generate(**inputs, do_sample=False, max_new_tokens=steps,
                                               return_dict_in_generate=True, output_logits=True)  # fmt: skip
@@ -172,6 +174,7 @@ def test_half_precision_is_as_near_to_float32_as_stock(family, dtype):
     model = patch_model(copy_of(family).to(dtype), block_size=BLOCK_SIZE)
     patched = logits(model)
     assert model.paged.stats().fallbacks == {}
+    assert bool(products) == (layers == "native")
     truth = torch.stack(exact.logits)
     assert not patched.isnan().any()
     error = {"stock": (stock - truth).abs().mean(), "patched": (patched - truth).abs().mean()}

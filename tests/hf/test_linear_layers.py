@@ -1,4 +1,4 @@
-"""Single layers by oneDNN: what they take, who must not notice, and on which machines. Forced, whatever this one is."""
+"""Single layers by the native kernel and oneDNN: what they take, who must not notice, on which machines; all forced."""
 
 import math
 from contextlib import ExitStack, nullcontext
@@ -8,13 +8,15 @@ import pytest
 import torch
 from compare import copy_of
 from families import FAMILIES
-from taken import TOLERANCE, Recording, conv1d, layer, onednn_pass, same
+from taken import TOLERANCE, Recording, conv1d, faster_pass, layer, same
+from tolerances import assert_close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_paged import linear, patch_model, torch_compat
+from hf_paged_kernels.native import variants
 from hf_paged_kernels.processor import AMD
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -26,7 +28,7 @@ def test_sizes(sizes, kind, products):
     one = kind(*sizes)
     shapes = [(1,), (5, 1), (3, 4), (9,), (2, 3, 5), (63,), (64,), (0,), (), (65,), (2, 128), (257,), (512,)]
     inputs = [torch.randn(*shape, sizes[0]) for shape in shapes]
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert same(one, *inputs)
     assert products == [1, 5, 16, 16, 32, 64, 64, 0, 1, 72, 256, 288, 512]
 
@@ -38,7 +40,7 @@ def test_sizes(sizes, kind, products):
 )
 def test_pieces(shape, pieces, kind, products):
     one = kind()
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert one(torch.randn(*shape, 24)).is_contiguous()
         assert same(one, torch.randn(*shape, 24), torch.randn(*shape, 48)[..., ::2])
     assert products == pieces * 3
@@ -47,12 +49,12 @@ def test_pieces(shape, pieces, kind, products):
 def test_rows_that_are_filled_up_make_nothing_of_others(products):
     one, input = layer(), torch.randn(70, 24)
     input[3], input[5] = torch.nan, torch.inf
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert torch.equal(one(input).isfinite().all(1), input.isfinite().all(1))
     assert products == [72]
 
 
-def test_strides(products):
+def test_strides(multiplied):
     one = layer()
     inputs = [
         torch.randn(4, 3, 24)[:, -1:],
@@ -60,15 +62,15 @@ def test_strides(products):
         torch.randn(4, 48)[:, ::2],
         torch.randn(24).expand(5, 24),
     ]
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert same(one, *inputs)
-    assert len(products) == len(inputs)
+    assert len(multiplied) == len(inputs)
 
 
 def test_small_layers_are_left_to_torch(products, monkeypatch):
     small = layer()
     monkeypatch.setattr(linear, "LEAST", ((math.inf, 24 * 40 + 1, 1),))
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert same(small, torch.randn(2, 24))
         assert not products
         assert same(layer(24, 41), torch.randn(2, 24))
@@ -82,9 +84,37 @@ def test_how_large_a_layer_must_be_depends_on_the_rows(products, monkeypatch):
     wide, narrow = layer(24, 50), layer(50, 24)
     monkeypatch.setattr(linear, "LEAST", ((4, 1200, 24), (8, 1200, 25), (20, 1201, 1)))
     for one in (wide, narrow):
-        with torch.no_grad(), onednn_pass():
+        with torch.no_grad(), faster_pass():
             assert same(one, *(torch.randn(rows, one.in_features) for rows in (4, 5, 8, 9, 21)))
     assert products == [4, 5, 8, 4]
+
+
+@pytest.mark.parametrize("dtype", linear.MOST_NUMBERS, ids=str)
+def test_sizes_natively(dtype, native_products):
+    """A row is the same whatever other rows there are."""
+    for sizes, bias in [((8, 1), True), ((24, 40), False), ((576, 1001), True), ((1032, 7), False)]:
+        one = layer(*sizes, bias=bias).to(dtype)
+        inputs = torch.randn(4, 3, sizes[0]).to(dtype)
+        with torch.no_grad(), faster_pass():
+            found = one(inputs)
+            assert_close(found, nn.functional.linear(inputs, one.weight, one.bias), f"{sizes}")
+            assert torch.equal(one(inputs[3, 2]), found[3, 2])
+    assert native_products == [12, 1] * 4
+
+
+def test_nothing_in_and_odd_sizes_are_left_to_torch(native_products):
+    one, odd = layer(), layer(23)
+    with torch.no_grad(), faster_pass():
+        assert one(torch.randn(0, 24)).shape == (0, 40)
+        assert same(odd, torch.randn(2, 23))
+    assert not native_products
+
+
+@pytest.mark.parametrize(("rows", "is_native"), [(1, True), (64, True), (65, False), (3000, False)])
+def test_many_numbers_are_left_to_others(rows, is_native, native_library, monkeypatch):
+    monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
+    assert linear.is_natively_won(rows * 1024, torch.empty(1024, 1024)) == is_native
+    assert not linear.is_natively_won(24, torch.empty(40, 24)), "small weights"
 
 
 def of_another_class(one: nn.Linear) -> None:
@@ -94,7 +124,6 @@ def of_another_class(one: nn.Linear) -> None:
 OTHER_WEIGHTS = {
     "another class": of_another_class,
     "float64": lambda one: one.double(),
-    "bfloat16": lambda one: one.bfloat16(),
     "strides": lambda one: setattr(one, "weight", nn.Parameter(torch.randn(24, 40).T, requires_grad=False)),
     "meta": lambda one: one.to("meta"),
     "parametrized": parametrizations.weight_norm,
@@ -103,23 +132,30 @@ OTHER_WEIGHTS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_WEIGHTS)
-def test_other_weights_are_left_to_torch(kind, products):
+def test_other_weights_are_left_to_torch(kind, multiplied):
     one = layer()
     OTHER_WEIGHTS[kind](one)
     inputs = torch.randn(2, 24).to(one.weight.device, one.weight.dtype)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         found, expected = one(inputs), nn.functional.linear(inputs, one.weight, one.bias)
-    assert not products
+    assert not multiplied
     assert found.shape == expected.shape
     assert kind == "meta" or torch.equal(found, expected)
 
 
-def test_a_row_of_weights_is_left_to_torch(products):
+def test_other_dtypes_than_float32_are_not_onednns(products):
+    one, inputs = layer().bfloat16(), torch.randn(2, 24).bfloat16()
+    with torch.no_grad(), faster_pass():
+        assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
+    assert not products
+
+
+def test_a_row_of_weights_is_left_to_torch(multiplied):
     one = layer(bias=False)
     one.weight = nn.Parameter(torch.randn(24), requires_grad=False)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert one(torch.ones(3, 24)).shape == (3,)
-    assert not products
+    assert not multiplied
 
 
 OTHER_BIASES = {
@@ -132,16 +168,16 @@ OTHER_BIASES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_BIASES)
-def test_other_biases_are_left_to_torch(kind, products):
+def test_other_biases_are_left_to_torch(kind, multiplied):
     one, inputs = layer(), torch.randn(2, 24)
     one.bias = nn.Parameter(OTHER_BIASES[kind], requires_grad=False)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, OTHER_BIASES[kind]))
-    assert not products
+    assert not multiplied
 
 
 @pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer", "attribute"])
-def test_biases_that_are_no_parameters(how, products):
+def test_biases_that_are_no_parameters(how, multiplied):
     one, inputs = layer(), torch.randn(2, 24)
     if how == "pruned":
         prune.l1_unstructured(one, "bias", 0.5)
@@ -151,22 +187,22 @@ def test_biases_that_are_no_parameters(how, products):
         bias = one.bias.data
         del one.bias
         one.register_buffer("bias", bias) if how == "buffer" else setattr(one, "bias", bias)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert torch.equal(one(inputs), nn.functional.linear(inputs, one.weight, one.bias))
-    assert not products
+    assert not multiplied
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
-def test_sparse_weights_are_left_to_torch(layout, products):
+def test_sparse_weights_are_left_to_torch(layout, multiplied):
     one, inputs = layer(bias=False), torch.randn(2, 24)
     one.weight = nn.Parameter(one.weight.data.to_sparse(layout=layout), requires_grad=False)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert torch.allclose(one(inputs), inputs @ one.weight.to_dense().T, atol=TOLERANCE)
-    assert not products
+    assert not multiplied
 
 
 @pytest.mark.parametrize("kind", ["sparse", "mkldnn", "meta"])
-def test_other_inputs_are_left_to_torch(kind, products):
+def test_other_inputs_are_left_to_torch(kind, multiplied):
     """What torch does with them, an error or not."""
     one, inputs = layer(bias=False), torch.randn(2, 24)
     inputs = {"sparse": inputs.to_sparse, "mkldnn": inputs.to_mkldnn, "meta": lambda: inputs.to("meta")}[kind]()
@@ -177,28 +213,28 @@ def test_other_inputs_are_left_to_torch(kind, products):
         except Exception as error:
             return repr(error)
 
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert answer(one) == answer(partial(nn.Linear.forward, one))
-    assert not products
+    assert not multiplied
 
 
-def test_tensors_of_other_classes_see_what_torch_does(products):
+def test_tensors_of_other_classes_see_what_torch_does(multiplied):
     one = layer()
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         one(torch.ones(2, 24).as_subclass(Recording))
     assert "linear" in Recording.names
-    assert not products
+    assert not multiplied
 
 
-def test_wrong_inputs_are_refused_as_by_torch(products):
+def test_wrong_inputs_are_refused_as_by_torch(multiplied):
     one, wrong = layer(), [torch.randn(2, 23), torch.randn(2, 24).double(), torch.randn(48), torch.tensor(1.0)]
     for each in wrong:
-        with torch.no_grad(), onednn_pass(), pytest.raises(RuntimeError) as found:
+        with torch.no_grad(), faster_pass(), pytest.raises(RuntimeError) as found:
             one(each)
         with torch.no_grad(), pytest.raises(RuntimeError) as expected:
             nn.Linear(24, 40)(each)
         assert str(found.value) == str(expected.value)
-    assert not products
+    assert not multiplied
 
 
 # -- who looks -------------------------------------------------------------------------------------------------------
@@ -225,58 +261,58 @@ WATCHERS = {
 
 @pytest.mark.parametrize("when", ["before the pass", "in the midst"])
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_who_looks_sees_what_torch_does(watcher, when, products):
+def test_who_looks_sees_what_torch_does(watcher, when, multiplied):
     one, inputs = layer(), torch.randn(2, 24)
-    contexts = [onednn_pass(), looks := WATCHERS[watcher]()]
+    contexts = [faster_pass(), looks := WATCHERS[watcher]()]
     with torch.no_grad(), ExitStack() as stack:
         for context in contexts if when == "in the midst" else contexts[::-1]:
             stack.enter_context(context)
         found = one(inputs)
         assert torch.equal(found, nn.functional.linear(inputs, one.weight, one.bias))
-    assert not products
+    assert not multiplied
     if isinstance(looks, Functions):
         assert looks.names.count("linear") == 2
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         one(inputs)
-    assert products == [2], "without it"
+    assert multiplied == [2], "without it"
 
 
-def test_onednn_can_be_switched_off(products):
+def test_it_can_be_switched_off(multiplied):
     with torch.backends.mkldnn.flags(enabled=False):
-        with torch.no_grad(), onednn_pass():
+        with torch.no_grad(), faster_pass():
             layer()(torch.randn(2, 24))
         assert linear.describe(layer()) == "torch's choice"
-    assert not products
+    assert not multiplied
 
 
-def test_a_default_device_is_nobody_who_looks(products):
+def test_a_default_device_is_nobody_who_looks(multiplied):
     one = layer()
-    with torch.device("cpu"), torch.no_grad(), onednn_pass():
+    with torch.device("cpu"), torch.no_grad(), faster_pass():
         one(torch.randn(2, 24))
         with torch.device("cpu"):
             one(torch.randn(2, 24))
-    assert products == [2], "who comes later may be anybody"
+    assert multiplied == [2], "who comes later may be anybody"
 
 
 @pytest.mark.parametrize("when", ["before the pass", "in the midst"])
-def test_transforms_see_what_torch_does(when, products):
+def test_transforms_see_what_torch_does(when, multiplied):
     one, rows = layer(), torch.randn(3, 24)
 
     def inside(row):
-        with onednn_pass():
+        with faster_pass():
             return one(row)
 
-    with torch.no_grad(), nullcontext() if when == "before the pass" else onednn_pass():
+    with torch.no_grad(), nullcontext() if when == "before the pass" else faster_pass():
         found = torch.vmap(inside if when == "before the pass" else one)(rows)
     assert torch.allclose(found, one(rows), atol=TOLERANCE)
-    assert not products
+    assert not multiplied
 
 
 REPLACED = {"functional": (nn.functional, "linear"), "class": (nn.Linear, "forward"), "addmm": (torch, "addmm")}
 
 
 @pytest.mark.parametrize("where", REPLACED)
-def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
+def test_who_replaces_torchs_function_is_asked(where, multiplied, monkeypatch):
     one, asked = layer(), []
 
     def other(*args):
@@ -287,19 +323,19 @@ def test_who_replaces_torchs_function_is_asked(where, products, monkeypatch):
         one = conv1d()
     owner, name = REPLACED[where]
     monkeypatch.setattr(owner, name, other)
-    with torch.no_grad(), onednn_pass():
+    with torch.no_grad(), faster_pass():
         assert not one(torch.randn(2, 24)).any()
     assert len(asked) == 1
-    assert not products
+    assert not multiplied
 
 
-def test_a_pass_that_fails_leaves_nothing_switched_on(products):
+def test_a_pass_that_fails_leaves_nothing_switched_on(multiplied):
     one = layer()
     with torch.no_grad():
-        with pytest.raises(KeyError), onednn_pass():
+        with pytest.raises(KeyError), faster_pass():
             raise KeyError
         one(torch.randn(2, 24))
-    assert not products
+    assert not multiplied
 
 
 # -- machines --------------------------------------------------------------------------------------------------------
@@ -310,9 +346,9 @@ def test_machines(vendor, monkeypatch):
     monkeypatch.setattr("hf_paged_kernels.processor.vendor", lambda: vendor)
     monkeypatch.setattr(linear, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
     is_there = torch.backends.mkl.is_available() and torch_compat.can_multiply()
-    assert linear.is_faster.__wrapped__() == (is_there and vendor == AMD)
+    assert linear.has_onednn.__wrapped__() == (is_there and vendor == AMD)
     monkeypatch.setattr(linear, "_CAPABILITIES", ())
-    assert not linear.is_faster.__wrapped__(), "not measured"
+    assert not linear.has_onednn.__wrapped__(), "not measured"
 
 
 def test_a_torch_without_the_operator_or_with_another(monkeypatch):
@@ -330,7 +366,11 @@ def test_other_machines_classes_are_left_alone(monkeypatch):
     assert "linear layers: torch's choice" in str(model.paged)
 
 
-def test_what_is_said(products):
+def test_what_is_said(products, monkeypatch):
     model = patch_model(copy_of(FAMILIES["llama"]))
     assert "linear layers: oneDNN)" in str(model.paged)
-    assert linear.describe(model.bfloat16()) == "torch's choice"
+    monkeypatch.setattr(linear, "native_linear", lambda: object())
+    assert "linear layers: native kernel, oneDNN)" in str(model.paged)
+    assert linear.describe(model.bfloat16()) == "native kernel"
+    monkeypatch.setattr(linear, "native_linear", lambda: None)
+    assert linear.describe(model) == "torch's choice"

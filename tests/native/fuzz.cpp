@@ -410,6 +410,36 @@ static bool sample_is_right() {
     return damaged.step > 100000 ? true : sample(call, threads, false, &differs) == kBadSize;
 }
 
+// A linear layer of tensors of exactly as many bytes; damaged calls are refused.
+static bool linear_is_right(int64_t variant, int64_t lanes) {
+    Linear call = {};
+    call.variant = variant, call.dtype = upto(kDtypes), call.threads = 1 + upto(4);
+    call.rows = 1 + upto(20), call.inputs = 8 * (1 + upto(40)), call.outputs = one_of<int64_t>({1 + upto(12), 1 + upto(300)});
+    const int64_t size = call.dtype == kFloat32 ? 4 : 2;
+    std::vector<char> input, weights, bias, out(call.rows * call.outputs * size);
+    const auto fill = [&](std::vector<char> &bytes, int64_t count) {
+        bytes.resize(count * size);
+        for (int64_t i = 0; i < count; ++i) put(bytes, call.dtype, i, (float)(upto(65) - 32) / 16);
+    };
+    fill(input, call.rows * call.inputs), fill(weights, call.outputs * call.inputs), fill(bias, call.outputs);
+    call.input = input.data(), call.weights = weights.data(), call.out = out.data();
+    call.bias = upto(2) ? bias.data() : nullptr;
+    const int64_t error = hf_paged_linear(&call);
+    if (error) return error == kNoVariant && call.inputs % (call.dtype == kFloat32 ? lanes : 2 * lanes);
+    for (int check = 0; check < 20; ++check) {
+        const int64_t row = upto(call.rows), output = upto(call.outputs);
+        double sum = call.bias ? get(bias, call.dtype, output) : 0;  // exact in float32
+        for (int64_t i = 0; i < call.inputs; ++i)
+            sum += get(input, call.dtype, row * call.inputs + i) * get(weights, call.dtype, output * call.inputs + i);
+        const double off = std::fabs(get(out, call.dtype, row * call.outputs + output) - sum);
+        const double rounding = call.dtype == kFloat32 ? 0 : call.dtype == kFloat16 ? 5e-4 : 4e-3;
+        if (!(off <= rounding * std::fabs(sum))) return false;
+    }
+    int64_t *const fields[] = {&call.variant, &call.dtype, &call.rows, &call.inputs, &call.outputs, &call.threads};
+    *fields[upto(6)] = one_of<int64_t>({-1, INT64_MIN, INT64_MAX, INT64_MAX / 2, (int64_t)1 << 40});
+    return hf_paged_linear(&call) != kOk;
+}
+
 // Stands in for OpenMP: real threads, as the sanitizer of threads wants to see them.
 #include <thread>
 static void run_with_threads(void (*body)(void *), void *data, unsigned threads, unsigned) {
@@ -446,6 +476,10 @@ int main(int count, char **arguments) {
             }
             if (!encodes_right()) {
                 std::printf("variant %ld, round %d: encoding\n", (long)variant, round);
+                return 1;
+            }
+            if (!linear_is_right(variant, lanes)) {
+                std::printf("variant %ld, round %d: linear layer\n", (long)variant, round);
                 return 1;
             }
             if (!sample_is_right()) {

@@ -4,6 +4,7 @@ from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
 from .native import Availability, NativeKernel, Part, Parts, kernel_for, native_kernels, place_at
 from .native_library import NativeError
+from .native_linear import NativeLinear
 from .native_store import NativeStore, Writes, place_from
 from .partial import attend_all, attend_partial, flash_takes, merge_partial
 from .reference import paged_attention_reference
@@ -18,6 +19,7 @@ __all__ = [
     "ModuleEntries",
     "NativeError",
     "NativeKernel",
+    "NativeLinear",
     "NativeSample",
     "NativeStore",
     "Part",

@@ -18,6 +18,7 @@ import torch
 
 from .formats import KVFormat, KVRecords
 from .native_library import CPU, DTYPES, LIBRARY, SWITCH, NativeError, error_of, load
+from .native_linear import NativeLinear
 from .native_store import NativeStore
 from .processor import beats_mkl
 
@@ -70,12 +71,14 @@ class NativeKernel:
     Attributes:
         name: of the variant.
         lanes: head dims must be a multiple of this.
+        linear: what the variant does of linear layers.
     """
 
     def __init__(self, library: ctypes.CDLL, index: int, name: str, lanes: int):
         self.name, self.lanes = name, lanes
         self._index = index
         self._attend = library.hf_paged_attend
+        self.linear = NativeLinear(library, index, lanes)
         self._row_calls: dict[tuple[Any, ...], bytes] = {}
 
     def takes(self, dtype: torch.dtype, key_dim: int, value_dim: int, kv_format: KVFormat | None = None) -> bool:

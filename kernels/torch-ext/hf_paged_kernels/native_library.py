@@ -59,6 +59,8 @@ def load() -> ctypes.CDLL:
     library.hf_paged_attend.restype = ctypes.c_int64
     library.hf_paged_store.argtypes = (ctypes.c_char_p, address, address)
     library.hf_paged_store.restype = ctypes.c_int64
+    library.hf_paged_linear.argtypes = (ctypes.c_char_p,)
+    library.hf_paged_linear.restype = ctypes.c_int64
     library.hf_paged_sample_begin.argtypes = (ctypes.c_char_p, integer, integer, ctypes.POINTER(ctypes.c_void_p))
     library.hf_paged_sample_begin.restype = ctypes.c_int64
     library.hf_paged_sample_end.argtypes = (ctypes.c_void_p,)
