@@ -1,7 +1,7 @@
-"""``python -m benchmarks.linear``: linear layers, by what torch takes for float32 and by oneDNN, as patched models do.
+"""``python -m benchmarks.linear``: linear layers, by what torch takes, by the native kernel and by oneDNN.
 
-And what they are most of the time of: decode steps of Llama-3.2-1B's shape with random weights, and first tokens of it
-and of SmolLM2, stock and patched. Then the memory of the code that oneDNN keeps for prompts of all lengths.
+And what they are most of the time of: decode steps of SmolLM2 and of Llama-3.2-1B's shape with random weights, and
+first tokens of both, stock and patched. Then the memory of the code that oneDNN keeps for prompts of all lengths.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteriaList
 
 from hf_paged import paged
-from hf_paged.linear import is_won, product
+from hf_paged.linear import is_natively_won, is_won, native_linear, product
 
 from . import environment, report, smollm2
 from .measure import StepClock, compare_first_tokens, first_token, median_seconds, taking_turns
 
-SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (4096, 1024), (4096, 4096), (4096, 14336))
+SMALL = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152))
+LARGE = ((4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 1000)
+DTYPES = {torch.float32: (1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 1000)}
+DTYPES |= dict.fromkeys((torch.bfloat16, torch.float16), (1, 2, 4, 8, 16, 32, 64))
+"""And numbers of rows."""
 WORKING_SET = 250e6
 """Bytes of weights that a round goes through, in as many layers as that takes: no cache holds them."""
 ROUNDS, PROMPT_ROUNDS, CALLS, MANY_ROWS = 5, 3, 2, 300
@@ -44,19 +47,23 @@ Product = Callable[[torch.Tensor, torch.Tensor, None], object]
 class Layer:
     """Microseconds of one layer, medians of rounds that take turns."""
 
+    dtype: str
     features: tuple[int, int]
     rows: int
     torch: float
-    onednn: float
-    """With the copies that fill up rows, and put pieces together."""
-    is_taken: bool
-    """Whether a patched model takes oneDNN here."""
+    native: float
+    onednn: float | None
+    """With the copies that fill up rows, and put pieces together; of float32 alone."""
+    taken: str
+    """What a patched model takes here."""
 
 
 @dataclass(frozen=True)
 class Step:
     """Milliseconds of a decode step, medians of two calls' steps; the calls take turns."""
 
+    model: str
+    dtype: str
     rows: int
     stock: float
     patched: float
@@ -78,27 +85,32 @@ class FirstToken:
     """Whether the tokens are."""
 
 
-def layers(features: tuple[int, int]) -> list[Layer]:
+def layers(dtype: torch.dtype, features: tuple[int, int]) -> list[Layer]:
     """Every number of rows for one shape of weights."""
-    count = max(2, min(60, int(WORKING_SET / 4 / features[0] / features[1])))
-    weights = [torch.randn(features[::-1]) for _ in range(count)]
-    return [_compare(features, weights, torch.randn(rows, 1, features[0])) for rows in ROWS]
+    count = max(2, min(60, int(WORKING_SET / dtype.itemsize / features[0] / features[1])))
+    weights = [torch.randn(features[::-1]).to(dtype) for _ in range(count)]
+    return [_compare(weights, torch.randn(rows, 1, features[0]).to(dtype)) for rows in DTYPES[dtype]]
 
 
-def _compare(features: tuple[int, int], weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
-    rows = len(inputs)
+def _compare(weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
+    rows, (outputs, features) = len(inputs), weights[0].shape
 
     def through_all(one: Product) -> None:
         for weight in weights:
             one(inputs, weight, None)
 
-    calls = {
-        "torch": partial(through_all, torch.nn.functional.linear),
-        "onednn": partial(through_all, lambda *args: product(args[0], rows, *args[1:])),
-    }
+    ways: dict[str, Product] = {"torch": torch.nn.functional.linear, "native": native_linear().multiply}
+    if inputs.dtype is torch.float32:
+        ways["onednn"] = product
+    calls = {name: partial(through_all, way) for name, way in ways.items()}
     seconds = median_seconds(calls, ROUNDS if rows < MANY_ROWS else PROMPT_ROUNDS)
-    microseconds = {name: each / len(weights) * 1e6 for name, each in seconds.items()}
-    return Layer(features, rows, **microseconds, is_taken=is_won(rows, weights[0], features[1]))
+    microseconds = {"onednn": None, **{name: each / len(weights) * 1e6 for name, each in seconds.items()}}
+    taken = "torch"
+    if is_natively_won(inputs.numel(), weights[0]):
+        taken = "native"
+    elif inputs.dtype is torch.float32 and is_won(rows, weights[0], outputs):
+        taken = "onednn"
+    return Layer(str(inputs.dtype)[6:], (features, outputs), rows, **microseconds, taken=taken)
 
 
 def llama() -> PreTrainedModel:
@@ -112,7 +124,7 @@ def llama() -> PreTrainedModel:
     ).eval()  # fmt: skip
 
 
-def steps(model: PreTrainedModel, rows: int) -> Step:
+def steps(name: str, model: PreTrainedModel, rows: int) -> Step:
     """Decode steps of a batch, by stock and patched."""
     ids = torch.randint(
         0, model.config.vocab_size, (rows, PROMPT_TOKENS), generator=torch.Generator().manual_seed(rows)
@@ -126,7 +138,7 @@ def steps(model: PreTrainedModel, rows: int) -> Step:
     given = taking_turns({"stock": partial(_timed_steps, model, ids), "patched": patched}, CALLS)
     times = {side: median(chain.from_iterable(taken for taken, _ in calls)) for side, calls in given.items()}
     answers = [answer for calls in given.values() for _, answer in calls]
-    return Step(rows, **times, equal=all(torch.equal(answers[0], each) for each in answers))
+    return Step(name, str(model.dtype)[6:], rows, **times, equal=all(torch.equal(answers[0], each) for each in answers))
 
 
 def _timed_steps(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[float], torch.Tensor]:
@@ -164,7 +176,7 @@ def code_bytes(model: PreTrainedModel) -> int:
         for (outputs, _), weight in weights.items():
             for rows in lengths:
                 if is_won(rows, weight, outputs):
-                    product(inputs[weight.shape][:rows], rows, weight, None)
+                    product(inputs[weight.shape][:rows], weight, None)
         return _own_bytes()
 
     ask(LENGTHS[-1:])
@@ -181,25 +193,32 @@ def _own_bytes() -> int:
 
 def layer_table(measured: list[Layer]) -> Table:
     """Return the ratios for people."""
-    made = Table(title="Times as fast by oneDNN (dim: where a patched model does not take it)", title_justify="left")
-    made.add_column("in x out")
-    for rows in ROWS:
-        made.add_column(f"{rows} rows", justify="right")
-    for features in SHAPES:
-        of_shape = [each for each in measured if each.features == features]
-        ratios = (("" if each.is_taken else "[dim]") + f"{each.torch / each.onednn:.2f}" for each in of_shape)
-        made.add_row("{} x {}".format(*features), *ratios)
+    made = Table(
+        title="Times as fast as torch: native kernel / oneDNN; * what a patched model takes", title_justify="left"
+    )
+    for name in ("dtype", "in x out", *(f"{rows} rows" for rows in next(iter(DTYPES.values())))):
+        made.add_column(name, justify="right")
+    for dtype, features in {(each.dtype, each.features): None for each in measured}:
+        of_shape = [each for each in measured if (each.dtype, each.features) == (dtype, features)]
+        made.add_row(dtype, "{} x {}".format(*features), *map(_ratios, of_shape))
     return made
+
+
+def _ratios(layer: Layer) -> str:
+    ways = {"native": layer.native, "onednn": layer.onednn}
+    return " / ".join(
+        f"{layer.torch / taken:.2f}{'*' if layer.taken == name else ''}" for name, taken in ways.items() if taken
+    )
 
 
 def step_table(measured: list[Step]) -> Table:
     """Return the steps for people."""
-    made = Table(title="Milliseconds of a decode step, Llama-3.2-1B's shape", title_justify="left")
-    for name in ("rows", "stock", "patched", "ratio", "tokens equal"):
+    made = Table(title="Milliseconds of a decode step", title_justify="left")
+    for name in ("model", "dtype", "rows", "stock", "patched", "ratio", "tokens equal"):
         made.add_column(name, justify="right")
     for each in measured:
         times = f"{each.stock:.0f}", f"{each.patched:.0f}", f"{each.stock / each.patched:.2f}"
-        made.add_row(str(each.rows), *times, "yes" if each.equal else "NO")
+        made.add_row(each.model, each.dtype, str(each.rows), *times, "yes" if each.equal else "NO")
     return made
 
 
@@ -221,13 +240,15 @@ def main() -> int:
     with torch.inference_mode():
         models = dict(zip(PROMPTS, (smollm2.load_model(), llama()), strict=True))
         code = {name: code_bytes(model) for name, model in models.items()}
-        measured = [layer for features in SHAPES for layer in layers(features)]
+        shapes = [(dtype, features) for dtype in DTYPES for features in (*SMALL, *LARGE)]
+        measured = [layer for shape in shapes for layer in layers(*shape)]
     report.console().print(layer_table(measured))
-    *_, largest = models.values()
-    taken = [steps(largest, rows) for rows in BATCHES]
-    report.console().print(step_table(taken))
     first = [first_tokens(name, models[name], count) for name, counts in PROMPTS.items() for count in counts]
     report.console().print(first_table(first))
+    taken = [
+        steps(name, model.to(dtype), rows) for dtype in DTYPES for name, model in models.items() for rows in BATCHES
+    ]
+    report.console().print(step_table(taken))
     kept = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in code.items())
     report.console().print(f"Code kept by oneDNN after {len(LENGTHS)} lengths of prompts: {kept}")
     path = options.out / "linear.json"
@@ -235,7 +256,8 @@ def main() -> int:
     content = {name: [asdict(each) for each in rows] for name, rows in tables.items()}
     environment.save(path, {"environment": described, **content, "code_bytes": code})
     report.console().print(f"Written: {path}")
-    return 0 if all(each.equal for each in (*taken, *first)) else 1
+    exact = [each for each in taken if each.dtype == "float32"]
+    return 0 if all(each.equal for each in (*exact, *first)) else 1
 
 
 if __name__ == "__main__":
