@@ -147,3 +147,12 @@ def test_the_limit_of_a_cache_of_ones_own(patch):
         model.generate(ids, past_key_values=cache, **given)
     roomy = PagedCache(model.config, block_size=8, max_memory={"cpu": "1MiB"})
     assert model.generate(ids, past_key_values=roomy, **given).shape == (1, 208)
+
+
+def test_the_limit_of_a_cache_is_one_without_tiers(tmp_path):
+    """Whatever the model has below its own pool."""
+    model = patched(max_memory={"cpu": "1MiB", "disk": "1MiB"}, offload_folder=tmp_path)
+    ids = torch.tensor([prompts.tokens(200)])
+    cache = PagedCache(model.config, block_size=8, max_memory={"cpu": "64KiB"})
+    with pytest.raises(PagedMemoryError, match=r"Raise max_memory\['cpu'\], shorten"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
