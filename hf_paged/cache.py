@@ -131,12 +131,16 @@ class PagedCache(Cache):
             return torch.ones(len(self.tables), self.dense_len, dtype=torch.bool, device="cpu")
         return self.columns
 
+    def columns_with(self, new: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        """`columns` with `count` more; `new [batch, count]` says which of these are stored, `None` all."""
+        if new is None and self.columns is None:
+            return None
+        new = torch.ones(len(self.tables), count, dtype=torch.bool, device="cpu") if new is None else new
+        return torch.cat([self.stored_columns(), new], dim=1)
+
     def add_columns(self, new: torch.Tensor | None, count: int) -> None:
-        """Note `count` more dense columns; `new [batch, count]` says which are stored, `None` all."""
-        if new is not None or self.columns is not None:
-            if new is None:
-                new = torch.ones(len(self.tables), count, dtype=torch.bool, device="cpu")
-            self.columns = torch.cat([self.stored_columns(), new], dim=1)
+        """Note `count` more dense columns, as `columns_with`."""
+        self.columns = self.columns_with(new, count)
         self.dense_len += count
 
     def untrack(self) -> None:
@@ -279,12 +283,9 @@ class PagedCache(Cache):
         `new_columns [batch, tokens_per_row]` is False at padding, which is not stored. With `over_host` blocks of the
         rows may lie on the host. `tokens`: each row's, where ids say it all. Raises `PagedMemoryError`.
         """
-        columns, sources = None, [range(tokens_per_row)] * len(self.tables)
-        if new_columns is not None or self.columns is not None:
-            if new_columns is None:
-                new_columns = torch.ones(len(self.tables), tokens_per_row, dtype=torch.bool, device="cpu")
-            columns = torch.cat([self.stored_columns(), new_columns], dim=1)
-            sources = [row.nonzero().flatten().tolist() for row in new_columns]
+        columns, sources = self.columns_with(new_columns, tokens_per_row), [range(tokens_per_row)] * len(self.tables)
+        if columns is not None:
+            sources = [row.nonzero().flatten().tolist() for row in columns[:, self.dense_len :]]
         counts = list(map(len, sources))
         if over_host:
             append = self.pool.appending(self.is_recording or self.dense_len > 0)

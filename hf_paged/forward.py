@@ -197,7 +197,7 @@ def fast_path_obstacle(request: ModelCall, cache: PagedCache, window_limit: int 
         return "padding on the right"
     if window_limit is not None and cache.dense_len + tokens > window_limit:
         return "sliding window that attention is not told of"
-    if any(cache.windows) and _has_holes(cache, new):
+    if any(cache.windows) and _has_holes(cache.columns_with(new, tokens)):
         return "holes in the attention mask of a sliding-window model"
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor):
@@ -241,12 +241,9 @@ def _planes_agree(positions: torch.Tensor, new: torch.Tensor | None) -> bool:
     return not bool(differ.any() if new is None else (differ.expand(new.shape).cpu() & new).any())
 
 
-def _has_holes(cache: PagedCache, new: torch.Tensor | None) -> bool:
+def _has_holes(columns: torch.Tensor | None) -> bool:
     """Whether padding follows a stored column."""
-    if new is None and cache.columns is None:
-        return False
-    columns = cache.stored_columns() if new is None else torch.cat([cache.stored_columns(), new], dim=1)
-    return bool((columns[:, :-1] & ~columns[:, 1:]).any())
+    return columns is not None and bool((columns[:, :-1] & ~columns[:, 1:]).any())
 
 
 def run_decode(
@@ -278,9 +275,8 @@ def run_decode(
     if outputs is not None:
         cache.finish(None, 1)
         return outputs
-    columns = None
-    if cache.columns is not None:
-        columns = torch.cat([cache.columns, torch.ones(request.rows, 1, dtype=torch.bool, device="cpu")], dim=1)[active]
+    columns = cache.columns_with(None, 1)
+    columns = None if columns is None else columns[active]
     as_given = cache.pool.kv_format is None
     reads_rows = backend.reads_rows and as_given and columns is None and windows_seen is None
     cache.begin(plans, cache.dense_len + 1, 1, tables, columns, backend, reads_rows)
@@ -350,7 +346,8 @@ def run_padded(request: ModelCall, cache: PagedCache, tokens: Sequence[Sequence[
     # Stock attends to padding where a row or a window holds nothing else, and in falcon where attentions are asked for.
     is_empty = stored is not None and not bool(request.mask.bool().any(dim=1).all())
     # Attention of a model's own may have windows, too, and prophetnet's steps attend to all of a decoder's prompt.
-    only_padding = is_empty or ((any(cache.windows) or request.own_attention) and _has_holes(cache, stored))
+    columns = cache.columns_with(stored, request.tokens)
+    only_padding = is_empty or ((any(cache.windows) or request.own_attention) and _has_holes(columns))
     only_padding |= request.own_attention and request.names == ENCODER_DECODER
     if request.kwargs.get("output_attentions") or only_padding:
         stored = None

@@ -94,16 +94,13 @@ def described(request: ModelCall, cache: PagedCache, ignores_padding: Callable[[
         return None
     if request.positions is not None and request.positions.dim() < 2:
         return None
-    if cache.columns is None and request.new_columns is None:
+    columns = cache.columns_with(request.new_columns, request.tokens)
+    if columns is None:
         is_plain = _hides_nothing(request) and at_usual_positions(request, cache)
         return request.inputs.tolist() if is_plain else None
-    new = request.new_columns
-    if new is None:
-        new = torch.ones(request.inputs.shape, dtype=torch.bool, device="cpu")
-    columns = torch.cat([cache.stored_columns(), new], dim=1)
     if not _is_padded_left(request.mask, columns) or not columns.any(dim=1).all() or not ignores_padding():
         return None
-    places = [row.nonzero().flatten().tolist() for row in new]
+    places = [row.nonzero().flatten().tolist() for row in columns[:, cache.dense_len :]]
     if request.positions is not None:
         planes = request.positions.reshape(-1, *request.positions.shape[-2:])
         planes = planes.expand(-1, *request.inputs.shape).tolist()
