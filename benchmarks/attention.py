@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from statistics import median
 
 import torch
 from rich.table import Table
@@ -17,6 +15,7 @@ from hf_paged_kernels import FORMATS, KVRecords, NativeKernel, Part, Parts, atte
 from hf_paged_kernels.native import variants
 
 from . import environment, report
+from .measure import seconds_of_many
 
 BLOCK = 16
 SHAPES = {"9/3/64": (9, 3, 64), "32/8/128": (32, 8, 128)}
@@ -81,13 +80,12 @@ class Layers:
 
     def microseconds(self, one: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
         """Median time of ``one(keys, values)`` on a layer."""
-        times, begin = [], time.perf_counter()
-        while len(times) < 4 or time.perf_counter() - begin < SECONDS:
-            start = time.perf_counter()
+
+        def through_all() -> None:
             for keys, values in self.memories:
                 one(keys, values)
-            times.append(time.perf_counter() - start)
-        return median(times[1:]) / len(self.memories) * 1e6
+
+        return seconds_of_many(through_all, 4, SECONDS) / len(self.memories) * 1e6
 
     def read(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """A sum is the plainest of torch's operators that reads everything once, on all threads."""

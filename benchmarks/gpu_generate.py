@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -11,6 +10,7 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, PreTrainedModel
 
+from benchmarks.measure import seconds_of
 from hf_paged import paged
 from hf_paged.cuda_driver import driver_for
 
@@ -231,13 +231,7 @@ def _measure(call: Callable[[], int], num_tokens: int, device: torch.device) -> 
     before = _held_at_most(device)
     try:
         call()
-        times = []
-        for _ in range(RUNS):
-            _wait(device)
-            begin = time.perf_counter()
-            call()
-            _wait(device)
-            times.append(time.perf_counter() - begin)
+        times = [seconds_of(call, device) for _ in range(RUNS)]
         peak = _held_at_most(device) - before if device.type == "cuda" else None
         return {"tokens_per_second": num_tokens / median(times), "seconds": times, "peak_bytes": peak}
     except Exception as error:  # out of memory is a result, too
@@ -251,11 +245,6 @@ def _held_at_most(device: torch.device) -> int:
     driver = driver_for(device)
     torch_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return torch_bytes + (0 if driver is None else driver.most_bytes)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _collect(device: torch.device) -> None:

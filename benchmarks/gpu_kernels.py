@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
+from benchmarks.measure import seconds_of_many, wait
 from hf_paged_kernels import KVFormat, KVRecords
 from hf_paged_kernels.attend import attend, attend_parts_reference, merge_reference
 from hf_paged_kernels.copy import copy_slots, copy_slots_reference, pack_copies
@@ -68,22 +67,14 @@ class Clock:
 
     def run(self, call: Callable[[], object]) -> float:
         """Median seconds of ``call``, everything that it starts included, but for the first of several calls."""
-        times: list[float] = []
-        begin = time.perf_counter()
-        while len(times) < (3 if self.seconds else 1) or time.perf_counter() - begin < self.seconds:
-            self._wait()
-            start = time.perf_counter()
-            call()
-            self._wait()
-            times.append(time.perf_counter() - start)
-        return median(times[1:] or times)
+        return seconds_of_many(call, 3 if self.seconds else 1, self.seconds, self.device)
 
     def replay(self, call: Callable[[], object]) -> float | None:
         """The same without the time that Python takes: recorded once as a CUDA graph. ``None`` where that fails."""
         if self.device.type != "cuda":
             return None
         call()
-        self._wait()
+        wait(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -92,10 +83,6 @@ class Clock:
             print(f"  no graph: {error}")
             return None
         return self.run(graph.replay)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

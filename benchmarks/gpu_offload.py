@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from statistics import mean, median
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate
-from benchmarks.measure import StepClock
+from benchmarks.measure import StepClock, seconds_of, wait
 from hf_paged import limits, paged
 from hf_paged.core.fetch import Choice, FetchPolicy, Option
 
@@ -170,7 +170,7 @@ def offload(device: torch.device, sizes: Sizes) -> Iterator[dict[str, object]]:
         before = prefix.content(second)
         down, up = [], []
         for _ in range(RUNS):
-            _wait(device)
+            wait(device)
             prefix.forget_host()
             down.append(prefix.demote(second))
             up.append(prefix.promote(second))
@@ -196,14 +196,8 @@ def pinned_speeds(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, flo
     there = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device)
     here = torch.empty(sizes.copy_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for way, target, source in (("to the host", here, there), ("to the device", there, here)):
-        times = []
-        for _ in range(5):
-            _wait(device)
-            begin = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            _wait(device)
-            times.append(time.perf_counter() - begin)
-        yield way, sizes.copy_bytes / min(times)
+        copy = partial(target.copy_, source, non_blocking=True)
+        yield way, sizes.copy_bytes / min(seconds_of(copy, device) for _ in range(5))
 
 
 class Steps(StepClock):
@@ -278,7 +272,7 @@ def decoding(prefix: Prefix, row: torch.Tensor) -> Iterator[dict[str, object]]:
     prompts = torch.randint(3, sizes.model.vocabulary, (sizes.rows, sizes.context), device=device)
 
     def decode() -> Steps:
-        _wait(device)
+        wait(device)
         steps = Steps(sizes.longest)
         # Under a salt of its own each time, so that the prompts are computed in any case.
         salt = str(time.perf_counter())
@@ -327,8 +321,3 @@ def _moved(what: str, num_bytes: int, seconds: float, speed: float) -> dict[str,
         "share_of_pinned_copy": num_bytes / seconds / speed,
         "target": TARGET_SHARE,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import gpu_generate, gpu_offload
+from benchmarks.measure import wait
 from hf_paged import limits, paged
 
 
@@ -101,7 +102,7 @@ def _step(
         for _ in range(2):
             before, begin = fetched(), time.perf_counter()
             model.generate(prompts, max_new_tokens=new, do_sample=False, **arguments)
-            gpu_offload._wait(prompts.device)
+            wait(prompts.device)
         figures.append((time.perf_counter() - begin, fetched() - before))
     (prompt_seconds, prompt_bytes), (seconds, num_bytes) = figures
     step, moved = (seconds - prompt_seconds) / sizes.new, (num_bytes - prompt_bytes) / sizes.new

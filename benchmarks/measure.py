@@ -19,6 +19,7 @@ from . import text
 from .scenarios import Scenario
 
 SEED = 0
+CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
@@ -139,7 +140,7 @@ def compare_first_tokens(
 
 def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Of each call, over rounds in which they take turns."""
-    given = taking_turns({name: partial(_seconds, call) for name, call in calls.items()}, rounds)
+    given = taking_turns({name: partial(seconds_of, call) for name, call in calls.items()}, rounds)
     return {name: median(each) for name, each in given.items()}
 
 
@@ -154,10 +155,28 @@ def taking_turns(calls: dict[str, Callable[[], T]], rounds: int) -> dict[str, li
     return given
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of_many(call: Callable[[], object], least: int, seconds: float, device: torch.device = CPU) -> float:
+    """Median seconds of a call, repeated for so long and so often at the least; the first of several does not count."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < least or time.perf_counter() - begin < seconds:
+        times.append(seconds_of(call, device))
+    return median(times[1:] or times)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device = CPU) -> float:
+    """Of one call, all that it has a GPU do included."""
+    wait(device)
     begin = time.perf_counter()
     call()
+    wait(device)
     return time.perf_counter() - begin
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def forget_prefixes(model: PreTrainedModel) -> None:
