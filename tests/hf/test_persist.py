@@ -192,6 +192,18 @@ def test_a_save_that_fails_leaves_what_was_there(earlier, what, tmp_path, failin
     assert len(contents(folder)) <= 2 + model.config.num_hidden_layers
 
 
+def test_a_save_that_fails_leaves_files_that_another_process_may_be_about_to_list(tmp_path, failing):
+    model = patched()
+    generate(model, prompts.single())
+    model.paged.save(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(failing("Ctrl-C after the layers")):
+        model.paged.save(tmp_path)
+    assert contents(tmp_path) == before
+    assert len(before) == 1 + model.config.num_hidden_layers
+
+
 def test_a_save_that_is_interrupted_when_its_manifest_is_there_is_whole(folder, monkeypatch):
     model = patched()
     generate(model, prompts.single())
