@@ -29,13 +29,17 @@ class HostDriver:
 
     def __init__(self, page_bytes: int = 16 * mmap.PAGESIZE, limit_bytes: int | None = None):
         self.page_bytes, self.limit_bytes = page_bytes, limit_bytes
-        self.backed, self.reserved = {}, {}
+        # Garbage collection gives memory back at any moment: what goes through all of it takes a copy.
+        self.backed, self.reserved = (
+            {},
+            {},
+        )  # a garbage collection gives memory back at any moment: copies are gone through
         self.can_wait = self.is_idle = True
         self._handles = count(1)
 
     @property
     def backed_bytes(self) -> int:
-        return sum(num_bytes for num_bytes, _ in self.backed.values())
+        return sum(num_bytes for num_bytes, _ in self.backed.copy().values())
 
     def reserve(self, num_bytes):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -46,7 +50,7 @@ class HostDriver:
 
     def back(self, address, num_bytes):
         assert address % mmap.PAGESIZE == 0 == num_bytes % self.page_bytes
-        assert not any(at < address + num_bytes and address < at + size for at, (size, _) in self.backed.items())
+        assert not any(at < address + num_bytes and address < at + size for at, (size, _) in self.backed.copy().items())
         if self.limit_bytes is not None and self.backed_bytes + num_bytes > self.limit_bytes:
             raise RefusedMemoryError(f"no {num_bytes} bytes beside {self.backed_bytes}")
         self._protect(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -63,7 +67,7 @@ class HostDriver:
 
     def free(self, address, num_bytes):
         assert self.reserved.pop(address) == num_bytes
-        assert not any(address <= at < address + num_bytes for at in self.backed), "memory is left in it"
+        assert not any(address <= at < address + num_bytes for at in self.backed.copy()), "memory is left in it"
         assert _libc.munmap(address, num_bytes) == 0
 
     def tensor(self, space):

@@ -262,23 +262,23 @@ class RowEnds(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= self.steps
 
 
+def stock_answer(inputs, ends):
+    """At most 20 new tokens."""
+    criteria = StoppingCriteriaList([ends])
+    return stock_model("llama").generate(**inputs, do_sample=False, max_new_tokens=20, stopping_criteria=criteria)
+
+
 def test_finished_rows_free_their_blocks_at_once():
     model, steps = patched(), [2, 5, 9, 14]
-    inputs = batch([tokens(40, seed) for seed in range(4)])
-    output, seen = watched(model, inputs, inner=RowEnds(40, steps, eos=True), max_new_tokens=20)
+    inputs, ends = batch([tokens(40, seed) for seed in range(4)]), RowEnds(40, steps, eos=True)
+    output, seen = watched(model, inputs, inner=ends, max_new_tokens=20)
     assert output.shape[1] == 40 + 14
     used = [stats.bytes_in_use for stats in seen]
     for step in steps[:-1]:
         # Seen by the criterion of the step after the one in which the row ended.
         assert used[step] <= used[step - 1] - 40 // BLOCK_SIZE * BLOCK_BYTES + 3 * BLOCK_BYTES, f"step {step}: {used}"
     assert used[-1] <= (40 + 14) / 40 * used[0] / 4 + BLOCK_BYTES, "only the last row is left"
-    expected = stock_model("llama").generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=20,
-        stopping_criteria=StoppingCriteriaList([RowEnds(40, steps, eos=True)]),
-    )
-    assert torch.equal(output, expected)
+    assert torch.equal(output, stock_answer(inputs, ends))
 
 
 def test_real_end_tokens_free_blocks():
@@ -294,33 +294,20 @@ def test_real_end_tokens_free_blocks():
 
 def test_rows_that_stock_goes_on_with_keep_their_blocks():
     """Without `eos_token_id` on the criterion, stock generates real tokens for finished rows: they need their past."""
-    model, steps = patched(), [2, 5, 9, 14]
-    inputs = batch([tokens(40, seed) for seed in range(4)])
-    output, seen = watched(model, inputs, inner=RowEnds(40, steps, eos=False), max_new_tokens=20)
+    inputs, ends = batch([tokens(40, seed) for seed in range(4)]), RowEnds(40, [2, 5, 9, 14], eos=False)
+    output, seen = watched(patched(), inputs, inner=ends, max_new_tokens=20)
     used = [stats.bytes_in_use for stats in seen]
     assert used == sorted(used), "nothing shrinks"
-    expected = stock_model("llama").generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=20,
-        stopping_criteria=StoppingCriteriaList([RowEnds(40, steps, eos=False)]),
-    )
-    assert torch.equal(output, expected)
+    assert torch.equal(output, stock_answer(inputs, ends))
 
 
 def test_a_finished_row_leaves_the_prefix_that_others_share():
     system = tokens(48)
     inputs = batch([system + tokens(8, seed) for seed in (1, 2, 3)])
-    model, steps = patched(), [1, 3, 12]
-    output, seen = watched(model, inputs, inner=RowEnds(56, steps, eos=True), max_new_tokens=20)
+    ends = RowEnds(56, [1, 3, 12], eos=True)
+    output, seen = watched(patched(), inputs, inner=ends, max_new_tokens=20)
     assert seen[-1].blocks_in_use >= 48 // BLOCK_SIZE
-    expected = stock_model("llama").generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=20,
-        stopping_criteria=StoppingCriteriaList([RowEnds(56, steps, eos=True)]),
-    )
-    assert torch.equal(output, expected)
+    assert torch.equal(output, stock_answer(inputs, ends))
 
 
 def test_nothing_is_reserved_for_a_maximum_length():
