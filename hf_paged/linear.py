@@ -1,9 +1,9 @@
 """Linear layers by the native kernel and by oneDNN, on CPUs where torch is slower.
 
-Few rows, as decode steps have, are bound by reading the weights. On a Zen 4 torch takes two to five times as long for
-that as memory needs: Intel's MKL for float32, oneDNN for bfloat16, plain loops for float16. The native kernel reads
-them once, in order. More rows of float32, as prompts have, are multiplied by torch's oneDNN faster than by MKL, which
-is at its best on Intel's own CPUs. Sums differ in their last bits, as between two versions of one library.
+Few rows, as decode steps have, are bound by reading the weights. On a Zen 4 the native kernel, which reads them once and
+in order, takes 0.2 to 0.8 of torch's time, whose choice is Intel's MKL for float32, oneDNN for bfloat16 and plain loops
+for float16. More rows of float32, as prompts have, are multiplied by torch's oneDNN faster than by MKL, which is at its
+best on Intel's own CPUs. Sums differ in their last bits, as between two versions of one library.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from hf_paged.watched import is_unwatched
 from hf_paged_kernels import NativeLinear, native_kernels
 from hf_paged_kernels.processor import beats_mkl
 
-# By the native kernel: up to how many numbers go in, and how many weights there are at least, by dtype; measured by
-# `benchmarks/linear.py`.
-MOST_NUMBERS = {torch.float32: 2**16, torch.bfloat16: 2**16, torch.float16: 2**24}
+# By the native kernel: from how many rows on, up to how many numbers that go in, and by how many weights at least; as
+# `benchmarks/linear.py` says. torch multiplies one row of float16 well, but not more.
+NATIVE_ROWS = {torch.float32: (1, 2**15), torch.bfloat16: (1, 3 * 2**13), torch.float16: (2, 2**24)}
 LEAST_WEIGHTS = 2**14
 # By oneDNN: more rows than this are multiplied in pieces.
 PIECE_ROWS = 512
@@ -124,22 +124,23 @@ def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
     )
     if not is_plain or input.shape[-1] != (features := weight.shape[axis]) or not is_unwatched():
         return None
-    numbers = input.numel()
-    if axis and is_natively_won(numbers, weight):
+    rows = input.numel() // features
+    if axis and is_natively_won(rows, weight):
         return native_linear().multiply
-    if input.dtype is torch.float32 and is_won(numbers // features, weight, weight.shape[1 - axis]):
+    if input.dtype is torch.float32 and is_won(rows, weight, weight.shape[1 - axis]):
         return product
     return None
 
 
-def is_natively_won(numbers: int, weight: torch.Tensor) -> bool:
-    """Whether the native kernel is faster with `numbers` numbers in, by weights `[features_out, features_in]`."""
-    kernel = native_linear()
+def is_natively_won(rows: int, weight: torch.Tensor) -> bool:
+    """Whether the native kernel is faster with `rows` rows, by weights `[features_out, features_in]`."""
+    kernel, features = native_linear(), weight.shape[1]
+    least_rows, most_numbers = NATIVE_ROWS[weight.dtype]
     return (
         kernel is not None
-        and 0 < numbers <= MOST_NUMBERS[weight.dtype]
+        and least_rows <= rows <= most_numbers // features
         and weight.numel() >= LEAST_WEIGHTS
-        and kernel.takes(weight.dtype, weight.shape[1])
+        and kernel.takes(weight.dtype, features)
     )
 
 
@@ -156,7 +157,7 @@ def is_won(rows: int, weight: torch.Tensor, outputs: int) -> bool:
 def _is_plain(tensor: Any) -> bool:
     return (
         type(tensor) is nn.Parameter
-        and tensor.dtype in MOST_NUMBERS
+        and tensor.dtype in NATIVE_ROWS
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()

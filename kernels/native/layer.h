@@ -8,7 +8,7 @@
 namespace hfp {
 
 // Larger sizes are a mistake, and could overflow what is computed from them.
-static const int64_t kMostLinearRows = 1 << 12, kMostFeatures = 1 << 24;
+static const int64_t kMostLinearRows = 1 << 20, kMostFeatures = 1 << 24;
 // Weights that a thread takes at a time, and how many are read sooner than a second thread has begun.
 static const int64_t kPieceBytes = 1 << 17, kSerialBytes = 1 << 16;
 

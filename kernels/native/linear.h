@@ -7,6 +7,8 @@
 
 constexpr int kOutputs = 4;
 constexpr int kInputRows = HFP_REGISTERS >= 32 ? 6 : 2;
+// Inputs that are multiplied by some weights before these are read again: half of a second-level cache holds both.
+constexpr int64_t kInputBytes = 1 << 17;
 
 // Sums of `rows` rows for outputs [output, output + outputs).
 template <class Type, class Plain, int rows, int outputs>
@@ -45,26 +47,31 @@ static HFP_INLINE void multiply_outputs(const Linear &call, int64_t row, int64_t
 
 // The last few rows.
 template <class Type, class Plain, int outputs, int rows = kInputRows - 1>
-static HFP_INLINE void multiply_rest(const Linear &call, int64_t row, int64_t output) {
+static HFP_INLINE void multiply_rest(const Linear &call, int64_t row, int64_t stop, int64_t output) {
     if constexpr (rows > 0) {
-        if (call.rows - row == rows) multiply_outputs<Type, Plain, rows, outputs>(call, row, output);
-        else multiply_rest<Type, Plain, outputs, rows - 1>(call, row, output);
+        if (stop - row == rows) multiply_outputs<Type, Plain, rows, outputs>(call, row, output);
+        else multiply_rest<Type, Plain, outputs, rows - 1>(call, row, stop, output);
     }
 }
 
 template <class Type, class Plain, int outputs>
-static HFP_INLINE void multiply_rows(const Linear &call, int64_t output) {
-    int64_t row = 0;
-    for (; row + kInputRows <= call.rows; row += kInputRows)
+static HFP_INLINE void multiply_rows(const Linear &call, int64_t row, int64_t stop, int64_t output) {
+    for (; row + kInputRows <= stop; row += kInputRows)
         multiply_outputs<Type, Plain, kInputRows, outputs>(call, row, output);
-    multiply_rest<Type, Plain, outputs>(call, row, output);
+    multiply_rest<Type, Plain, outputs>(call, row, stop, output);
 }
 
 // Outputs [begin, end). The input of what is no bfloat16 pair is floats.
 template <class Type, class Plain>
 static void multiply_linear(const Linear &call, int64_t begin, int64_t end) {
-    for (; begin + kOutputs <= end; begin += kOutputs) multiply_rows<Type, Plain, kOutputs>(call, begin);
-    for (; begin < end; ++begin) multiply_rows<Type, Plain, 1>(call, begin);
+    const int64_t row_bytes = call.inputs * (Type::is_paired ? 2 : 4), fitting = kInputBytes / row_bytes;
+    const int64_t rows = fitting > kInputRows ? fitting / kInputRows * kInputRows : kInputRows;
+    for (int64_t row = 0; row < call.rows; row += rows) {
+        const int64_t stop = row + rows < call.rows ? row + rows : call.rows;
+        int64_t output = begin;
+        for (; output + kOutputs <= end; output += kOutputs) multiply_rows<Type, Plain, kOutputs>(call, row, stop, output);
+        for (; output < end; ++output) multiply_rows<Type, Plain, 1>(call, row, stop, output);
+    }
 }
 
 // `count` numbers to floats.

@@ -110,7 +110,7 @@ def native_products(native_library, monkeypatch):
 
     monkeypatch.setattr(linear, "has_onednn", lambda: False)
     monkeypatch.setattr(linear, "native_linear", lambda: Counted)
-    monkeypatch.setattr(linear, "MOST_NUMBERS", dict.fromkeys(linear.MOST_NUMBERS, math.inf))
+    monkeypatch.setattr(linear, "NATIVE_ROWS", dict.fromkeys(linear.NATIVE_ROWS, (1, 2**40)))
     monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
     _look_anew(linear, monkeypatch)
     return rows

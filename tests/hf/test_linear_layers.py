@@ -89,7 +89,7 @@ def test_how_large_a_layer_must_be_depends_on_the_rows(products, monkeypatch):
     assert products == [4, 5, 8, 4]
 
 
-@pytest.mark.parametrize("dtype", linear.MOST_NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", linear.NATIVE_ROWS, ids=str)
 def test_sizes_natively(dtype, native_products):
     """A row is the same whatever other rows there are."""
     for sizes, bias in [((8, 1), True), ((24, 40), False), ((576, 1001), True), ((1032, 7), False)]:
@@ -110,11 +110,15 @@ def test_nothing_in_and_odd_sizes_are_left_to_torch(native_products):
     assert not native_products
 
 
-@pytest.mark.parametrize(("rows", "is_native"), [(1, True), (64, True), (65, False), (3000, False)])
-def test_many_numbers_are_left_to_others(rows, is_native, native_library, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [(torch.float32, (1, 32)), (torch.bfloat16, (1, 24)), (torch.float16, (2, 2**14))], ids=str
+)
+def test_other_numbers_of_rows_are_left_to_others(dtype, rows, native_library, monkeypatch):
     monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
-    assert linear.is_natively_won(rows * 1024, torch.empty(1024, 1024)) == is_native
-    assert not linear.is_natively_won(24, torch.empty(40, 24)), "small weights"
+    wide, (least, most) = torch.empty(1024, 1024, dtype=dtype), rows
+    won = [linear.is_natively_won(each, wide) for each in (0, least - 1, least, most, most + 1)]
+    assert won == [False, False, True, True, False]
+    assert not linear.is_natively_won(2, torch.empty(40, 24, dtype=dtype)), "small weights"
 
 
 def of_another_class(one: nn.Linear) -> None:

@@ -15,7 +15,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 12, 17, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 12, 17, 64, 500])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_and_outputs(kernel, dtype, rows):
     for outputs, inputs in [(1, 32), (3, 64), (4, 96), (37, 576), (258, 1056)]:
@@ -84,7 +84,6 @@ GOOD = {"input": (3, 64), "weight": (20, 64), "bias": (20,)}
         {"input": numbers(3, 64).bfloat16()},
         {"input": torch.empty(0, 64)},
         {"input": torch.empty(3, 64, device="meta")},
-        {"input": numbers(5000, 64)},
         {"weight": numbers(64, 20).T},
         {"weight": torch.empty(20, 64, device="meta")},
         {"weight": torch.empty(0, 64), "bias": torch.empty(0)},

@@ -32,7 +32,7 @@ class NativeLinear:
         return dtype in DTYPES and features_in % lanes == 0
 
     def multiply(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`torch.nn.functional.linear`, summed in float32, of what `takes` says is taken; 4,096 rows at most.
+        """`torch.nn.functional.linear`, summed in float32, of what `takes` says is taken.
 
         Args:
             input: `[..., features_in]`.
