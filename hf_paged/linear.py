@@ -1,8 +1,8 @@
 """Linear layers by the native kernel and by oneDNN, on CPUs where torch is slower.
 
-Few rows, as decode steps have, are bound by reading the weights. On a Zen 4 the native kernel, which reads them once and
-in order, takes 0.2 to 0.8 of torch's time, whose choice is Intel's MKL for float32, oneDNN for bfloat16 and plain loops
-for float16. More rows of float32, as prompts have, are multiplied by torch's oneDNN faster than by MKL, which is at its
+Few rows, as decode steps have, are bound by reading the weights. On a Zen 4 the native kernel reads them once and in
+order in 0.2 to 0.8 of torch's time, whose choice is Intel's MKL for float32, oneDNN for bfloat16 and plain loops for
+float16. More rows of float32, as prompts have, are multiplied by torch's oneDNN faster than by MKL, which is at its
 best on Intel's own CPUs. Sums differ in their last bits, as between two versions of one library.
 """
 
@@ -91,7 +91,7 @@ class _TakenConv1D(Conv1D):
         return object.__new__, (Conv1D,), vars(self)
 
 
-# The classes that layers of a patched model have; by their names, and outside of `by_onednn`, they are the originals.
+# The classes that layers of a patched model have; by their names, and outside of `multiplied_faster`, they are the originals.
 _TAKEN = {nn.Linear: _TakenLinear, Conv1D: _TakenConv1D}
 _ORIGINALS = {taken: original for original, taken in _TAKEN.items()}
 for _taken, _original in _ORIGINALS.items():

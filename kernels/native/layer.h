@@ -9,7 +9,7 @@ namespace hfp {
 
 // Larger sizes are a mistake, and could overflow what is computed from them.
 static const int64_t kMostLinearRows = 1 << 20, kMostFeatures = 1 << 24;
-// Weights that a thread takes at a time, and how many are read sooner than a second thread has begun.
+// Weights that a thread takes at a time, and what is done, for each row, sooner than a second thread has begun.
 static const int64_t kPieceBytes = 1 << 17, kSerialBytes = 1 << 16;
 
 struct LinearWork {
@@ -49,9 +49,9 @@ static Error linear(const Linear &call) {
         widen(call.input, call.rows * call.inputs, floats);
         work.call.input = floats;
     }
-    const int64_t row_bytes = call.inputs * (call.dtype == kFloat32 ? 4 : 2), rows = kPieceBytes / row_bytes / 4 * 4;
-    work.piece = rows > 4 ? rows : 4;
-    const bool is_small = call.outputs * row_bytes < kSerialBytes;
+    const int64_t row_bytes = call.inputs * (call.dtype == kFloat32 ? 4 : 2), fitting = kPieceBytes / row_bytes;
+    work.piece = fitting > kOutputs ? fitting / kOutputs * kOutputs : kOutputs;
+    const bool is_small = call.outputs * row_bytes < kSerialBytes / call.rows;
     if (run_parallel && call.threads > 1 && !is_small) run_parallel(work_linear, &work, (unsigned)call.threads, 0);
     else work_linear(&work);
     free(floats);

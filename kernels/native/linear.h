@@ -5,7 +5,6 @@
 // fetched meanwhile, one line of the caches after the other: several outputs read at once are as many streams, in which
 // the hardware reads ahead less well than in one. A sum takes the same steps however many rows there are.
 
-constexpr int kOutputs = 4;
 constexpr int kInputRows = HFP_REGISTERS >= 32 ? 6 : 2;
 // Inputs that are multiplied by some weights before these are read again: half of a second-level cache holds both.
 constexpr int64_t kInputBytes = 1 << 17;

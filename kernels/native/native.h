@@ -107,6 +107,8 @@ struct Linear {
     void *out;
     int64_t threads;
 };
+// Outputs that are multiplied at a time.
+constexpr int64_t kOutputs = 4;
 
 // The largest head dim, and the most tokens that are scored before their values are read.
 constexpr int64_t kMaxDim = 256;
