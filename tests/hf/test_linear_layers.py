@@ -102,12 +102,24 @@ def test_sizes_natively(dtype, native_products):
     assert native_products == [12, 1] * 4
 
 
-def test_nothing_in_and_odd_sizes_are_left_to_torch(native_products):
+def test_nothing_in_odd_sizes_and_transposed_weights_are_left_to_torch(native_products):
     one, odd = layer(), layer(23)
     with torch.no_grad(), faster_pass():
         assert one(torch.randn(0, 24)).shape == (0, 40)
         assert same(odd, torch.randn(2, 23))
+        assert same(conv1d(), torch.randn(2, 24))
     assert not native_products
+
+
+def test_a_bias_of_another_dtype_is_refused_as_by_torch(multiplied):
+    one = layer()
+    one.bias = nn.Parameter(one.bias.data.bfloat16(), requires_grad=False)
+    with torch.no_grad(), faster_pass(), pytest.raises(RuntimeError) as found:
+        one(torch.randn(2, 24))
+    with torch.no_grad(), pytest.raises(RuntimeError) as expected:
+        nn.Linear.forward(one, torch.randn(2, 24))
+    assert str(found.value) == str(expected.value)
+    assert not multiplied
 
 
 @pytest.mark.parametrize(

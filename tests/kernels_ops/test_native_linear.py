@@ -66,11 +66,18 @@ def test_rows_that_are_not_finite_make_nothing_of_others(kernel, dtype):
     assert finite.tolist() == [True, True, False, True, False, True, True]
 
 
-def test_what_is_taken(kernel):
-    assert kernel.linear.takes(torch.float32, 64)
-    assert not kernel.linear.takes(torch.float32, 63)
-    assert not kernel.linear.takes(torch.float64, 64)
-    assert not kernel.linear.takes(torch.bfloat16, kernel.lanes), "a lane has two of them"
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_what_is_taken(kernel, dtype):
+    """And nothing else."""
+    for inputs in (1, 7, 8, 12, 16, 24, 48, 63, 64):
+        given, weight = numbers(2, inputs, dtype=dtype), numbers(3, inputs, dtype=dtype)
+        if kernel.linear.takes(dtype, inputs):
+            assert dtype is not torch.float64
+            assert kernel.linear.multiply(given, weight, None).shape == (2, 3)
+        else:
+            with pytest.raises(NativeError):
+                kernel.linear.multiply(given, weight, None)
+    assert kernel.linear.takes(dtype, 64) is (dtype is not torch.float64)
 
 
 GOOD = {"input": (3, 64), "weight": (20, 64), "bias": (20,)}
