@@ -91,7 +91,8 @@ class _TakenConv1D(Conv1D):
         return object.__new__, (Conv1D,), vars(self)
 
 
-# The classes that layers of a patched model have; by their names, and outside of `multiplied_faster`, they are the originals.
+# The classes that layers of a patched model have; by their names, and outside of `multiplied_faster`, these are the
+# originals.
 _TAKEN = {nn.Linear: _TakenLinear, Conv1D: _TakenConv1D}
 _ORIGINALS = {taken: original for original, taken in _TAKEN.items()}
 for _taken, _original in _ORIGINALS.items():

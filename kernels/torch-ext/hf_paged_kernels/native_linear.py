@@ -47,11 +47,10 @@ class NativeLinear:
             MemoryError: where it gets no memory.
         """
         outputs, inputs = weight.shape
-        shape = input.shape
-        if shape[-1] != inputs or not (_suits(weight, input) and weight.is_contiguous()):
-            raise NativeError(
-                f"cannot multiply {tuple(shape)} in {input.dtype} by {tuple(weight.shape)} in {weight.dtype}"
-            )
+        shape, dtype = input.shape, input.dtype
+        fits = shape[-1] == inputs and _suits(weight, input) and weight.is_contiguous()
+        if not (fits and self.takes(dtype, inputs)):
+            raise NativeError(f"cannot multiply {tuple(shape)} in {dtype} by {tuple(weight.shape)} in {weight.dtype}")
         if bias is not None and not (_suits(bias, input) and bias.shape == (outputs,) and bias.is_contiguous()):
             raise NativeError(
                 f"bias must be [{outputs}] in {input.dtype}, contiguous, got {tuple(bias.shape)} in {bias.dtype}"
