@@ -29,12 +29,12 @@ from .measure import StepClock, compare_first_tokens, first_token, median_second
 SMALL = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152))
 LARGE = ((4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
-DTYPES = {torch.float32: (1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 1000)}
+DTYPES = {torch.float32: (1, 2, 4, 8, 16, 32, 64, 100, 300, 1000)}
 DTYPES |= dict.fromkeys((torch.bfloat16, torch.float16), (1, 2, 4, 8, 16, 32, 64, 300))
 """And numbers of rows."""
 WORKING_SET = 250e6
 """Bytes of weights that a round goes through, in as many layers as that takes: no cache holds them."""
-ROUNDS, PROMPT_ROUNDS, CALLS, MANY_ROWS = 5, 3, 2, 100
+ROUNDS, CALLS = 3, 2
 BATCHES, PROMPT_TOKENS, STEPS = (1, 4, 8), 100, 12
 PROMPTS = {"SmolLM2-135M": (50, 100, 200, 300, 1000, 2000), "Llama-3.2-1B's shape": (100, 300)}
 LENGTHS = range(1, 3000, 7)
@@ -103,7 +103,7 @@ def _compare(weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
     if inputs.dtype is torch.float32:
         ways["onednn"] = product
     calls = {name: partial(through_all, way) for name, way in ways.items()}
-    seconds = median_seconds(calls, ROUNDS if rows < MANY_ROWS else PROMPT_ROUNDS)
+    seconds = median_seconds(calls, ROUNDS)
     microseconds = {"onednn": None, **{name: each / len(weights) * 1e6 for name, each in seconds.items()}}
     taken = "torch"
     if is_natively_won(rows, weights[0]):
@@ -163,7 +163,7 @@ def first_tokens(name: str, model: PreTrainedModel, count: int) -> FirstToken:
 
     stock = partial(first_token, model, ids)
     ways = {"stock": stock, "off": partial(patched, False), "patched": partial(patched, True)}
-    seconds, equal = compare_first_tokens(ways, PROMPT_ROUNDS)
+    seconds, equal = compare_first_tokens(ways, ROUNDS)
     return FirstToken(name, count, **{way: 1e3 * each for way, each in seconds.items()}, equal=equal)
 
 
