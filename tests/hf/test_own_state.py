@@ -130,3 +130,13 @@ def test_what_is_new_or_gone_is_a_change():
     state = OwnState(model)
     del model[0].kept
     assert state.is_changed()
+
+
+def test_a_tensor_that_takes_the_place_of_an_equal_one_is_a_change():
+    """Nobody knows who wrote it, nor what else there is to see of it."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    for value in (torch.zeros(1), torch.zeros(2)):
+        model[0].kept = value
+        state = OwnState(model)
+        model[0].kept = value.clone()
+        assert state.is_changed()
