@@ -156,3 +156,12 @@ def test_the_limit_of_a_cache_is_one_without_tiers(tmp_path):
     cache = PagedCache(model.config, block_size=8, max_memory={"cpu": "64KiB"})
     with pytest.raises(PagedMemoryError, match=r"Raise max_memory\['cpu'\], shorten"):
         model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
+
+
+def test_groups_of_layers_that_lie_differently_keep_to_each_limit():
+    """Whichever of them blocks are taken for: all of its blocks may be the group's that has most there."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    made = limits.DeviceLimits(PagedConfig(max_memory={0: 1000, 1: 900}), first)
+    made.place([(0, 10, first), (1, 10, first), (1, 30, second)])
+    assert made.allowed_bytes == 1000
+    assert made.tightest == 0
