@@ -90,7 +90,7 @@ def test_bytes_seen_are_those_stored(family, autocast):
     model = patch_model(copy.deepcopy(stock_model(family.name)), block_size=8)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model.generate(**prompts.single(), max_new_tokens=2)
-        seen = model.paged._capabilities.seen_bytes(model)
+        seen = model.paged._capabilities.seen(model).layer_bytes
     stores = model.paged._pool.stores
     assert list(seen) == [store.bytes_per_token for store in stores]
 
