@@ -10,7 +10,7 @@
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
-#   make bench-linear  linear layers and first tokens, by torch's choice and by oneDNN
+#   make bench-linear  linear layers, first tokens and decode steps, by torch and by what patched models take
 #   make bench-prompts attention of prompts alone, native and torch's own, and time to the first token
 #   make bench-own  what hf_paged itself takes of a decode step
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step

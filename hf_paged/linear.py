@@ -32,6 +32,8 @@ from hf_paged_kernels.processor import beats_mkl
 # `benchmarks/linear.py` says. torch multiplies one row of float16 well, but not more.
 NATIVE_ROWS = {torch.float32: (1, 2**15), torch.bfloat16: (1, 3 * 2**13), torch.float16: (2, 2**24)}
 LEAST_WEIGHTS = 2**14
+# Of float32 with more features in, oneDNN is faster, where it is there.
+MOST_FEATURES = 2048
 # By oneDNN: more rows than this are multiplied in pieces.
 PIECE_ROWS = 512
 # Up to how many rows layers of how many weights and features out, or more, take it, by `benchmarks/linear.py`. Below
@@ -136,6 +138,8 @@ def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
 def is_natively_won(rows: int, weight: torch.Tensor) -> bool:
     """Whether the native kernel is faster with `rows` rows, by weights `[features_out, features_in]`."""
     kernel, features = native_linear(), weight.shape[1]
+    if weight.dtype is torch.float32 and features > MOST_FEATURES and has_onednn():
+        return False
     least_rows, most_numbers = NATIVE_ROWS[weight.dtype]
     return (
         kernel is not None

@@ -133,6 +133,15 @@ def test_other_numbers_of_rows_are_left_to_others(dtype, rows, native_library, m
     assert not linear.is_natively_won(2, torch.empty(40, 24, dtype=dtype)), "small weights"
 
 
+@pytest.mark.parametrize("has_onednn", [True, False])
+@pytest.mark.parametrize("dtype", linear.NATIVE_ROWS, ids=str)
+def test_many_features_of_float32_are_onednns(dtype, has_onednn, native_library, monkeypatch):
+    monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
+    monkeypatch.setattr(linear, "has_onednn", lambda: has_onednn)
+    won = [linear.is_natively_won(2, torch.empty(64, features, dtype=dtype)) for features in (2048, 2056)]
+    assert won == [True, not (has_onednn and dtype is torch.float32)]
+
+
 def of_another_class(one: nn.Linear) -> None:
     one.weight = nn.Parameter(one.weight.data.as_subclass(Recording), requires_grad=False)
 
