@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Stoppin
 
 from hf_paged import paged
 from hf_paged.linear import is_natively_won, is_won, native_linear, product
+from hf_paged_kernels import NativeLinear, native_kernels
 
 from . import environment, report, smollm2
 from .measure import StepClock, compare_first_tokens, first_token, median_seconds, taking_turns
@@ -29,16 +30,17 @@ from .measure import StepClock, compare_first_tokens, first_token, median_second
 SMALL = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152))
 LARGE = ((4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
 """Features in and out: SmolLM2-135M's and some of Llama-3-8B's."""
-DTYPES = {torch.float32: (1, 4, 8, 16, 64, 300)}
-DTYPES |= dict.fromkeys((torch.bfloat16, torch.float16), (1, 4, 16, 64))
+DTYPES = {torch.float32: (1, 2, 4, 8, 16, 32, 64, 300)}
+DTYPES |= dict.fromkeys((torch.bfloat16, torch.float16), (1, 2, 4, 8, 16, 64))
 """And numbers of rows."""
 WORKING_SET = 150e6
 """Bytes of weights that a round goes through, in as many layers as that takes: no cache holds them."""
 ROUNDS, CALLS = 3, 2
 BATCHES, PROMPT_TOKENS, STEPS = (1, 4, 8), 100, 8
+MOST_IN_FLOAT16 = 500_000_000
 PROMPTS = {"SmolLM2-135M": (100, 300, 1000), "Llama-3.2-1B's shape": (100, 300)}
-LENGTHS = range(1, 3000, 7)
-"""Of the prompts whose code is weighed."""
+LENGTHS = range(1, 1100, 7)
+"""Of the prompts whose code is weighed: longer ones are cut into pieces of these lengths."""
 
 Product = Callable[[torch.Tensor, torch.Tensor, None], object]
 
@@ -79,27 +81,27 @@ class FirstToken:
     prompt_tokens: int
     stock: float
     off: float
-    """Patched, with oneDNN switched off."""
+    """Patched, with linear layers by torch's choice."""
     patched: float
     equal: bool
     """Whether the tokens are."""
 
 
-def layers(dtype: torch.dtype, features: tuple[int, int]) -> list[Layer]:
+def layers(kernel: NativeLinear, dtype: torch.dtype, features: tuple[int, int]) -> list[Layer]:
     """Every number of rows for one shape of weights."""
     count = max(2, min(60, int(WORKING_SET / dtype.itemsize / features[0] / features[1])))
     weights = [torch.randn(features[::-1]).to(dtype) for _ in range(count)]
-    return [_compare(weights, torch.randn(rows, 1, features[0]).to(dtype)) for rows in DTYPES[dtype]]
+    return [_compare(kernel, weights, torch.randn(rows, 1, features[0]).to(dtype)) for rows in DTYPES[dtype]]
 
 
-def _compare(weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
+def _compare(kernel: NativeLinear, weights: list[torch.Tensor], inputs: torch.Tensor) -> Layer:
     rows, (outputs, features) = len(inputs), weights[0].shape
 
     def through_all(one: Product) -> None:
         for weight in weights:
             one(inputs, weight, None)
 
-    ways: dict[str, Product] = {"torch": torch.nn.functional.linear, "native": native_linear().multiply}
+    ways: dict[str, Product] = {"torch": torch.nn.functional.linear, "native": kernel.run}
     if inputs.dtype is torch.float32:
         ways["onednn"] = product
     calls = {name: partial(through_all, way) for name, way in ways.items()}
@@ -141,6 +143,13 @@ def steps(name: str, model: PreTrainedModel, rows: int) -> Step:
     return Step(name, str(model.dtype)[6:], rows, **times, equal=all(torch.equal(answers[0], each) for each in answers))
 
 
+def steps_of_all(models: dict[str, PreTrainedModel], dtype: torch.dtype) -> Iterator[Step]:
+    """Of each model, but for large ones in float16: their prompts take stock minutes."""
+    for name, model in models.items():
+        if dtype is not torch.float16 or model.num_parameters() < MOST_IN_FLOAT16:
+            yield from (steps(name, model.to(dtype), rows) for rows in BATCHES)
+
+
 def _timed_steps(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[float], torch.Tensor]:
     """Milliseconds of each decode step of a call, and its answer."""
     clock = StepClock()
@@ -152,7 +161,7 @@ def _timed_steps(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[float]
 
 
 def first_tokens(name: str, model: PreTrainedModel, count: int) -> FirstToken:
-    """The first token of random ones, by stock, patched without oneDNN and patched."""
+    """The first token of random ones, by stock, patched with layers by torch's choice, and patched."""
     ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(count))
 
     def patched(enabled: bool) -> tuple[float, int]:
@@ -196,11 +205,13 @@ def layer_table(measured: list[Layer]) -> Table:
     made = Table(
         title="Times as fast as torch: native kernel / oneDNN; * what a patched model takes", title_justify="left"
     )
-    for name in ("dtype", "in x out", *(f"{rows} rows" for rows in next(iter(DTYPES.values())))):
+    columns = sorted({each.rows for each in measured})
+    for name in ("dtype", "in x out", *(f"{rows} rows" for rows in columns)):
         made.add_column(name, justify="right")
     for dtype, features in {(each.dtype, each.features): None for each in measured}:
         of_shape = [each for each in measured if (each.dtype, each.features) == (dtype, features)]
-        made.add_row(dtype, "{} x {}".format(*features), *map(_ratios, of_shape))
+        ratios = {each.rows: _ratios(each) for each in of_shape}
+        made.add_row(dtype, "{} x {}".format(*features), *(ratios.get(rows, "") for rows in columns))
     return made
 
 
@@ -225,7 +236,7 @@ def step_table(measured: list[Step]) -> Table:
 def first_table(measured: list[FirstToken]) -> Table:
     """Return the first tokens for people."""
     made = Table(title="Milliseconds to the first token of one prompt", title_justify="left")
-    for name in ("model", "tokens", "stock", "patched, oneDNN off", "patched", "ratio to stock", "tokens equal"):
+    for name in ("model", "tokens", "stock", "patched, by torch's choice", "patched", "ratio to stock", "tokens equal"):
         made.add_column(name, justify="left" if name == "model" else "right")
     for each in measured:
         times = f"{each.stock:.0f}", f"{each.off:.0f}", f"{each.patched:.0f}", f"{each.stock / each.patched:.2f}"
@@ -236,18 +247,19 @@ def first_table(measured: list[FirstToken]) -> Table:
 def main() -> int:
     """Measure and write a JSON file; 1 where tokens differ."""
     options = environment.parse(environment.parser("benchmarks.linear", __doc__))
-    described = environment.describe()
+    described = {**environment.describe(), "kernel": native_kernels().reason}
+    if (kernel := native_linear()) is None:
+        report.console().print(f"Not known to be faster here ({described['kernel']}); HF_PAGED_NATIVE forces a variant")
+        return 1
     with torch.inference_mode():
         models = dict(zip(PROMPTS, (smollm2.load_model(), llama()), strict=True))
         code = {name: code_bytes(model) for name, model in models.items()}
         shapes = [(dtype, features) for dtype in DTYPES for features in (*SMALL, *LARGE)]
-        measured = [layer for shape in shapes for layer in layers(*shape)]
+        measured = [layer for shape in shapes for layer in layers(kernel, *shape)]
     report.console().print(layer_table(measured))
     first = [first_tokens(name, models[name], count) for name, counts in PROMPTS.items() for count in counts]
     report.console().print(first_table(first))
-    taken = [
-        steps(name, model.to(dtype), rows) for dtype in DTYPES for name, model in models.items() for rows in BATCHES
-    ]
+    taken = [each for dtype in DTYPES for each in steps_of_all(models, dtype)]
     report.console().print(step_table(taken))
     kept = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in code.items())
     report.console().print(f"Code kept by oneDNN after {len(LENGTHS)} lengths of prompts: {kept}")

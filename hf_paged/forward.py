@@ -124,13 +124,17 @@ def by_name(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments, with those by position among the others, as the model's forward names them.
 
-    As they are where it has no names for some (`*args`), or where it is the model's own to refuse them.
+    As they are where it has no names for some (`*args`), or where it is the model's own to refuse them. What wraps a
+    forward with any arguments hands them on to that of the class.
     """
-    parameters = inspect.signature(model.forward).parameters
-    names = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD][: len(args)]
-    if len(names) < len(args) or not kwargs.keys().isdisjoint(names):
-        return args, kwargs
-    return (), {**dict(zip(names, args, strict=True)), **kwargs}
+    for forward in (model.forward, partial(type(model).forward, model)):
+        parameters = list(inspect.signature(forward).parameters.values())[: len(args)]
+        names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        if len(names) == len(args) and kwargs.keys().isdisjoint(names):
+            return (), {**dict(zip(names, args, strict=True)), **kwargs}
+        if all(each.kind is not each.VAR_POSITIONAL for each in parameters):
+            break
+    return args, kwargs
 
 
 def take_apart(

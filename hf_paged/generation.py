@@ -209,12 +209,10 @@ class PagedGenerationMixin:
             model_kwargs[CACHE_NAME] = cache = self._hf_paged.new_cache(room_tokens, salt, _BEGUN.get())
         except PoolInUseError as error:
             self._hf_paged.hand_over(str(error))
-            if self.config.is_encoder_decoder:
-                return result
-            return super()._prepare_cache_for_generation(*arguments, **kwargs)
-        paged_part(cache).alone = _ALONE.get()
-        if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
-            paged_part(cache).activate_past_recording()  # guesses will be taken back
+        else:
+            paged_part(cache).alone = _ALONE.get()
+            if generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION:
+                paged_part(cache).activate_past_recording()  # guesses will be taken back
         if self.config.is_encoder_decoder:
             return result
         return super()._prepare_cache_for_generation(*arguments, **kwargs)

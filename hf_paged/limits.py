@@ -76,7 +76,7 @@ def misplaced_limit(settings: PagedConfig, devices: Sequence[torch.device], has_
         return None
     return (
         f"max_memory[{limits[0]!r}] limits nothing: K and V are on {', '.join(map(str, devices))}; "
-        f"set max_memory[{keys[0]!r}], or leave {limits[0]!r} out"
+        f"set max_memory[{keys[0]!r}], leave {limits[0]!r} out, or move the model there first"
     )
 
 

@@ -129,7 +129,7 @@ def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
         return None
     rows = input.numel() // features
     if axis and is_natively_won(rows, weight):
-        return native_linear().multiply
+        return native_linear().run
     if input.dtype is torch.float32 and is_won(rows, weight, weight.shape[1 - axis]):
         return product
     return None
@@ -212,9 +212,20 @@ def take_layers(model: nn.Module) -> None:
 
 
 def _is_to_be_taken(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    least = LEAST[0][1] if native_linear() is None else LEAST_WEIGHTS
-    return "forward" not in vars(layer) and _is_plain(weight) and weight.numel() >= least
+    return "forward" not in vars(layer) and bool(_ways(layer))
+
+
+def _ways(layer: nn.Module) -> list[str]:
+    """Who may multiply faster by a layer's weights, as they are now."""
+    weight, kernel, ways = layer._parameters.get("weight"), native_linear(), []
+    if not _is_plain(weight) or weight.dim() != 2:
+        return ways
+    is_linear = isinstance(layer, nn.Linear)
+    if is_linear and kernel and weight.numel() >= LEAST_WEIGHTS and kernel.takes(weight.dtype, weight.shape[1]):
+        ways.append("native kernel")
+    if weight.dtype is torch.float32 and weight.numel() >= LEAST[0][1] and has_onednn():
+        ways.append("oneDNN")
+    return ways
 
 
 def give_layers_back(model: nn.Module) -> None:
@@ -245,12 +256,10 @@ def _is_replaced() -> bool:
 
 def describe(model: nn.Module) -> str:
     """Who multiplies in a patched model's passes, for people."""
-    plain = [each._parameters.get("weight") for each in model.modules() if type(each) in _ORIGINALS]
-    dtypes = {weight.dtype for weight in plain if _is_plain(weight)}
-    if torch_compat.OBSTACLE is not None or _is_replaced() or not dtypes:
+    ways = {way for each in model.modules() if type(each) in _ORIGINALS for way in _ways(each)}
+    if torch_compat.OBSTACLE is not None or _is_replaced() or not ways:
         return "torch's choice"
-    ways = ["native kernel"] * (native_linear() is not None) + ["oneDNN"] * (torch.float32 in dtypes and has_onednn())
-    return ", ".join(ways) or "torch's choice"
+    return ", ".join(sorted(ways))
 
 
 @functools.cache
@@ -259,11 +268,9 @@ def is_faster() -> bool:
     return native_linear() is not None or has_onednn()
 
 
-@functools.cache
 def native_linear() -> NativeLinear | None:
     """The native kernel for linear layers, where it is known to be faster."""
-    available = native_kernels()
-    return available.kernels[0].linear if available.kernels and available.multiplies else None
+    return native_kernels().linear
 
 
 @functools.cache

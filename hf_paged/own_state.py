@@ -21,7 +21,7 @@ class OwnState:
         self._model, self._before = model, _attributes(model)
 
     def is_changed(self) -> bool:
-        """Whether anything is another object now, or was written to."""
+        """Whether anything is another object now, or was written to; what lists and `.data` hold is not seen."""
         before, after = self._before, _attributes(self._model)
         return before.keys() != after.keys() or not all(_same(each, after[name]) for name, each in before.items())
 
@@ -47,4 +47,4 @@ def _version(tensor: torch.Tensor) -> Any:
         return tensor._version
     if type(tensor) not in PLAIN_TENSORS or unreadable(tensor):
         return None
-    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().resolve_conj().resolve_neg().cpu().flatten().view(torch.uint8).numpy().tobytes()

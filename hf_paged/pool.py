@@ -241,9 +241,11 @@ class KVPool:
         """What there is too little of, and which setting is for that."""
         limit_bytes, num_blocks = self.manager.budget.limit_bytes, self._most_blocks - 1
         has_all_ids = any(pool.num_blocks == self._most_blocks for pool in self.manager.pools)
-        if error.wanted_bytes > self.manager.budget.free_bytes or not has_all_ids:
+        lacks_bytes = error.wanted_bytes > self.manager.budget.free_bytes
+        if lacks_bytes or not has_all_ids:
             below = "" if self.overflow is None else " or max_memory['cpu']"
-            return f"the budget is {limit_bytes} bytes. Raise max_memory[{self.limits.tightest!r}]{below}, "
+            key = self.limits.tightest if lacks_bytes else self.limits.key  # by which ids were bounded
+            return f"the budget is {limit_bytes} bytes. Raise max_memory[{key!r}]{below}, "
         if self._takes_all_unasked:
             return (
                 f"all memory of a pool is taken at once here, {num_blocks} blocks at most unless it is said how much. "

@@ -275,7 +275,9 @@ class PagedRuntime:
         """`PoolInUseError` where calls of other threads need the pool: autocast is on or off in each thread alone."""
         is_used = any(not cache.held_by_user for cache in self._caches)
         if is_used and self.calls.in_other_threads():
-            raise PoolInUseError("calls of other threads keep K and V of another dtype (autocast), or elsewhere")
+            raise PoolInUseError(
+                "calls of other threads keep K and V of another dtype (autocast), or elsewhere, or of another forward"
+            )
 
     def mend(self) -> None:
         """Have done with a pool of which nobody knows any more who holds what; other calls on it run to their ends."""
@@ -297,17 +299,16 @@ class PagedRuntime:
 
     def _make_pool(self, model: PreTrainedModel, config: PagedConfig | None = None) -> KVPool:
         config, windows = config or self.config, self.layout().windows
-        misplaced = misplaced_limit(
-            config, compute_devices(model), has_tiers=config.max_memory == self.config.max_memory
-        )
-        if misplaced is not None:  # the model has moved since it was patched, or it is the limit of a cache
+        misplaced = misplaced_limit(config, compute_devices(model))
+        if misplaced is not None:  # the model has moved since it was patched
             self.counters.fall_back(misplaced)
             self._warn("takes what memory is free", misplaced)
         seen = self._capabilities.seen(model)
         layer_bytes, layer_devices = (None, None) if seen is None else (seen.layer_bytes, seen.layer_devices)
         if config.kv_format or layer_bytes is None or len(layer_bytes) != len(windows):
             layer_bytes = footprint_of(model, config.kv_format).layer_bytes
-        return KVPool(config, windows, layer_bytes, compat.compute_device(model), layer_devices=layer_devices)
+        first = layer_devices[0] if layer_devices else compat.compute_device(model)
+        return KVPool(config, windows, layer_bytes, first, layer_devices=layer_devices)
 
     def capability(self, call: Callable[..., Any]) -> Capability:
         """What the fast path does for the model as it is now; found out by trying, once."""
@@ -365,8 +366,11 @@ class PagedRuntime:
         if both is not cache:
             both.note_inputs(request.kwargs.get("encoder_outputs"))
         if cache.sequences.pool is None:
-            budget = cache.settings.max_memory or self.config.max_memory
-            cache.sequences.pool = self._make_pool(model, replace(cache.settings, max_memory=budget))
+            own = cache.settings
+            if misplaced := misplaced_limit(own, compute_devices(model), has_tiers=False):
+                raise ValueError(misplaced)
+            budget = own.max_memory or self.config.max_memory
+            cache.sequences.pool = self._make_pool(model, replace(own, max_memory=budget))
         cache.ensure_rows(request.rows)
         if cache.root is not None and not cache.generating:
             cache.untrack()  # nobody checks what a caller of their own does to the model between two passes

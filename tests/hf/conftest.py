@@ -94,7 +94,7 @@ def products(monkeypatch):
 
 @pytest.fixture
 def native_products(native_library, monkeypatch):
-    """Rows of each product that goes to the native kernel, which all layers do that may. oneDNN is asked for none."""
+    """Rows of each product that goes to the native kernel, which all layers do that may. oneDNN is there, and slower."""
     from hf_paged import linear
     from hf_paged_kernels.native import variants
 
@@ -104,14 +104,16 @@ def native_products(native_library, monkeypatch):
         takes = kernel.takes
 
         @staticmethod
-        def multiply(input, weight, bias):
+        def run(input, weight, bias):
             rows.append(input.numel() // weight.shape[1])
             return kernel.multiply(input, weight, bias)
 
-    monkeypatch.setattr(linear, "has_onednn", lambda: False)
+    monkeypatch.setattr(linear, "has_onednn", lambda: True)
+    monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, math.inf),))
     monkeypatch.setattr(linear, "native_linear", lambda: Counted)
     monkeypatch.setattr(linear, "NATIVE_ROWS", dict.fromkeys(linear.NATIVE_ROWS, (1, 2**40)))
     monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(linear, "MOST_FEATURES", math.inf)
     _look_anew(linear, monkeypatch)
     return rows
 

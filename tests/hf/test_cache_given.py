@@ -17,6 +17,7 @@ from versions import choose_attention
 
 from hf_paged import PagedCache, PagedMemoryError, patch_model
 from hf_paged.compat import CACHE_NAME
+from hf_paged.forward import by_name
 
 
 def with_attention(family, attention: str):
@@ -142,6 +143,28 @@ def test_arguments_by_position():
         assert cache.owner() is pair.model, "a patched model takes note of it"
         assert_close(logits[2], logits[0], f"{by_position} by position, prompt")
         assert_close(logits[3], logits[1], f"{by_position} by position, step")
+
+
+def test_a_forward_that_takes_anything_hands_it_on():
+    """Somebody's wrapper without names: those of the class are meant, and the pass is as fast as by name."""
+    pair = Pair("llama")
+    forward = pair.model.forward
+    pair.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    ids = torch.tensor([prompts.tokens(20)])
+    with torch.no_grad():
+        cache = PagedCache(pair.model.config)
+        found = pair.model(ids, **{CACHE_NAME: cache}).logits
+        assert_close(found, pair.stock(ids).logits, "wrapped")
+    assert cache.owner() is pair.model, "as only passes of a patched model say"
+
+
+class _PositionalOnly:
+    def forward(self, first, /, second=None, third=None):
+        """Nothing here can be called by all of its names."""
+
+
+def test_names_do_not_move_to_other_places():
+    assert by_name(_PositionalOnly(), (1,), {"third": 2}) == ((1,), {"third": 2})
 
 
 @torch.no_grad()

@@ -72,6 +72,14 @@ def test_what_does_not_fit_names_the_device_that_is_full(on_demand):
         made.append_dense([made.manager.new_table()], [200], 0)
 
 
+def test_where_ids_are_too_few_the_device_that_they_were_made_for_is_named(on_demand):
+    """A limit that was looked at before anybody knew that other layers lie elsewhere."""
+    made = spread({"cpu": 20 * BLOCK_BYTES, 0: 15 * BLOCK_BYTES}, known=False)
+    see(made)
+    with pytest.raises(PagedMemoryError, match=r"Raise max_memory\['cpu'\], shorten"):
+        made.append_dense([made.manager.new_table()], [8 * 12], 0)
+
+
 def test_where_a_models_layers_lie_is_known_from_its_trial():
     """So that each device keeps to its limit from the first prompt on."""
     model = patched(max_memory={"cpu": "64KiB", 0: "16KiB"})
@@ -135,6 +143,15 @@ def test_a_limit_of_another_device_than_a_caches_own_is_refused(memory, monkeypa
     model = copy_of(LLAMA)
     with pytest.raises(ValueError, match=r"limits nothing: .* set max_memory\[0\]"), torch.no_grad():
         model(prompts.single()["input_ids"], past_key_values=PagedCache(model.config, max_memory=memory))
+
+
+@pytest.mark.parametrize("patch", [False, True])
+def test_a_gpus_limit_on_the_cpu_is_refused_of_a_cache_too(patch):
+    model = patched(max_memory={"cpu": "1MiB"}) if patch else copy_of(LLAMA)
+    cache = PagedCache(model.config, block_size=8, max_memory={0: "1MiB"})
+    with pytest.raises(ValueError, match=r"max_memory\[0\] limits nothing: .* set max_memory\['cpu'\]"):
+        model.generate(**prompts.single(), past_key_values=cache, **GREEDY)
+    assert model.generate(**prompts.single(), **GREEDY).shape[0] == 1
 
 
 @pytest.mark.parametrize("patch", [False, True])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from hf_paged import linear, patch_model, torch_compat
 from hf_paged_kernels.native import variants
@@ -391,11 +392,29 @@ def test_other_machines_classes_are_left_alone(monkeypatch):
     assert "linear layers: torch's choice" in str(model.paged)
 
 
-def test_what_is_said(products, monkeypatch):
+def test_what_is_said(products, native_library, monkeypatch):
     model = patch_model(copy_of(FAMILIES["llama"]))
     assert "linear layers: oneDNN)" in str(model.paged)
-    monkeypatch.setattr(linear, "native_linear", lambda: object())
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
     assert "linear layers: native kernel, oneDNN)" in str(model.paged)
     assert linear.describe(model.bfloat16()) == "native kernel"
     monkeypatch.setattr(linear, "native_linear", lambda: None)
     assert linear.describe(model) == "torch's choice"
+
+
+@pytest.mark.parametrize(
+    ("made", "dtype", "is_taken"),
+    [
+        (lambda: nn.Linear(24, 40), torch.bfloat16, True),
+        (lambda: nn.Linear(23, 40), torch.bfloat16, False),
+        (lambda: Conv1D(40, 24), torch.float32, True),
+        (lambda: Conv1D(40, 24), torch.bfloat16, False),
+    ],
+    ids=["linear", "odd", "conv1d", "conv1d in half precision"],
+)
+def test_only_what_somebody_multiplies_is_taken(made, dtype, is_taken, native_products):
+    model = nn.Sequential(made()).to(dtype)
+    linear.take_layers(model)
+    assert (type(model[0]) in linear._ORIGINALS) is is_taken
+    assert (linear.describe(model) != "torch's choice") is is_taken

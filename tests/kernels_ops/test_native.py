@@ -344,6 +344,18 @@ def test_prompts_are_left_to_torch_where_nobody_has_measured_them(name, multipli
     assert _look(found.kernels[0].name).multiplies
 
 
+@pytest.mark.parametrize("name", list(variants()))
+@pytest.mark.parametrize("vendor", [AMD, "GenuineIntel"])
+def test_linear_layers_are_left_to_torch_where_nobody_has_measured_them(name, vendor, monkeypatch):
+    kernel = variants()[name]
+    monkeypatch.setattr("hf_paged_kernels.native.variants", lambda: {name: kernel})
+    monkeypatch.setattr("hf_paged_kernels.native._MEASURED", (name,))
+    monkeypatch.setattr("hf_paged_kernels.processor.vendor", lambda: vendor)
+    is_measured = vendor == AMD and name in ("avx512", "avx512_bf16")
+    assert _look(None).linear is (kernel.linear if is_measured else None)
+    assert _look(name).linear is kernel.linear, "asked for"
+
+
 @pytest.mark.parametrize(
     ("info", "expected"),
     [(f"processor\t: 0\nvendor_id\t: {AMD}\nmodel\t: 1\n", AMD), ("processor\t: 0\nCPU implementer\t: 0x41\n", "")],

@@ -25,6 +25,8 @@ from .processor import beats_mkl
 # Which variants run unasked, the first that fits: those that were measured against SDPA (`make bench-attention`). Not
 # here: neon, as nobody has measured it; nor portable, which is for the tests.
 _MEASURED = ("avx512_bf16", "avx512", "avx2")
+# Of these, whose linear layers were measured (`make bench-linear`).
+_MEASURED_LINEAR = ("avx512_bf16", "avx512")
 
 # As `AttentionCall` in native.h: what a call looks like, and where K and V are.
 _LOOK, _PLACE = Struct("=3q2Q14q2d"), Struct("=3Qq")
@@ -255,11 +257,13 @@ class Availability(NamedTuple):
 
     Attributes:
         multiplies: whether they are to take products of matrices (prompts), too, although torch's own attention can.
+        linear: which is to multiply few rows by the weights of linear layers; `None`: torch.
     """
 
     kernels: tuple[NativeKernel, ...]
     reason: str
     multiplies: bool = False
+    linear: NativeLinear | None = None
 
     def store_for(
         self, keys: torch.Tensor, values: torch.Tensor, records: KVRecords | None = None
@@ -311,10 +315,11 @@ def _look(switch: str | None) -> Availability:
     if switch:
         if switch not in found:
             return Availability((), f"native kernel off: {SWITCH}={switch} is none of {', '.join(found)}")
-        return Availability((found[switch],), f"native kernel, {switch} ({SWITCH})", True)
+        return Availability((found[switch],), f"native kernel, {switch} ({SWITCH})", True, found[switch].linear)
     kernels = tuple(found[name] for name in _MEASURED if name in found)
     if not kernels:
         return Availability((), f"native kernel off: not measured on this CPU ({', '.join(found)})")
     if not beats_mkl():
         return Availability(kernels, f"native kernel, {kernels[0].name}; prompts by torch")
-    return Availability(kernels, f"native kernel, {kernels[0].name}", True)
+    linear = kernels[0].linear if kernels[0].name in _MEASURED_LINEAR else None
+    return Availability(kernels, f"native kernel, {kernels[0].name}", True, linear)

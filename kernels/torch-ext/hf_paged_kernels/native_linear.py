@@ -53,10 +53,15 @@ class NativeLinear:
             raise NativeError(f"cannot multiply {tuple(shape)} in {dtype} by {tuple(weight.shape)} in {weight.dtype}")
         if bias is not None and not (_suits(bias, input) and bias.shape == (outputs,) and bias.is_contiguous()):
             raise NativeError(
-                f"bias must be [{outputs}] in {input.dtype}, contiguous, got {tuple(bias.shape)} in {bias.dtype}"
+                f"bias must be [{outputs}] in {dtype}, contiguous, got {tuple(bias.shape)} in {bias.dtype}"
             )
+        return self.run(input, weight, bias)
+
+    def run(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`multiply` of tensors that are known to fit: only sizes are checked."""
+        outputs, inputs = weight.shape
         input = input.contiguous()
-        out = input.new_empty((*shape[:-1], outputs))
+        out = input.new_empty((*input.shape[:-1], outputs))
         error = self._multiply(
             _CALL.pack(
                 self._index, DTYPES[input.dtype], input.numel() // inputs, inputs, outputs,
