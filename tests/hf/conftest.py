@@ -94,7 +94,7 @@ def products(monkeypatch):
 
 @pytest.fixture
 def native_products(native_library, monkeypatch):
-    """Rows of each product that goes to the native kernel, which all layers do that may; oneDNN is there, but slower."""
+    """Rows of each product that goes to the native kernel, as all layers do that may; oneDNN is there, but slower."""
     from hf_paged import linear
     from hf_paged_kernels.native import variants
 
