@@ -28,12 +28,14 @@ from hf_paged.watched import is_unwatched
 from hf_paged_kernels import NativeLinear, native_kernels
 from hf_paged_kernels.processor import beats_mkl
 
-# By the native kernel: from how many rows on, up to how many numbers that go in, and by how many weights at least; as
-# `benchmarks/linear.py` says. torch multiplies one row of float16 well, but not more.
-NATIVE_ROWS = {torch.float32: (1, 2**15), torch.bfloat16: (1, 3 * 2**13), torch.float16: (2, 2**24)}
+# By the native kernel: from how many rows on, up to how many, up to how many numbers that go in, and by how many
+# weights at least; as `benchmarks/linear.py` says. torch multiplies one row of float16 well, but not more.
+NATIVE_ROWS = {
+    torch.float32: (1, math.inf, 2**17),
+    torch.bfloat16: (1, 24, math.inf),
+    torch.float16: (2, 2**20, 2**24),
+}
 LEAST_WEIGHTS = 2**14
-# Of float32 with more features in, oneDNN is faster, where it is there.
-MOST_FEATURES = 2048
 # By oneDNN: more rows than this are multiplied in pieces.
 PIECE_ROWS = 512
 # Up to how many rows layers of how many weights and features out, or more, take it, by `benchmarks/linear.py`. Below
@@ -138,12 +140,11 @@ def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
 def is_natively_won(rows: int, weight: torch.Tensor) -> bool:
     """Whether the native kernel is faster with `rows` rows, by weights `[features_out, features_in]`."""
     kernel, features = native_linear(), weight.shape[1]
-    if weight.dtype is torch.float32 and features > MOST_FEATURES and has_onednn():
-        return False
-    least_rows, most_numbers = NATIVE_ROWS[weight.dtype]
+    least_rows, most_rows, most_numbers = NATIVE_ROWS[weight.dtype]
     return (
         kernel is not None
-        and least_rows <= rows <= most_numbers // features
+        and least_rows <= rows <= most_rows
+        and rows * features <= most_numbers
         and weight.numel() >= LEAST_WEIGHTS
         and kernel.takes(weight.dtype, features)
     )

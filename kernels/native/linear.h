@@ -3,11 +3,14 @@
 //
 // Outputs are so many at a time, for so many rows, as there are registers for sums. The weights of the next ones are
 // fetched meanwhile, one line of the caches after the other: several outputs read at once are as many streams, in which
-// the hardware reads ahead less well than in one. A sum takes the same steps however many rows there are.
+// the hardware reads ahead less well than in one. They go to the second-level cache: beside inputs and sums, what four
+// outputs need is often too much for the first. A sum takes the same steps however many rows there are.
 
 constexpr int kInputRows = HFP_REGISTERS >= 32 ? 6 : 2;
 // Inputs that are multiplied by some weights before these are read again: half of a second-level cache holds both.
 constexpr int64_t kInputBytes = 1 << 17;
+// Where `__builtin_prefetch` puts what it fetches.
+constexpr int kSecondLevel = 2;
 
 // Sums of `rows` rows for outputs [output, output + outputs).
 template <class Type, class Plain, int rows, int outputs>
@@ -21,7 +24,7 @@ static HFP_INLINE void multiply_outputs(const Linear &call, int64_t row, int64_t
         typename Type::Numbers weight[outputs];
         for (int j = 0; j < outputs; ++j) {
             weight[j] = Type::read(weights + j * call.inputs + i);
-            __builtin_prefetch(next);
+            __builtin_prefetch(next, 0, kSecondLevel);
             next += Type::channels * sizeof(typename Type::Storage);
         }
         for (int r = 0; r < rows; ++r) {

@@ -111,9 +111,8 @@ def native_products(native_library, monkeypatch):
     monkeypatch.setattr(linear, "has_onednn", lambda: True)
     monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, math.inf),))
     monkeypatch.setattr(linear, "native_linear", lambda: Counted)
-    monkeypatch.setattr(linear, "NATIVE_ROWS", dict.fromkeys(linear.NATIVE_ROWS, (1, 2**40)))
+    monkeypatch.setattr(linear, "NATIVE_ROWS", dict.fromkeys(linear.NATIVE_ROWS, (1, math.inf, math.inf)))
     monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(linear, "MOST_FEATURES", math.inf)
     _look_anew(linear, monkeypatch)
     return rows
 
