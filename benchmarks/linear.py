@@ -1,7 +1,8 @@
 """``python -m benchmarks.linear``: linear layers, by what torch takes, by the native kernel and by oneDNN.
 
-And what they are most of the time of: decode steps of SmolLM2 and of Llama-3.2-1B's shape with random weights, and
-first tokens of both, stock and patched. Then the memory of the code that oneDNN keeps for prompts of all lengths.
+And what they are most of the time of: decode steps and first tokens, stock and patched, of SmolLM2, and of the shapes
+of Llama-3.2-1B and of OLMoE-1B-7B, a mixture of experts, with random weights. Then the memory of the code that oneDNN
+keeps for prompts of all lengths.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from statistics import median
 import psutil
 import torch
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from hf_paged import paged
-from hf_paged.linear import is_natively_won, is_won, native_linear, product
+from hf_paged.matmul import is_natively_won, is_won, native_linear, product
 from hf_paged_kernels import NativeLinear, native_kernels
 
 from . import environment, report, smollm2
@@ -38,7 +46,11 @@ WORKING_SET = 150e6
 ROUNDS, CALLS = 3, 2
 BATCHES, PROMPT_TOKENS, STEPS = (1, 4, 8), 100, 8
 MOST_IN_FLOAT16 = 500_000_000
-PROMPTS = {"SmolLM2-135M": (100, 300, 1000), "Llama-3.2-1B's shape": (100, 300)}
+PROMPTS = {
+    "SmolLM2-135M": (100, 300, 1000),
+    "Llama-3.2-1B's shape": (100, 300),
+    "OLMoE-1B-7B's shape, 4 of 16 layers": (100, 300),
+}
 LENGTHS = range(1, 1100, 7)
 """Of the prompts whose code is weighed: longer ones are cut into pieces of these lengths."""
 
@@ -122,6 +134,17 @@ def llama() -> PreTrainedModel:
         LlamaConfig(
             vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
             num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True, initializer_range=0.05,
+        )
+    ).eval()  # fmt: skip
+
+
+def olmoe() -> PreTrainedModel:
+    """OLMoE-1B-7B's shape, in float32 as much of it as fits beside the others, random weights."""
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=50_304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=16,
+            num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, initializer_range=0.05,
         )
     ).eval()  # fmt: skip
 
@@ -252,7 +275,7 @@ def main() -> int:
         report.console().print(f"Not known to be faster here ({described['kernel']}); HF_PAGED_NATIVE forces a variant")
         return 1
     with torch.inference_mode():
-        models = dict(zip(PROMPTS, (smollm2.load_model(), llama()), strict=True))
+        models = dict(zip(PROMPTS, (smollm2.load_model(), llama(), olmoe()), strict=True))
         code = {name: code_bytes(model) for name, model in models.items()}
         shapes = [(dtype, features) for dtype in DTYPES for features in (*SMALL, *LARGE)]
         measured = [layer for shape in shapes for layer in layers(kernel, *shape)]

@@ -15,8 +15,8 @@ from hf_paged import compat
 from hf_paged.attention import give_names_back, take_names
 from hf_paged.config import PagedConfig
 from hf_paged.core.forks import new_rlock
+from hf_paged.faster_layers import give_layers_back, take_layers
 from hf_paged.generation import RUNTIME_ATTRIBUTE, PagedGenerationMixin
-from hf_paged.linear import give_layers_back, take_layers
 from hf_paged.runtime import PagedRuntime
 
 T = TypeVar("T")

@@ -17,12 +17,12 @@ from hf_paged import compat
 from hf_paged.backends import backend_for, plain_torch_reason
 from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
-from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
 from hf_paged.core.forks import new_rlock, tell_forks
 from hf_paged.encdec import PagedEncoderDecoderCache
 from hf_paged.equal_rows import share_equal_rows
 from hf_paged.errors import PoolInUseError
+from hf_paged.faster_layers import describe, take_layers
 from hf_paged.footprint import footprint_of
 from hf_paged.forward import (
     PADDING_SHOWN,
@@ -34,7 +34,7 @@ from hf_paged.forward import (
 )
 from hf_paged.identity import Sampling
 from hf_paged.limits import compute_devices, misplaced_limit
-from hf_paged.linear import describe, multiplied_faster, take_layers
+from hf_paged.matmul import multiplied_faster
 from hf_paged.noted import fast_or_padded, note_padded, note_unkept
 from hf_paged.packed import run_packed, would_cut
 from hf_paged.persist import load_prefixes, read_manifest, save_prefixes
@@ -347,7 +347,7 @@ class PagedRuntime:
                 outputs, computed_tokens, reused_tokens = self._run_best(request, cache, lengths)
         except BaseException:
             cache.roll_back(lengths)
-            both = kwargs[CACHE_NAME]
+            both = kwargs[compat.CACHE_NAME]
             if both is not cache and cache.dense_len == 0:
                 both.release()
             raise
@@ -361,7 +361,7 @@ class PagedRuntime:
 
     def _begin_pass(self, request: ModelCall, cache: PagedCache) -> None:
         """Have an owner, a pool and rows for the cache. Raises `ValueError` for that of another model or batch size."""
-        model, both = self._model(), request.kwargs[CACHE_NAME]
+        model, both = self._model(), request.kwargs[compat.CACHE_NAME]
         self._check_owner(cache, model)
         if both is not cache:
             both.note_inputs(request.kwargs.get("encoder_outputs"))
@@ -384,13 +384,13 @@ class PagedRuntime:
         if cache.owner is None:
             if compat.kv_shape(cache.model_config) != compat.kv_shape(model.config.get_text_config(decoder=True)):
                 raise ValueError(
-                    f"{CACHE_NAME} is a PagedCache for a model of another shape; make one with "
+                    f"{compat.CACHE_NAME} is a PagedCache for a model of another shape; make one with "
                     "PagedCache(model.config) of the model that generates"
                 )
             cache.owner = weakref.ref(model)
         elif cache.owner() is not model:
             raise ValueError(
-                f"{CACHE_NAME} is a PagedCache that another model has filled; its K and V mean nothing to this "
+                f"{compat.CACHE_NAME} is a PagedCache that another model has filled; its K and V mean nothing to this "
                 "one. Pass a cache that this model returned, or none"
             )
 

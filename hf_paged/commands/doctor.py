@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
-from hf_paged import linear
+from hf_paged import faster_layers
 from hf_paged.backends import backend_for
 from hf_paged.check import DEFAULT_LENGTH, MIN_LENGTH, Finding, NotAskableError, check
 from hf_paged.commands.arguments import UsageError, add_block_size, add_kv_cache_dtype, count_of
@@ -90,7 +90,7 @@ def _lines(
     yield f"transformers {transformers.__version__}, torch {torch.__version__}"
     yield ""
     attention = backend_for(args.attention_backend, model.device).describe()
-    yield from aligned([("attention", attention), ("linear layers", linear.describe(model))])
+    yield from aligned([("attention", attention), ("linear layers", faster_layers.describe(model))])
     yield ""
     yield from aligned([("question", "way", "off by", "allowed", ""), *map(_row, findings)])
     if qualities:

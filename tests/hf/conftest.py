@@ -73,29 +73,29 @@ def no_poison(monkeypatch):
 @pytest.fixture
 def products(monkeypatch):
     """Rows of each product that goes to oneDNN, which all layers do that may."""
-    from hf_paged import linear, torch_compat
+    from hf_paged import matmul, torch_compat
 
     if not torch_compat.can_multiply():
         # torch is also built without oneDNN (USE_MKLDNN=0); linear layers are its own there, and nothing is to be seen
         pytest.skip("this torch has no linear layers of oneDNN's")
-    monkeypatch.setattr(linear, "has_onednn", lambda: True)
-    monkeypatch.setattr(linear, "native_linear", lambda: None)
-    monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, 1),))
-    rows, multiply = [], linear.multiply
+    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "native_linear", lambda: None)
+    monkeypatch.setattr(matmul, "LEAST", ((math.inf, 1, 1),))
+    rows, multiply = [], matmul.multiply
 
     def counted(input, weight, bias):
         rows.append(input.numel() // weight.shape[1])
         return multiply(input, weight, bias)
 
-    monkeypatch.setattr(linear, "multiply", counted)
-    _look_anew(linear, monkeypatch)
+    monkeypatch.setattr(matmul, "multiply", counted)
+    _look_anew(matmul, monkeypatch)
     return rows
 
 
 @pytest.fixture
 def native_products(native_library, monkeypatch):
     """Rows of each product that goes to the native kernel, as all layers do that may; oneDNN is there, but slower."""
-    from hf_paged import linear
+    from hf_paged import matmul
     from hf_paged_kernels.native import variants
 
     kernel, rows = next(iter(variants().values())).linear, []
@@ -108,17 +108,17 @@ def native_products(native_library, monkeypatch):
             rows.append(input.numel() // weight.shape[1])
             return kernel.multiply(input, weight, bias)
 
-    monkeypatch.setattr(linear, "has_onednn", lambda: True)
-    monkeypatch.setattr(linear, "LEAST", ((math.inf, 1, math.inf),))
-    monkeypatch.setattr(linear, "native_linear", lambda: Counted)
-    monkeypatch.setattr(linear, "NATIVE_ROWS", dict.fromkeys(linear.NATIVE_ROWS, (1, math.inf, math.inf)))
-    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
-    _look_anew(linear, monkeypatch)
+    monkeypatch.setattr(matmul, "has_onednn", lambda: True)
+    monkeypatch.setattr(matmul, "LEAST", ((math.inf, 1, math.inf),))
+    monkeypatch.setattr(matmul, "native_linear", lambda: Counted)
+    monkeypatch.setattr(matmul, "NATIVE_ROWS", dict.fromkeys(matmul.NATIVE_ROWS, (1, math.inf, math.inf)))
+    monkeypatch.setattr(matmul, "LEAST_WEIGHTS", 1)
+    _look_anew(matmul, monkeypatch)
     return rows
 
 
-def _look_anew(linear, monkeypatch):
-    monkeypatch.setattr(linear, "is_faster", linear.is_faster.__wrapped__)
+def _look_anew(matmul, monkeypatch):
+    monkeypatch.setattr(matmul, "is_faster", matmul.is_faster.__wrapped__)
 
 
 @pytest.fixture(params=["oneDNN", "native kernel"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_paged import linear
+from hf_paged import faster_layers, linear, matmul
 from hf_paged.watched import one_pass
 
 TOLERANCE = 1e-5  # of two ways to add up some dozens of numbers around 1
@@ -16,14 +16,14 @@ TOLERANCE = 1e-5  # of two ways to add up some dozens of numbers around 1
 @contextmanager
 def faster_pass() -> Iterator[None]:
     """What a patched model's passes are in."""
-    with one_pass(), linear.multiplied_faster():
+    with one_pass(), matmul.multiplied_faster():
         yield
 
 
 def layer(inputs: int = 24, outputs: int = 40, **kwargs) -> nn.Linear:
     """One that has been taken, alone in its model."""
     made = nn.Sequential(nn.Linear(inputs, outputs, **kwargs)).requires_grad_(False)
-    linear.take_layers(made)
+    faster_layers.take_layers(made)
     assert type(made[0]) is linear._TakenLinear
     return made[0]
 
@@ -32,7 +32,7 @@ def conv1d(inputs: int = 24, outputs: int = 40) -> nn.Module:
     """The linear layer of gpt2, taken."""
     made = nn.Sequential(Conv1D(outputs, inputs)).requires_grad_(False)
     nn.init.normal_(made[0].bias)
-    linear.take_layers(made)
+    faster_layers.take_layers(made)
     assert type(made[0]) is linear._TakenConv1D
     return made[0]
 

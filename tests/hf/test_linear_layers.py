@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_paged import linear, patch_model, torch_compat
+from hf_paged import faster_layers, linear, matmul, patch_model, torch_compat
 from hf_paged_kernels.native import variants
 from hf_paged_kernels.processor import AMD
 
@@ -70,27 +70,27 @@ def test_strides(multiplied):
 
 def test_small_layers_are_left_to_torch(products, monkeypatch):
     small = layer()
-    monkeypatch.setattr(linear, "LEAST", ((math.inf, 24 * 40 + 1, 1),))
+    monkeypatch.setattr(matmul, "LEAST", ((math.inf, 24 * 40 + 1, 1),))
     with torch.no_grad(), faster_pass():
         assert same(small, torch.randn(2, 24))
         assert not products
         assert same(layer(24, 41), torch.randn(2, 24))
     assert products == [2]
     model = nn.Sequential(nn.Linear(24, 40), nn.Linear(24, 41))
-    linear.take_layers(model)
+    faster_layers.take_layers(model)
     assert [type(each) for each in model] == [nn.Linear, linear._TakenLinear]
 
 
 def test_how_large_a_layer_must_be_depends_on_the_rows(products, monkeypatch):
     wide, narrow = layer(24, 50), layer(50, 24)
-    monkeypatch.setattr(linear, "LEAST", ((4, 1200, 24), (8, 1200, 25), (20, 1201, 1)))
+    monkeypatch.setattr(matmul, "LEAST", ((4, 1200, 24), (8, 1200, 25), (20, 1201, 1)))
     for one in (wide, narrow):
         with torch.no_grad(), faster_pass():
             assert same(one, *(torch.randn(rows, one.in_features) for rows in (4, 5, 8, 9, 21)))
     assert products == [4, 5, 8, 4]
 
 
-@pytest.mark.parametrize("dtype", linear.NATIVE_ROWS, ids=str)
+@pytest.mark.parametrize("dtype", matmul.NATIVE_ROWS, ids=str)
 def test_sizes_natively(dtype, native_products):
     """A row is the same whatever other rows there are."""
     for sizes, bias in [((8, 1), True), ((24, 40), False), ((576, 1001), True), ((1032, 7), False)]:
@@ -127,11 +127,11 @@ def test_a_bias_of_another_dtype_is_refused_as_by_torch(multiplied):
     ("dtype", "rows"), [(torch.float32, (1, 2**7)), (torch.bfloat16, (1, 24)), (torch.float16, (2, 2**14))], ids=str
 )
 def test_other_numbers_of_rows_are_left_to_others(dtype, rows, native_library, monkeypatch):
-    monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
+    monkeypatch.setattr(matmul, "native_linear", lambda: variants()["portable"].linear)
     wide, (least, most) = torch.empty(1024, 1024, dtype=dtype), rows
-    won = [linear.is_natively_won(each, wide) for each in (0, least - 1, least, most, most + 1)]
+    won = [matmul.is_natively_won(each, wide) for each in (0, least - 1, least, most, most + 1)]
     assert won == [False, False, True, True, False]
-    assert not linear.is_natively_won(2, torch.empty(40, 24, dtype=dtype)), "small weights"
+    assert not matmul.is_natively_won(2, torch.empty(40, 24, dtype=dtype)), "small weights"
 
 
 def of_another_class(one: nn.Linear) -> None:
@@ -298,7 +298,7 @@ def test_it_can_be_switched_off(multiplied):
     with torch.backends.mkldnn.flags(enabled=False):
         with torch.no_grad(), faster_pass():
             layer()(torch.randn(2, 24))
-        assert linear.describe(layer()) == "torch's choice"
+        assert faster_layers.describe(layer()) == "torch's choice"
     assert not multiplied
 
 
@@ -361,11 +361,11 @@ def test_a_pass_that_fails_leaves_nothing_switched_on(multiplied):
 @pytest.mark.parametrize("vendor", [AMD, "GenuineIntel", ""])
 def test_machines(vendor, monkeypatch):
     monkeypatch.setattr("hf_paged_kernels.processor.vendor", lambda: vendor)
-    monkeypatch.setattr(linear, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
+    monkeypatch.setattr(matmul, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
     is_there = torch.backends.mkl.is_available() and torch_compat.can_multiply()
-    assert linear.has_onednn.__wrapped__() == (is_there and vendor == AMD)
-    monkeypatch.setattr(linear, "_CAPABILITIES", ())
-    assert not linear.has_onednn.__wrapped__(), "not measured"
+    assert matmul.has_onednn.__wrapped__() == (is_there and vendor == AMD)
+    monkeypatch.setattr(matmul, "_CAPABILITIES", ())
+    assert not matmul.has_onednn.__wrapped__(), "not measured"
 
 
 def test_a_torch_without_the_operator_or_with_another(monkeypatch):
@@ -377,7 +377,7 @@ def test_a_torch_without_the_operator_or_with_another(monkeypatch):
 
 
 def test_other_machines_classes_are_left_alone(monkeypatch):
-    monkeypatch.setattr(linear, "is_faster", lambda: False)
+    monkeypatch.setattr(matmul, "is_faster", lambda: False)
     model = patch_model(copy_of(FAMILIES["llama"]))
     assert type(model.lm_head) is nn.Linear
     assert "linear layers: torch's choice" in str(model.paged)
@@ -386,12 +386,12 @@ def test_other_machines_classes_are_left_alone(monkeypatch):
 def test_what_is_said(products, native_library, monkeypatch):
     model = patch_model(copy_of(FAMILIES["llama"]))
     assert "linear layers: oneDNN)" in str(model.paged)
-    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(linear, "native_linear", lambda: variants()["portable"].linear)
+    monkeypatch.setattr(matmul, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(matmul, "native_linear", lambda: variants()["portable"].linear)
     assert "linear layers: native kernel, oneDNN)" in str(model.paged)
-    assert linear.describe(model.bfloat16()) == "native kernel"
-    monkeypatch.setattr(linear, "native_linear", lambda: None)
-    assert linear.describe(model) == "torch's choice"
+    assert faster_layers.describe(model.bfloat16()) == "native kernel"
+    monkeypatch.setattr(matmul, "native_linear", lambda: None)
+    assert faster_layers.describe(model) == "torch's choice"
 
 
 @pytest.mark.parametrize(
@@ -406,6 +406,6 @@ def test_what_is_said(products, native_library, monkeypatch):
 )
 def test_only_what_somebody_multiplies_is_taken(made, dtype, is_taken, native_products):
     model = nn.Sequential(made()).to(dtype)
-    linear.take_layers(model)
-    assert (type(model[0]) in linear._ORIGINALS) is is_taken
-    assert (linear.describe(model) != "torch's choice") is is_taken
+    faster_layers.take_layers(model)
+    assert faster_layers.is_taken(model[0]) is is_taken
+    assert (faster_layers.describe(model) != "torch's choice") is is_taken
