@@ -8,6 +8,7 @@ multiplies by torch's choice. What is different here is who multiplies; rows are
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -25,114 +26,127 @@ _grouped_product = getattr(functional, "grouped_mm", None)
 # Weights `[experts, features_out, features_in]`, and biases `[experts, features_out]`.
 Projection = tuple[torch.Tensor, torch.Tensor | None]
 
-_taken: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
 
-def taken_class(original: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that experts of a patched model have instead; `None` of what are no experts.
-
-    Outside of `multiplied_faster` they do what the originals do.
-    """
-    if not _are_experts(original):
-        return None
-    if original not in _taken:
-        _taken[original] = _make_class(original)
-    return _taken[original]
-
-
-def _are_experts(original: type[nn.Module]) -> bool:
+def are_experts(layer: nn.Module) -> bool:
     """Whether transformers chooses how these are computed, from its own list of ways."""
-    forward = vars(original).get("forward")
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    if "experts_interface" not in names:
+    forward = vars(type(layer)).get("forward")
+    variables = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "experts_interface" not in variables:
         return False
-    return forward.__closure__[names.index("experts_interface")].cell_contents is moe.ALL_EXPERTS_FUNCTIONS
+    return forward.__closure__[variables.index("experts_interface")].cell_contents is moe.ALL_EXPERTS_FUNCTIONS
+
+
+def taken_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class that experts of a patched model have instead.
+
+    Outside of `multiplied_faster` they do what the originals do, also when somebody has replaced their `forward`.
+    """
+    if (made := _classes.get(original)) is None:
+        made = _classes[original] = _make_class(original)
+    return made
 
 
 def _make_class(original: type[nn.Module]) -> type[nn.Module]:
-    class Taken(original):
+    own_forward = original.forward
+
+    class TakenExperts(original):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if matmul.may_choose() and len(args) == 3 and not kwargs and _is_to_take(self, args[0]):
-                answer = _answers(self, *args)
+            if matmul.may_choose() and len(args) == 3 and not kwargs and original.forward is own_forward:
+                answer = _answer(self, *args)
                 if answer is not None:
                     return answer
             return original.forward(self, *args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             """Copies and files have the original class, and need no hf_paged."""
-            if type(self) is not Taken:
+            if type(self) is not TakenExperts:
                 return super().__reduce_ex__(protocol)
             return object.__new__, (original,), vars(self)
 
-    return Taken
-
-
-def _projections(experts: nn.Module) -> list[Projection] | None:
-    """Both, as they are now; `None` where only torch can read them."""
-    found = []
-    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-        weight = experts._parameters.get(name)
-        bias = experts._parameters.get(f"{name}_bias") if experts.has_bias else None
-        if not (is_plain(weight) and weight.dim() == 3) or experts.is_transposed:
-            return None
-        if experts.has_bias and not (is_plain(bias) and bias.shape == weight.shape[:2] and bias.dtype is weight.dtype):
-            return None
-        found.append((weight, bias))
-    return found
+    return TakenExperts
 
 
 def ways(experts: nn.Module) -> list[str]:
     """Who may multiply faster by the weights of experts, as they are now."""
-    return sorted({way for weight, _ in _projections(experts) or () if len(weight) for way in matmul.ways(weight[0])})
-
-
-def _is_to_take(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether torch would multiply `[tokens, features]` in groups, and nobody sees that it is not asked."""
     projections = _projections(experts)
+    if projections is None:
+        return []
+    return sorted({way for weights, _ in projections for way in matmul.ways(weights[0])})
+
+
+def _projections(experts: nn.Module) -> tuple[Projection, Projection] | None:
+    """Up and down, as they are now; `None` where they are not what transformers' experts have, or are transposed."""
+    if getattr(experts, "is_transposed", True):
+        return None
+    up, down = (_projection(experts, name) for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"))
+    if up is None or down is None:
+        return None
+    halves = 2 if experts.has_gate else 1
+    count, features, hidden = down[0].shape
+    fits = count == experts.num_experts > 0 and up[0].shape == (count, halves * hidden, features)
+    return (up, down) if fits and up[0].dtype is down[0].dtype else None
+
+
+def _projection(experts: nn.Module, name: str) -> Projection | None:
+    weights = experts._parameters.get(name)
+    if not is_plain(weights) or weights.dim() != 3:
+        return None
+    if not experts.has_bias:
+        return weights, None
+    biases = experts._parameters.get(f"{name}_bias")
+    fits = is_plain(biases) and biases.dtype is weights.dtype and biases.shape == weights.shape[:2]
+    return (weights, biases) if fits else None
+
+
+def _answer(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor | None:
+    """What experts answer to `[tokens, features]`, for each of which `[tokens, chosen]` number and weigh some.
+
+    `None` where that is left to transformers: where torch would not multiply in groups, somebody sees that it is not
+    asked, or numbers are none of these experts', as where others are on other machines.
+    """
+    if not all(type(each) is torch.Tensor and each.is_cpu and each.dim() == 2 and each.numel() for each in args):
+        return None
+    (hidden_states, numbers, weights), projections = args, _projections(experts)
+    if projections is None or not _is_to_take(experts, hidden_states, projections[0][0]):
+        return None
+    if numbers.dtype is not torch.int64 or len(hidden_states) != len(numbers) or numbers.shape != weights.shape:
+        return None
+    chosen, (up, down) = numbers.shape[1], projections
+    numbers, order = numbers.reshape(-1).sort()
+    if numbers[0] < 0 or numbers[-1] >= experts.num_experts:
+        return None
+    rows = numbers.bincount(minlength=experts.num_experts).tolist()
+    hidden = _by_expert(hidden_states[order // chosen], up, rows)
+    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    answers = _by_expert(hidden, down, rows)
+    if getattr(experts, "has_post_expert_norm", False):  # of newer transformers
+        answers = experts.post_expert_norm(answers)
+    answers = answers * weights.reshape(-1)[order].unsqueeze(-1)
+    in_order = torch.empty_like(answers).index_copy_(0, order, answers)
+    return in_order.view(*weights.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _is_to_take(experts: nn.Module, hidden_states: torch.Tensor, weights: torch.Tensor) -> bool:
     return (
-        projections is not None
-        and type(hidden_states) is torch.Tensor
-        and hidden_states.dtype is projections[0][0].dtype
-        and hidden_states.is_cpu
-        and hidden_states.dim() == 2
-        and len(hidden_states) > 0
+        hidden_states.dtype is weights.dtype
+        and hidden_states.shape[1] == weights.shape[2]
         and moe.ALL_EXPERTS_FUNCTIONS.get(experts.config._experts_implementation) is _grouped_experts
         and getattr(functional, "grouped_mm", None) is _grouped_product
         and is_unwatched()
     )
 
 
-def _answers(
-    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor | None:
-    """What experts answer to `[tokens, features]`, for each of which `[tokens, chosen]` name and weigh some.
-
-    `None` where more than these experts are named, which are on other machines.
-    """
-    (up, down), chosen = _projections(experts), top_k_index.shape[-1]
-    names, order = top_k_index.reshape(-1).sort()
-    rows = names.bincount(minlength=len(down[0])).tolist()
-    if len(rows) > len(down[0]):
-        return None
-    hidden = _by_expert(hidden_states[order // chosen], up, rows)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    answers = _by_expert(hidden, down, rows)
-    if getattr(experts, "has_post_expert_norm", False):  # of newer transformers
-        answers = experts.post_expert_norm(answers)
-    answers = answers * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    in_order = torch.empty_like(answers).index_copy_(0, order, answers)
-    return in_order.view(len(hidden_states), chosen, -1).sum(dim=1).to(hidden_states.dtype)
-
-
 def _by_expert(input: torch.Tensor, projection: Projection, rows: list[int]) -> torch.Tensor:
     """`[rows, features_in]` to `[rows, features_out]`: as many rows by each expert as `rows` says."""
     weights, biases = projection
     input = input.to(weights.dtype)
-    fits = type(input) is torch.Tensor and input.shape[-1] == weights.shape[2]
+    is_known = type(input) is torch.Tensor and input.shape[-1] == weights.shape[2]
     answers, end = [], 0
     for expert, count in enumerate(rows):
         if count:
             begin, end, weight = end, end + count, weights[expert]
-            multiply = (matmul.fastest(count, weight) if fits else None) or functional.linear
+            multiply = (matmul.fastest(count, weight) if is_known else None) or functional.linear
             answers.append(multiply(input[begin:end], weight, None if biases is None else biases[expert]))
     return torch.cat(answers)

@@ -12,8 +12,8 @@ from torch import nn
 from hf_paged import experts, linear, matmul, torch_compat
 from hf_paged.core.forks import new_lock
 
-# Of the classes that such layers have.
-_originals: dict[type[nn.Module], type[nn.Module]] = {}
+# Of a class of ours: that which it stands for.
+_ORIGINAL = "_hf_paged_stands_for"
 # Whose they are: models may have layers in common.
 _models_of: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 _lock = new_lock()
@@ -25,31 +25,35 @@ def take_layers(model: nn.Module) -> None:
         return
     for each in model.modules():
         with _lock:
-            taken = type(each) if is_taken(each) else _class_for(each)
-            if taken is not None:
+            if is_taken(each) or _is_to_be_taken(each):
                 _models_of.setdefault(each, WeakSet()).add(model)
-                each.__class__ = taken
+                each.__class__ = _taken_class(type(each))
 
 
 def is_taken(layer: nn.Module) -> bool:
     """Whether a layer has a class of ours."""
-    return type(layer) in _originals
+    return _ORIGINAL in vars(type(layer))
 
 
-def _class_for(layer: nn.Module) -> type[nn.Module] | None:
-    """The class in which it may be multiplied faster; `None` where nobody does it, or it computes otherwise."""
-    original = type(layer)
-    taken = linear.TAKEN.get(original) or experts.taken_class(original)
-    if taken is None or "forward" in vars(layer) or not _ways(layer):
-        return None
-    if taken not in _originals:
-        taken.__name__, taken.__qualname__ = original.__name__, original.__qualname__
-        taken.__module__ = original.__module__
-        _originals[taken] = original
+def _is_to_be_taken(layer: nn.Module) -> bool:
+    """Whether somebody multiplies it faster, and it computes as its class says."""
+    is_known = type(layer) in linear.TAKEN or experts.are_experts(layer)
+    return is_known and "forward" not in vars(layer) and bool(_ways(layer))
+
+
+def _taken_class(found: type[nn.Module]) -> type[nn.Module]:
+    if _ORIGINAL in vars(found):
+        return found
+    taken = linear.TAKEN.get(found) or experts.taken_class(found)
+    if _ORIGINAL not in vars(taken):
+        for name in ("__name__", "__qualname__", "__module__"):
+            setattr(taken, name, getattr(found, name))
+        setattr(taken, _ORIGINAL, found)
     return taken
 
 
 def _ways(layer: nn.Module) -> list[str]:
+    """Who may multiply it faster, as its weights are now."""
     return (linear if isinstance(layer, tuple(linear.TAKEN)) else experts).ways(layer)
 
 
@@ -60,7 +64,7 @@ def give_layers_back(model: nn.Module) -> None:
             models.discard(model)
             if not models:
                 del _models_of[layer]
-                layer.__class__ = _originals.get(type(layer), type(layer))
+                layer.__class__ = vars(type(layer)).get(_ORIGINAL, type(layer))
 
 
 def describe(model: nn.Module) -> str:

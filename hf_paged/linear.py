@@ -69,6 +69,7 @@ def way_to_take(input: torch.Tensor, parameters: Mapping[str, Any], axis: int) -
         and input.dtype is weight.dtype
         and input.is_cpu
         and input.layout is torch.strided
+        and not input.is_neg()
         and input.dim()
     )
     if not fits or input.shape[-1] != (features := weight.shape[axis]) or not is_unwatched():

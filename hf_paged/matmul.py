@@ -29,7 +29,7 @@ from hf_paged_kernels.processor import beats_mkl
 # weights at least; as `benchmarks/linear.py` says. torch multiplies one row of float16 well, but not more.
 NATIVE_ROWS = {
     torch.float32: (1, math.inf, 2**17),
-    torch.bfloat16: (1, 24, math.inf),
+    torch.bfloat16: (1, 24, 2**24),
     torch.float16: (2, 2**20, 2**24),
 }
 LEAST_WEIGHTS = 2**14
@@ -134,6 +134,7 @@ def is_plain(tensor: Any) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and not tensor.is_neg()
     )
 
 

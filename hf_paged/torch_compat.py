@@ -50,7 +50,8 @@ plain_reads = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
 def calls_own_linear() -> bool:
     """Whether linear layers call torch's own functions, and these may take oneDNN."""
-    return torch.backends.mkldnn.enabled and functional.linear is _linear and torch.addmm is _addmm
+    is_own = functional.linear is _linear and torch.addmm is _addmm
+    return is_own and torch.backends.mkldnn.enabled and not torch.jit.is_tracing()
 
 
 def calls_own_attention() -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers that may take oneDNN, for tests."""
+"""Linear layers that the native kernel or oneDNN may multiply, for tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,9 @@
 """Experts of mixtures by the native kernel and oneDNN: the same as transformers' groups, and who must not notice."""
 
 import copy
+import gc
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -114,8 +116,8 @@ def test_norms_behind_experts(multiplied):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_models(name, native_products, monkeypatch):
-    answers, counted = experts._answers, []
-    monkeypatch.setattr(experts, "_answers", lambda *args: counted.append(len(args[1])) or answers(*args))
+    answers, counted = experts._answer, []
+    monkeypatch.setattr(experts, "_answer", lambda *args: counted.append(len(args[1])) or answers(*args))
     pair = Pair(name)
     pair.ask(ROWS, max_new_tokens=12)
     assert {3, sum(map(len, ROWS))} <= set(counted), "a step of three rows, their prompts"
@@ -155,19 +157,73 @@ def test_experts_with_a_forward_of_their_own_are_left_alone(multiplied):
     assert not faster_layers.is_taken(one)
 
 
-@pytest.mark.parametrize("kind", ["another dtype", "another class", "nothing", "keywords"])
+def _with_input(place: int, change) -> tuple:
+    args = list(routed(3))
+    args[place] = change(args[place])
+    return tuple(args)
+
+
+OTHER_INPUTS = {
+    "another dtype": lambda: _with_input(0, torch.Tensor.bfloat16),
+    "another class": lambda: _with_input(0, lambda states: states.as_subclass(Recording)),
+    "numbers of another class": lambda: _with_input(1, lambda numbers: numbers.as_subclass(Recording)),
+    "weights of another class": lambda: _with_input(2, lambda weights: weights.as_subclass(Recording)),
+    "nothing": lambda: routed(0),
+    "none chosen": lambda: (torch.randn(3, FEATURES), torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0)),
+    "numbers in float": lambda: _with_input(1, torch.Tensor.float),
+    "fewer numbers": lambda: _with_input(1, lambda numbers: numbers[:2]),
+    "other features": lambda: (torch.randn(3, FEATURES + 1), *routed(3)[1:]),
+}
+
+
+def _answer_or_error(one: nn.Module, args: tuple) -> str:
+    try:
+        return str(one(*args))
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.mark.parametrize("kind", OTHER_INPUTS)
 def test_other_inputs_are_left_to_transformers(kind, multiplied):
-    one, (states, index, weights) = taken(of_kind()), routed(0 if kind == "nothing" else 3)
-    if kind == "another dtype":
-        states = states.bfloat16()
-    if kind == "another class":
-        states = states.as_subclass(Recording)
-    named = {"top_k_weights": weights} if kind == "keywords" else {}
-    args = (states, index) if named else (states, index, weights)
+    """With what comes of them, an error or not."""
+    one, args = taken(of_kind()), OTHER_INPUTS[kind]()
     with torch.no_grad():
-        expected = one(*args, **named)
+        expected = _answer_or_error(one, args)
         with faster_pass():
-            assert torch.equal(one(*args, **named), expected)
+            assert _answer_or_error(one, args) == expected
+    assert not multiplied
+
+
+def test_keywords_are_left_to_transformers(multiplied):
+    one, (states, index, weights) = taken(of_kind()), routed(3)
+    with torch.no_grad(), faster_pass():
+        assert torch.equal(one(states, index, top_k_weights=weights), stocks(one, states, index, weights))
+    assert not multiplied
+
+
+@pytest.mark.parametrize("change", ["fewer experts than weights", "down is narrow", "up and down in other dtypes"])
+def test_experts_that_do_not_fit_together_are_left_to_transformers(change, multiplied):
+    one, args = taken(of_kind()), routed(3)
+    if change == "fewer experts than weights":
+        one.num_experts = COUNT - 1
+    elif change == "down is narrow":
+        one.down_proj = nn.Parameter(one.down_proj.data[:, : FEATURES // 2].clone(), requires_grad=False)
+    else:
+        one.down_proj = nn.Parameter(one.down_proj.data.bfloat16(), requires_grad=False)
+    with torch.no_grad():
+        expected = _answer_or_error(one, args)
+        with faster_pass():
+            assert _answer_or_error(one, args) == expected
+    assert not multiplied
+
+
+@pytest.mark.parametrize("shift", [-1, 1, 2**40])
+def test_numbers_that_are_no_experts_are_left_to_transformers(shift, multiplied):
+    """Which answers whatever lay in memory."""
+    one, (states, index, weights) = taken(of_kind()), routed(3)
+    index[:] = torch.tensor([0, COUNT - 1])
+    with torch.no_grad(), faster_pass():
+        assert one(states, index + shift, weights).shape == states.shape
     assert not multiplied
 
 
@@ -191,19 +247,45 @@ def test_who_looks_sees_what_transformers_does(watcher, multiplied):
     assert not multiplied
 
 
-@pytest.mark.parametrize("where", ["transformers", "torch"])
+@pytest.mark.parametrize("where", ["transformers", "torch", "class"])
 def test_who_replaces_the_function_is_asked(where, multiplied, monkeypatch):
     one, args, asked = taken(of_kind()), routed(3), []
-    owner, name = {"transformers": (moe.ALL_EXPERTS_FUNCTIONS, None), "torch": (functional, "grouped_mm")}[where]
-    if where == "torch":
-        original = functional.grouped_mm
-        monkeypatch.setattr(owner, name, lambda *args, **named: asked.append(1) or original(*args, **named))
+
+    def noting(original):
+        return lambda *args, **named: asked.append(1) or original(*args, **named)
+
+    if where == "transformers":
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "grouped_mm", noting(stocks))
+    elif where == "torch":
+        monkeypatch.setattr(functional, "grouped_mm", noting(functional.grouped_mm))
     else:
-        monkeypatch.setitem(owner, "grouped_mm", lambda *args: asked.append(1) or stocks(*args))
+        original = type(one).__base__
+        monkeypatch.setattr(original, "forward", noting(original.forward))
     with torch.no_grad(), faster_pass():
         one(*args)
     assert asked
     assert not multiplied
+
+
+def test_experts_of_two_models(multiplied):
+    one, other = (copy_of(FAMILIES["mixtral"]) for _ in range(2))
+    other.model = one.model
+    patch_model(one)
+    patch_model(other)
+    unpatch_model(one)
+    shared = other.model.layers[0].mlp.experts
+    assert faster_layers.is_taken(shared)
+    unpatch_model(other)
+    assert type(shared) is MixtralExperts
+
+
+def test_classes_that_nobody_has_are_forgotten(multiplied):
+    one = taken(of_kind())
+    classes = [weakref.ref(type(one)), weakref.ref(type(one).__base__)]
+    del one
+    for _ in range(2):  # what stands for a class goes first
+        gc.collect()
+    assert [each() for each in classes] == [None, None]
 
 
 def test_classes_are_given_back(multiplied):

@@ -346,6 +346,32 @@ def test_who_replaces_torchs_function_is_asked(where, multiplied, monkeypatch):
     assert not multiplied
 
 
+def test_traces_have_what_torch_does(multiplied):
+    one, rows = layer(), torch.randn(3, 24)
+
+    def inside(rows):
+        with faster_pass():
+            return one(rows)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(inside, rows, check_trace=False)
+        assert torch.allclose(traced(rows + 1), one(rows + 1), atol=TOLERANCE)
+    assert not multiplied
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_negated_views_are_left_to_torch(what, multiplied):
+    """Whose memory has the numbers of the other sign."""
+    one, inputs = layer(bias=False), torch.randn(2, 24)
+    if what == "weight":
+        one.weight = nn.Parameter(torch._neg_view(one.weight.data), requires_grad=False)
+    else:
+        inputs = torch._neg_view(inputs)
+    with torch.no_grad(), faster_pass():
+        assert torch.allclose(one(inputs), inputs.resolve_neg() @ one.weight.resolve_neg().T, atol=TOLERANCE)
+    assert not multiplied
+
+
 def test_a_pass_that_fails_leaves_nothing_switched_on(multiplied):
     one = layer()
     with torch.no_grad():
