@@ -103,8 +103,8 @@ def _projection(experts: nn.Module, name: str) -> Projection | None:
 def _answer(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor | None:
     """What experts answer to `[tokens, features]`, for each of which `[tokens, chosen]` number and weigh some.
 
-    `None` where that is left to transformers: where torch would not multiply in groups, somebody sees that it is not
-    asked, or numbers are none of these experts', as where others are on other machines.
+    `None` where that is left to transformers: where torch would not multiply in groups, or is as fast as anybody, where
+    somebody sees that it is not asked, and where numbers are none of these experts', as others are on other machines.
     """
     if not all(type(each) is torch.Tensor and each.is_cpu and each.dim() == 2 and each.numel() for each in args):
         return None
@@ -118,6 +118,8 @@ def _answer(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor | None:
     if numbers[0] < 0 or numbers[-1] >= experts.num_experts:
         return None
     rows = numbers.bincount(minlength=experts.num_experts).tolist()
+    if not any(matmul.fastest(count, each[0]) for each, _ in projections for count in set(rows) - {0}):
+        return None
     hidden = _by_expert(hidden_states[order // chosen], up, rows)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     answers = _by_expert(hidden, down, rows)
