@@ -35,17 +35,22 @@ BENCH ?=
 SOAK ?=
 # An older transformers runs what goes through its code in ways of its own: the hooks, its cache classes and window
 # layers, decoding loops, masks, trainers, server, and the fingerprint of its models. Left out there is what the newest has
-# already answered for all of them: bookkeeping of blocks (prefixes, memory, tiers), formats, predictions, and what runs
-# other packages or the real model.
-# Of the families × modes each of the two runs one half (--pairs), every family and every mode in it; the newest runs all.
+# already answered for all of them: bookkeeping of blocks (prefixes, memory, tiers, interrupted calls), formats,
+# predictions, and what runs other packages or the real model. Those between the oldest and the newest do a thing as the
+# one or the other does: they run what finds out which.
+# Of the families × modes each of them runs a quarter (--pairs), every family and every mode in it; the newest runs all.
 # `make test-5.8.1 OLDER_TESTS=tests/hf` runs everything.
 BOOKKEEPING := capacity free_memory memory memory_limits memory_meanwhile plan prepared disk_faults disk_tier \
-	host_tier reuse_stale reuse_stale_adapters reuse_stale_inputs reuse_traps reuse_walk windows_memory \
-	windows_walk
+	exceptions host_tier interrupts on_demand overflow_faults overflow_windows reuse_stale reuse_stale_adapters \
+	reuse_stale_inputs reuse_traps reuse_walk unpatched_meanwhile virtual windows_memory windows_walk
 ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
-OLDER_TESTS ?= tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py) --pairs $(PAIRS)
-test-5.8.1: PAIRS := 1/2
-test-5.17.0: PAIRS := 2/2
+BETWEEN := cache cache_given cache_names called differential encoder_decoder experts families graphs hooks hybrid \
+	kept_states media media_rows patch resume serve windows_cache zoo
+OLDER_TESTS ?= $(CHOSEN) --pairs $(PAIRS)
+test-5.8.1: CHOSEN := tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py)
+test-5.8.1: PAIRS := 1/4
+test-5.17.0: CHOSEN := $(BETWEEN:%=tests/hf/test_%.py)
+test-5.17.0: PAIRS := 3/4
 MINUTES ?= 30
 OLDER := 5.8.1 5.17.0
 
