@@ -274,8 +274,8 @@ def main() -> int:
     if (kernel := native_linear()) is None:
         report.console().print(f"Not known to be faster here ({described['kernel']}); HF_PAGED_NATIVE forces a variant")
         return 1
+    models = dict(zip(PROMPTS, (smollm2.load_model(), llama(), olmoe()), strict=True))
     with torch.inference_mode():
-        models = dict(zip(PROMPTS, (smollm2.load_model(), llama(), olmoe()), strict=True))
         code = {name: code_bytes(model) for name, model in models.items()}
         shapes = [(dtype, features) for dtype in DTYPES for features in (*SMALL, *LARGE)]
         measured = [layer for shape in shapes for layer in layers(kernel, *shape)]
