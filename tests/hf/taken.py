@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged import faster_layers, linear, matmul
@@ -51,3 +53,22 @@ class Recording(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         cls.names += (function.__name__,)
         return super().__torch_function__(function, types, args, kwargs)
+
+
+class Functions(TorchFunctionMode):
+    """Sees what is asked of torch."""
+
+    def __init__(self):
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WATCHERS = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "function mode": Functions,
+}

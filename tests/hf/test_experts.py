@@ -12,8 +12,7 @@ from compare import copy_of
 from families import FAMILIES
 from pair import Pair
 from prompts import tokens
-from taken import TOLERANCE, Recording, faster_pass
-from test_linear_layers import WATCHERS
+from taken import TOLERANCE, WATCHERS, Recording, faster_pass
 from tolerances import assert_close
 from torch import nn
 from torch.nn import functional

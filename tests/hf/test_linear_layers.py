@@ -8,12 +8,10 @@ import pytest
 import torch
 from compare import copy_of
 from families import FAMILIES
-from taken import TOLERANCE, Recording, conv1d, faster_pass, layer, same
+from taken import TOLERANCE, WATCHERS, Functions, Recording, conv1d, faster_pass, layer, same
 from tolerances import assert_close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_paged import faster_layers, linear, matmul, patch_model, torch_compat
@@ -255,25 +253,6 @@ def test_wrong_inputs_are_refused_as_by_torch(multiplied):
 
 
 # -- who looks -------------------------------------------------------------------------------------------------------
-
-
-class Functions(TorchFunctionMode):
-    """Sees what is asked of torch."""
-
-    def __init__(self):
-        self.names = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-WATCHERS = {
-    "gradients": torch.enable_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "dispatch mode": lambda: FlopCounterMode(display=False),
-    "function mode": Functions,
-}
 
 
 @pytest.mark.parametrize("when", ["before the pass", "in the midst"])
