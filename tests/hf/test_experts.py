@@ -269,18 +269,6 @@ def test_who_replaces_the_function_is_asked(where, multiplied, monkeypatch):
     assert not multiplied
 
 
-def test_experts_of_two_models(multiplied):
-    one, other = (copy_of(FAMILIES["mixtral"]) for _ in range(2))
-    other.model = one.model
-    patch_model(one)
-    patch_model(other)
-    unpatch_model(one)
-    shared = other.model.layers[0].mlp.experts
-    assert faster_layers.is_taken(shared)
-    unpatch_model(other)
-    assert type(shared) is MixtralExperts
-
-
 def test_classes_that_nobody_has_are_forgotten(multiplied):
     one = taken(of_kind())
     classes = [weakref.ref(type(one)), weakref.ref(type(one).__base__)]

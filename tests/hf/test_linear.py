@@ -16,7 +16,7 @@ from taken import TOLERANCE, conv1d, faster_pass, layer
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hf_paged import linear, matmul, patch_model, unpatch_model
+from hf_paged import faster_layers, linear, matmul, patch_model, unpatch_model
 
 ROWS = [tokens(40, seed=1), tokens(23, seed=2), tokens(31, seed=3)]
 
@@ -170,18 +170,20 @@ def test_a_forward_that_was_kept_outlives_the_patch(how, multiplied):
     assert torch.equal(*(model.generate(inputs, max_new_tokens=9) for model in (pair.stock, pair.model)))
 
 
-def test_layers_of_two_models(multiplied):
+@pytest.mark.parametrize(("name", "layer"), [("llama", "mlp.up_proj"), ("mixtral", "mlp.experts")])
+def test_layers_of_two_models(name, layer, multiplied):
     """Who gives them back first takes them from nobody."""
-    one, other = (copy_of(FAMILIES["llama"]) for _ in range(2))
-    other.model = one.model
+    one, other = (copy_of(FAMILIES[name]) for _ in range(2))
+    shared = other.model.layers[0].get_submodule(layer)
+    original = type(shared)
+    one.model = other.model
     patch_model(one)
     patch_model(other)
     unpatch_model(one)
-    shared = other.model.layers[0].mlp.up_proj
-    assert type(shared) is linear._TakenLinear
+    assert faster_layers.is_taken(shared)
     assert type(one.lm_head) is nn.Linear
     unpatch_model(other)
-    assert type(shared) is nn.Linear
+    assert type(shared) is original
 
 
 def test_layers_that_have_left_the_model_are_given_back(multiplied):
