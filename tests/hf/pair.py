@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -186,3 +187,16 @@ REUSED = 26 + 12  # of `ROWS` where they were asked before
 def eager(model):
     model.set_attn_implementation("eager")
     return model
+
+
+def assert_change_is_noticed(pair: Pair, change: Callable) -> None:
+    """An equal call finds `ROWS` again, but not behind a change of both models."""
+    before = pair.ask(ROWS)
+    pair.ask(ROWS)
+    assert pair.reused == REUSED
+    pair.both(change)
+    after = pair.ask(ROWS)
+    assert not torch.equal(before, after), "the change must matter"
+    assert pair.reused == 0
+    pair.ask(ROWS)
+    assert pair.reused == REUSED, "and what the changed model computed is reused"

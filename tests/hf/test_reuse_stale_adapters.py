@@ -8,7 +8,7 @@ from adapters import lora_config, two_loras
 from compare import copy_of
 from families import FAMILIES
 from mishaps import AtFourthStep
-from pair import REUSED, ROWS, Pair, piece
+from pair import REUSED, ROWS, Pair, assert_change_is_noticed, piece
 from prompts import batch
 
 
@@ -84,16 +84,7 @@ def combine(model):
     ids=lambda change: getattr(change, "__name__", "set_adapter"),
 )
 def test_a_changed_adapter_reuses_nothing(change):
-    pair = Pair(wrap=two_loras)
-    before = pair.ask(ROWS)
-    pair.ask(ROWS)
-    assert pair.reused == REUSED
-    pair.both(change)
-    after = pair.ask(ROWS)
-    assert not torch.equal(before, after), "the change must matter"
-    assert pair.reused == 0
-    pair.ask(ROWS)
-    assert pair.reused == REUSED
+    assert_change_is_noticed(Pair(wrap=two_loras), change)
 
 
 def test_merging_and_unmerging():
