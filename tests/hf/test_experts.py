@@ -85,6 +85,14 @@ def test_same_as_groups(kind, rows, dtype, native_products):
     assert 0 not in native_products
 
 
+def test_routers_may_weigh_in_float32(native_products):
+    one, (states, index, weights) = taken(of_kind().bfloat16()), routed(3, torch.bfloat16)
+    with torch.no_grad(), faster_pass():
+        found = one(states, index, weights.float())
+    assert_close(found, stocks(one, states, index, weights.float()), "float32 weights")
+    assert native_products
+
+
 def test_by_onednn(products):
     one, args = taken(of_kind()), routed(5)
     with torch.no_grad(), faster_pass():
@@ -99,6 +107,7 @@ def test_experts_of_many_rows_are_multiplied_by_who_is_fastest(native_products, 
     with torch.no_grad(), faster_pass():
         assert torch.allclose(one(states, index, weights), stocks(one, states, index, weights), atol=TOLERANCE)
     assert native_products == [3, 3], "the second expert's rows; eight and five are torch's"
+    monkeypatch.setattr(experts, "_by_expert", None)
     with torch.no_grad(), faster_pass():
         args = states[3:], index[3:], weights[3:]
         assert torch.equal(one(*args), stocks(one, *args)), "nobody is faster"
@@ -174,6 +183,8 @@ OTHER_INPUTS = {
     "none chosen": lambda: (torch.randn(3, FEATURES), torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, 0)),
     "numbers in float": lambda: _with_input(1, torch.Tensor.float),
     "fewer numbers": lambda: _with_input(1, lambda numbers: numbers[:2]),
+    "fewer numbers and weights": lambda: (torch.randn(3, FEATURES), *(each[:2] for each in routed(3)[1:])),
+    "weights in another shape": lambda: _with_input(2, lambda weights: weights.reshape(-1, 1)),
     "other features": lambda: (torch.randn(3, FEATURES + 1), *routed(3)[1:]),
 }
 
@@ -200,12 +211,22 @@ def test_keywords_are_left_to_transformers(multiplied):
     one, (states, index, weights) = taken(of_kind()), routed(3)
     with torch.no_grad(), faster_pass():
         assert torch.equal(one(states, index, top_k_weights=weights), stocks(one, states, index, weights))
+        with pytest.raises(TypeError):
+            one(states, index, weights, unknown=True)
     assert not multiplied
+
+
+def test_gates_that_do_not_fit_are_an_error(multiplied):
+    one = taken(of_kind())
+    one._apply_gate = lambda both: both
+    with torch.no_grad(), faster_pass(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        one(*routed(3))
 
 
 @pytest.mark.parametrize("change", ["fewer experts than weights", "down is narrow", "up and down in other dtypes"])
 def test_experts_that_do_not_fit_together_are_left_to_transformers(change, multiplied):
     one, args = taken(of_kind()), routed(3)
+    args[1][:] = torch.tensor([0, 1])
     if change == "fewer experts than weights":
         one.num_experts = COUNT - 1
     elif change == "down is narrow":
