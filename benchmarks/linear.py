@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from hf_paged import paged
-from hf_paged.matmul import is_natively_won, is_won, native_linear, product
+from hf_paged.matmul import is_natively_won, is_won, native_linear
+from hf_paged.onednn import product
 from hf_paged_kernels import NativeLinear, native_kernels
 
 from . import environment, report, smollm2

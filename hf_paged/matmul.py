@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_paged import torch_compat
-from hf_paged.torch_compat import multiply
+from hf_paged import onednn, torch_compat
 from hf_paged_kernels import NativeLinear, native_kernels
 from hf_paged_kernels.processor import beats_mkl
 
@@ -33,15 +31,10 @@ NATIVE_ROWS = {
     torch.float16: (2, 2**20, 2**24),
 }
 LEAST_WEIGHTS = 2**14
-# By oneDNN: more rows than this are multiplied in pieces.
-PIECE_ROWS = 512
-# Up to how many rows layers of how many weights and features out, or more, take it, by `benchmarks/linear.py`. Below
-# 2**18 a call costs more than it saves: 576 x 192 takes longer, 576 x 576 does not. Of more rows less is to be won, and
-# the copies that fill them up and put pieces together cost all of it where few features come out.
+# By oneDNN: up to how many rows layers of how many weights and features out, or more, take it, by the same benchmark.
+# Below 2**18 a call costs more than it saves: 576 x 192 takes longer, 576 x 576 does not. Of more rows less is to be
+# won, and the copies that fill them up and put pieces together cost all of it where few features come out.
 LEAST: tuple[tuple[float, int, int], ...] = ((64, 2**18, 1), (256, 2**19, 768), (math.inf, 2**21, 1024))
-# oneDNN keeps code for each number of rows and shape of weights, made in some 0.5 ms and of 0.6 MB, however many rows
-# they are. So up to the next power of two there are no more numbers of rows than this.
-_STEPS = 8
 # What torch has to find in a CPU, as measured by `benchmarks/linear.py`.
 _CAPABILITIES = ("AVX512",)
 # transformers' own, as long as nobody replaces it.
@@ -88,7 +81,7 @@ def fastest(rows: int, weight: torch.Tensor, is_transposed: bool = False) -> Pro
     if not is_transposed and is_natively_won(rows, weight):
         return native_linear().run
     if weight.dtype is torch.float32 and is_won(rows, weight, weight.shape[1 if is_transposed else 0]):
-        return product
+        return onednn.product
     return None
 
 
@@ -136,37 +129,6 @@ def is_plain(tensor: Any) -> bool:
         and tensor.is_contiguous()
         and not tensor.is_neg()
     )
-
-
-def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`functional.linear` by oneDNN."""
-    rows = input.numel() // weight.shape[1]
-    if rows <= PIECE_ROWS and rows == _filled_up(rows):
-        return multiply(input, weight, bias)
-    flat = input.reshape(rows, -1)
-    if rows <= PIECE_ROWS:
-        answer = _piece(flat, weight, bias)
-    else:
-        answer = input.new_empty(rows, len(weight))
-        for piece, into in zip(flat.split(PIECE_ROWS), answer.split(PIECE_ROWS), strict=True):
-            into.copy_(_piece(piece, weight, bias))
-    return answer.view(*input.shape[:-1], -1)
-
-
-def _piece(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Of `[rows, in_features]`, with zeros below as far as code is kept for more rows only."""
-    rows = len(input)
-    if missing := _filled_up(rows) - rows:
-        input = functional.pad(input, (0, 0, 0, missing))
-    return multiply(input, weight, bias)[:rows]
-
-
-def _filled_up(rows: int) -> int:
-    """The number of rows for which code is kept, an eighth more at most above 64."""
-    if rows <= _STEPS:
-        return rows
-    step = max(_STEPS, 2 ** rows.bit_length() // 2 // _STEPS)
-    return -(-rows // step) * step
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def no_poison(monkeypatch):
 @pytest.fixture
 def products(monkeypatch):
     """Rows of each product that goes to oneDNN, which all layers do that may."""
-    from hf_paged import matmul, torch_compat
+    from hf_paged import matmul, onednn, torch_compat
 
     if not torch_compat.can_multiply():
         # torch is also built without oneDNN (USE_MKLDNN=0); linear layers are its own there, and nothing is to be seen
@@ -81,13 +81,13 @@ def products(monkeypatch):
     monkeypatch.setattr(matmul, "has_onednn", lambda: True)
     monkeypatch.setattr(matmul, "native_linear", lambda: None)
     monkeypatch.setattr(matmul, "LEAST", ((math.inf, 1, 1),))
-    rows, multiply = [], matmul.multiply
+    rows, multiply = [], onednn.multiply
 
     def counted(input, weight, bias):
         rows.append(input.numel() // weight.shape[1])
         return multiply(input, weight, bias)
 
-    monkeypatch.setattr(matmul, "multiply", counted)
+    monkeypatch.setattr(onednn, "multiply", counted)
     _look_anew(matmul, monkeypatch)
     return rows
 

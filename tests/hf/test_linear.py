@@ -16,7 +16,7 @@ from taken import TOLERANCE, conv1d, faster_pass, layer
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hf_paged import faster_layers, linear, matmul, patch_model, unpatch_model
+from hf_paged import faster_layers, linear, onednn, patch_model, unpatch_model
 
 ROWS = [tokens(40, seed=1), tokens(23, seed=2), tokens(31, seed=3)]
 
@@ -30,7 +30,7 @@ def test_same_as_stock(name, products):
     pair.ask(ROWS, max_new_tokens=12)
     assert 3 in products, "a step of three rows"
     assert any(rows > 64 for rows in products), "a prompt of three rows"
-    assert all(rows <= matmul.PIECE_ROWS for rows in products)
+    assert all(rows <= onednn.PIECE_ROWS for rows in products)
     pair.ask(ROWS, num_beams=3)
     pair.ask(ROWS[:1], do_sample=True, num_return_sequences=4)
 
@@ -48,7 +48,7 @@ def test_logits(products):
 def test_prompts_of_many_rows(count, products):
     pair = Pair("llama")
     pair.ask([tokens(count)], max_new_tokens=3)
-    pieces = [matmul.PIECE_ROWS] * (count // matmul.PIECE_ROWS)
+    pieces = [onednn.PIECE_ROWS] * (count // onednn.PIECE_ROWS)
     filled = {65: 72, 300: 320, 700: 192, 1200: 176}[count]
     assert products[: len(pieces) + 1] == [*pieces, filled]
 
