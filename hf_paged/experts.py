@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.integrations import moe
 
 from hf_paged import matmul
-from hf_paged.matmul import is_plain
+from hf_paged.matmul import Product, is_plain
 from hf_paged.watched import is_unwatched
 
 # As they are from the start, whoever has replaced them.
@@ -118,11 +118,14 @@ def _answer(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor | None:
     if numbers[0] < 0 or numbers[-1] >= experts.num_experts:
         return None
     rows = numbers.bincount(minlength=experts.num_experts).tolist()
-    if not any(matmul.fastest(count, each[0]) for each, _ in projections for count in set(rows) - {0}):
+    up_ways, down_ways = (
+        {count: matmul.fastest(count, each[0]) for count in set(rows) - {0}} for each, _ in projections
+    )
+    if not any((*up_ways.values(), *down_ways.values())):
         return None
-    hidden = _by_expert(hidden_states[order // chosen], up, rows)
+    hidden = _by_expert(hidden_states[order // chosen], up, rows, up_ways)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    answers = _by_expert(hidden, down, rows)
+    answers = _by_expert(hidden, down, rows, down_ways)
     if getattr(experts, "has_post_expert_norm", False):  # of newer transformers
         answers = experts.post_expert_norm(answers)
     answers = answers * weights.reshape(-1)[order].unsqueeze(-1)
@@ -140,15 +143,17 @@ def _is_to_take(experts: nn.Module, hidden_states: torch.Tensor, weights: torch.
     )
 
 
-def _by_expert(input: torch.Tensor, projection: Projection, rows: list[int]) -> torch.Tensor:
-    """`[rows, features_in]` to `[rows, features_out]`: as many rows by each expert as `rows` says."""
+def _by_expert(
+    input: torch.Tensor, projection: Projection, rows: list[int], ways: dict[int, Product | None]
+) -> torch.Tensor:
+    """`[rows, features_in]` to `[rows, features_out]`: as many rows by each expert as `rows` says, in these ways."""
     weights, biases = projection
     input = input.to(weights.dtype)
     is_known = type(input) is torch.Tensor and input.shape[-1] == weights.shape[2]
     answers, end = [], 0
     for expert, count in enumerate(rows):
         if count:
-            begin, end, weight = end, end + count, weights[expert]
-            multiply = (matmul.fastest(count, weight) if is_known else None) or functional.linear
-            answers.append(multiply(input[begin:end], weight, None if biases is None else biases[expert]))
+            begin, end = end, end + count
+            multiply = (ways[count] if is_known else None) or functional.linear
+            answers.append(multiply(input[begin:end], weights[expert], None if biases is None else biases[expert]))
     return torch.cat(answers)
