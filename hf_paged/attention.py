@@ -15,7 +15,7 @@ from hf_paged.backends import PREPARED, AttentionCall, attend_rows
 from hf_paged.compat import CACHE_NAME
 from hf_paged.cross import attend_shared
 from hf_paged.foreign import is_foreign
-from hf_paged.lazy import PagedKV, SharedRows
+from hf_paged.lazy import ExpandedKV, PagedKV, SharedRows
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.training import make_way
 from hf_paged.unmasked import attend_unmasked
@@ -183,11 +183,15 @@ _uncompiled = torch.compiler.disable(paged_attention_forward)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    if not isinstance(key, PagedKV):
+    if isinstance(key, ExpandedKV):
+        read, attend = key.latents, partial(key.latents.step.backend.attend_expanded, expansion=key.expansion)
+    elif isinstance(key, PagedKV):
+        read, attend = key, key.step.backend.attend
+    else:
         return attend_rows(query, key, value, call)
-    step = key.step
-    step.windows_seen[key.layer_index] = call.window
-    return step.backend.attend(query, key.store, step.plans[key.layer_index], call)
+    step = read.step
+    step.windows_seen[read.layer_index] = call.window
+    return attend(query, read.store, step.plans[read.layer_index], call)
 
 
 def _runtime_of(module: torch.nn.Module) -> PagedRuntime | None:

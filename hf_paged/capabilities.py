@@ -12,6 +12,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.draws import draws_kept
 from hf_paged.forward import ModelCall
 from hf_paged.identity import rotary_depends_on_length
+from hf_paged.latent import reads_latents
 from hf_paged.probe import Capability, Later, circumstances, ignores_padding, probe, reads_views, zeros_matter
 
 
@@ -54,6 +55,7 @@ class Capabilities:
                 whole_batches=rotary_depends_on_length(model),
                 later=later,
                 sees_shapes=hooks is not None,
+                has_latents=reads_latents(model.modules()),
             )
         return self._unpacked[circumstances]
 

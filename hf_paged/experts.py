@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.integrations import moe
 
 from hf_paged import matmul
+from hf_paged.copied import copied_as_original
 from hf_paged.matmul import Product, is_plain
 from hf_paged.watched import is_unwatched
 
@@ -52,18 +53,14 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     own_forward = original.forward
 
     class TakenExperts(original):
+        __reduce_ex__ = copied_as_original
+
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             if matmul.may_choose() and len(args) == 3 and not kwargs and original.forward is own_forward:
                 answer = _answer(self, *args)
                 if answer is not None:
                     return answer
             return original.forward(self, *args, **kwargs)
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            """Copies and files have the original class, and need no hf_paged."""
-            if type(self) is not TakenExperts:
-                return super().__reduce_ex__(protocol)
-            return object.__new__, (original,), vars(self)
 
     return TakenExperts
 

@@ -1,6 +1,6 @@
-"""Which layers of a patched model may be multiplied by others than torch: they have other classes until it is not.
+"""Which layers of a patched model compute in other ways than their own: they have other classes until it is not.
 
-By their names, and outside of `multiplied_faster`, these classes are the originals.
+By their names, and outside of a patched model's passes, these classes are the originals.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from hf_paged import experts, linear, matmul, torch_compat
+from hf_paged import experts, latent, linear, matmul, torch_compat
+from hf_paged.copied import STANDS_FOR
 from hf_paged.core.forks import new_lock
 
-# Of a class of ours: that which it stands for.
-_ORIGINAL = "_hf_paged_stands_for"
 # Whose they are: models may have layers in common.
 _models_of: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 _lock = new_lock()
 
 
 def take_layers(model: nn.Module) -> None:
-    """Let the linear layers and experts of a model be multiplied faster in `multiplied_faster`, where that can be."""
-    if not matmul.is_faster():
-        return
+    """Let linear layers and experts be multiplied faster, where that can be, and latents be read where they lie."""
     for each in model.modules():
         with _lock:
             if is_taken(each) or _is_to_be_taken(each):
@@ -32,28 +29,32 @@ def take_layers(model: nn.Module) -> None:
 
 def is_taken(layer: nn.Module) -> bool:
     """Whether a layer has a class of ours."""
-    return _ORIGINAL in vars(type(layer))
+    return STANDS_FOR in vars(type(layer))
 
 
 def _is_to_be_taken(layer: nn.Module) -> bool:
-    """Whether somebody multiplies it faster, and it computes as its class says."""
+    """Whether there is a faster way, and it computes as its class says."""
+    if latent.keeps_latents(layer):
+        return True
     is_known = type(layer) in linear.TAKEN or experts.are_experts(layer)
-    return is_known and "forward" not in vars(layer) and bool(_ways(layer))
+    return is_known and matmul.is_faster() and "forward" not in vars(layer) and bool(_ways(layer))
 
 
 def _taken_class(found: type[nn.Module]) -> type[nn.Module]:
-    if _ORIGINAL in vars(found):
+    if STANDS_FOR in vars(found):
         return found
-    taken = linear.TAKEN.get(found) or experts.taken_class(found)
-    if _ORIGINAL not in vars(taken):
+    taken = linear.TAKEN.get(found) or (latent if latent.may_keep(found) else experts).taken_class(found)
+    if STANDS_FOR not in vars(taken):
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(taken, name, getattr(found, name))
-        setattr(taken, _ORIGINAL, found)
+        setattr(taken, STANDS_FOR, found)
     return taken
 
 
 def _ways(layer: nn.Module) -> list[str]:
     """Who may multiply it faster, as its weights are now."""
+    if latent.keeps_latents(layer):
+        return []
     return (linear if isinstance(layer, tuple(linear.TAKEN)) else experts).ways(layer)
 
 
@@ -64,7 +65,7 @@ def give_layers_back(model: nn.Module) -> None:
             models.discard(model)
             if not models:
                 del _models_of[layer]
-                layer.__class__ = vars(type(layer)).get(_ORIGINAL, type(layer))
+                layer.__class__ = vars(type(layer)).get(STANDS_FOR, type(layer))
 
 
 def describe(model: nn.Module) -> str:

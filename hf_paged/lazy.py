@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
+    from hf_paged.backends import Expansion
     from hf_paged.step import Step
     from hf_paged.store import LayerStore
 
@@ -40,6 +41,45 @@ class PagedKV(torch.Tensor):
 
     def __repr__(self) -> str:  # the default one would gather
         return f"PagedKV(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_to_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class ExpandedKV(torch.Tensor):
+    """K or V that a layer makes of latents, logically `[batch, heads, tokens, dim]`, in truth the latents.
+
+    Our attention function has queries meet these; any other operation gets K or V, expanded when it asks.
+
+    Attributes:
+        latents: as blocks hold them, in the place of K.
+        rotated: the same of what all heads share of K, in the place of V.
+        expansion: makes K and V of both.
+    """
+
+    latents: PagedKV
+    rotated: PagedKV
+    expansion: Expansion
+    is_value: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, latents: PagedKV, rotated: PagedKV, expansion: Expansion, is_value: bool) -> ExpandedKV:
+        heads, dim, _ = expansion.key_weights.shape
+        dim = expansion.value_weights.shape[1] if is_value else dim + rotated.shape[3]
+        shape = latents.shape[0], heads, latents.shape[2], dim
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=latents.dtype, device=latents.device)
+        self.__dict__ = {"latents": latents, "rotated": rotated, "expansion": expansion, "is_value": is_value}
+        return self
+
+    def to_dense(self) -> torch.Tensor:
+        """The tensor that this one stands for."""
+        return self.expansion.expand(self.latents.to_dense(), self.rotated.to_dense())[self.is_value]
+
+    def __repr__(self) -> str:  # the default one would gather
+        return f"ExpandedKV(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,4 +122,4 @@ class SharedRows(torch.Tensor):
 
 
 def _to_dense(value: Any) -> Any:
-    return value.to_dense() if isinstance(value, PagedKV | SharedRows) else value
+    return value.to_dense() if isinstance(value, PagedKV | ExpandedKV | SharedRows) else value

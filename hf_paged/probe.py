@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_paged import compat
-from hf_paged.backends import AttentionBackend, backend_for
+from hf_paged.backends import AttentionBackend, LatentBackend, backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.compat import CACHE_NAME
 from hf_paged.config import PagedConfig
@@ -19,6 +19,7 @@ from hf_paged.foreign import foreign_attention
 from hf_paged.forward import ModelCall, run_decode, run_padded
 from hf_paged.hooks import hooked, see_shapes
 from hf_paged.identity import rotary_depends_on_length
+from hf_paged.latent import reads_latents
 from hf_paged.packed import run_packed
 from hf_paged.pool import KVPool
 from hf_paged.step import UnsupportedAttentionError
@@ -97,6 +98,7 @@ class Capability:
         layer_bytes: of one token's K and V in each layer that keeps any; `None` where stock could not be asked.
         layer_devices: where these K and V lie, likewise.
         sees_shapes: whether code of others must see what stock computes, row by row: hooks, attention.
+        has_latents: whether there are layers that keep latents, and attention may read these.
     """
 
     obstacle: str | None
@@ -109,6 +111,17 @@ class Capability:
     layer_bytes: tuple[int, ...] | None = None
     layer_devices: tuple[torch.device, ...] | None = None
     sees_shapes: bool = False
+    has_latents: bool = False
+
+    def backend(self, name: str, device: torch.device) -> AttentionBackend:
+        """As `backend_for`, of the model's decode steps and packed passes."""
+        return step_backend(name, device, self.has_latents)
+
+
+def step_backend(name: str, device: torch.device, has_latents: bool) -> AttentionBackend:
+    """As `backend_for`, for passes on blocks of a model of which some layers keep latents, or none."""
+    backend = backend_for(name, device)
+    return LatentBackend(backend) if has_latents and backend.takes_latents else backend
 
 
 def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, ...]:
@@ -124,6 +137,7 @@ def circumstances(model: PreTrainedModel, settings: PagedConfig) -> tuple[Any, .
         compat.own_forward(model),
         compat.attention_name(model.config),
         settings.attention_backend,
+        reads_latents(tree.modules),
         hooked(tree, see_shapes) or foreign_attention(model.config, kinds),
     )
 
@@ -163,7 +177,8 @@ def _compare(
     """What the fast path makes of the tokens that stock has made `expected` of."""
     keeps_logits = compat.takes_logits_to_keep(model)
 
-    backend = backend_for(settings.attention_backend, compat.compute_device(model))
+    has_latents = reads_latents(model.modules())
+    backend = step_backend(settings.attention_backend, compat.compute_device(model), has_latents)
     cache = _cache(model, settings, len(rows))
     cache.prefilling = True
     longest = max(_ROW_TOKENS)
@@ -202,6 +217,7 @@ def _compare(
         min(untold, default=None),
         "positions that the model counts itself" if counts else None,
         rotary_depends_on_length(model),
+        has_latents=has_latents,
     )
 
 

@@ -413,7 +413,7 @@ class PagedRuntime:
                 obstacle = "rotary embedding that depends on the length, in a prompt that does not go in one piece"
 
         def fast() -> tuple[Any, int, int]:
-            backend = backend_for(self.config.attention_backend, request.inputs.device)
+            backend = capability.backend(self.config.attention_backend, request.inputs.device)
             if request.tokens == 1:
                 return run_decode(request, cache, backend, graphs=self._graphs), request.rows, 0
             return run_packed(request, cache, backend, capability.keeps_logits, in_one_pass=capability.whole_batches)

@@ -59,7 +59,7 @@ class Step:
     def dense(self, group: int) -> DenseView:
         """The dense view of a group's K and V that other code than our attention function gets."""
         if group not in self._dense:
-            if self.tables is None:
+            if self.tables is None or (self.fast and self.backend.reads_latents):
                 raise UnsupportedAttentionError("K and V are read outside the attention function")
             if any(table.chains[group].reaches_host for table in self.tables):
                 raise UnsupportedAttentionError("K and V on the host are read outside the attention function")

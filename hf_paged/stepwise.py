@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_paged.backends import backend_for
 from hf_paged.cache import PagedCache
 from hf_paged.capabilities import Capabilities
 from hf_paged.config import PagedConfig
@@ -55,7 +54,7 @@ class Stepwise:
         if cache.dense_len == 0 and request.tokens == 1 and cache.chunk_tokens is None:
             return run_padded(request, cache), request.real_tokens, 0  # models may take another way where nothing is
         obstacle = prompt_obstacle if request.tokens > 1 else fast_path_obstacle(request, cache)
-        backend = backend_for(self._config.attention_backend, request.inputs.device)
+        backend = known.backend(self._config.attention_backend, request.inputs.device)
         if obstacle is None:
             key = (*circumstances, cache.columns is None)
             if key not in self._trials and cache.dense_len >= MIN_TRIAL_TOKENS:

@@ -12,7 +12,8 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's kernels run u
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "hf")]  # importlib mode leaves these to us: tolerances, families, modes, ...
+# importlib mode leaves these to us: tolerances, families, modes, ...
+sys.path[:0] = [str(HERE), str(HERE / "hf"), str(HERE / "kernels_ops")]
 sys.path.append(str(HERE.parent))  # benchmarks, for the loader of the real model
 
 # torch is imported where it is used: after the variables above, and not by xdist's controller, which runs no test.

@@ -6,6 +6,7 @@ import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.cpu import CPUBackend, attend_rows
+from hf_paged.backends.latent import Expansion, LatentBackend
 from hf_paged.backends.prepared import PREPARED, PreparedDecode
 from hf_paged.backends.reference import ReferenceBackend
 from hf_paged_kernels.launch import triton_obstacle
@@ -14,6 +15,8 @@ __all__ = [
     "PREPARED",
     "AttentionBackend",
     "AttentionCall",
+    "Expansion",
+    "LatentBackend",
     "PreparedDecode",
     "attend_rows",
     "backend_for",

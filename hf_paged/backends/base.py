@@ -41,6 +41,10 @@ class AttentionBackend(ABC):
     name: str
     # Whether decode rows that lie in one span go to `attend_rows` as tensors instead.
     reads_rows: bool = False
+    # Whether its steps may be those of a `LatentBackend`.
+    takes_latents: bool = False
+    # Whether it is one, or a step of one: layers that keep latents go to its `attend_expanded`.
+    reads_latents: bool = False
     # Whether decode steps read all their numbers from `plan.prepared`: `FixedStep` fills it for captured passes.
     has_fixed_steps: bool = False
     # Why a step does not although others of the backend do, where that may come as a surprise.

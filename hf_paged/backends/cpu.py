@@ -47,6 +47,7 @@ class CPUBackend(AttentionBackend):
     """Without a native kernel: own pieces first, one result a query; then shared pieces, read once and merged."""
 
     name = "cpu"
+    takes_latents = True
     reads_rows = True
 
     def describe(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hf_paged.backends.base import AttentionCall
@@ -13,13 +15,22 @@ from hf_paged_kernels import attend_partial, merge_partial
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 
 
-def attend_schedule(query: torch.Tensor, store: LayerStore, schedule: Schedule, call: AttentionCall) -> Result:
-    """`query [queries, heads, dim]` over all parts, sinks left out; the result in float32 where there are several."""
-    out, lse = _attend_own(query, store, schedule, call)
+def attend_schedule(
+    query: torch.Tensor,
+    store: LayerStore,
+    schedule: Schedule,
+    call: AttentionCall,
+    attend: Callable[..., Result] = attend_partial,
+) -> Result:
+    """`query [queries, heads, dim]` over all parts, sinks left out; the result in float32 where there are several.
+
+    `attend`: `attend_partial`, or what does as much with other K and V.
+    """
+    out, lse = _attend_own(query, store, schedule, call, attend)
     if schedule.shared:
         out = out.float()
         for part in schedule.shared:
-            other = _attend_part(query, store, part, call)
+            other = _attend_part(query, store, part, call, attend)
             out, lse = merged(out, lse, other, part.start, part.stop)
     return out, lse
 
@@ -48,29 +59,34 @@ def attend_tokens(
     call: AttentionCall,
     causal: bool = False,
     mask: torch.Tensor | None = None,
+    attend: Callable[..., Result] = attend_partial,
 ) -> Result:
     """`query [queries, heads, dim]` over the same `key`, `value [kv_heads, tokens, dim]`."""
-    out, lse = attend_partial(
+    out, lse = attend(
         query.transpose(0, 1).unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), call.scale, causal, call.softcap, mask
     )
     return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)
 
 
-def _attend_own(query: torch.Tensor, store: LayerStore, schedule: Schedule, call: AttentionCall) -> Result:
-    results = [_attend_batch(query, store, batch, call) for batch in schedule.batches]
-    results += [_attend_part(query, store, part, call) for part in schedule.own]
+def _attend_own(
+    query: torch.Tensor, store: LayerStore, schedule: Schedule, call: AttentionCall, attend: Callable[..., Result]
+) -> Result:
+    results = [_attend_batch(query, store, batch, call, attend) for batch in schedule.batches]
+    results += [_attend_part(query, store, part, call, attend) for part in schedule.own]
     if len(results) == 1:
         return results[0]
     return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
 
 
-def _attend_batch(query: torch.Tensor, store: LayerStore, batch: Batch, call: AttentionCall) -> Result:
+def _attend_batch(
+    query: torch.Tensor, store: LayerStore, batch: Batch, call: AttentionCall, attend: Callable[..., Result]
+) -> Result:
     """Decode rows of equal length at equal distance, over one strided view of K and one of V."""
     rows = batch.stop - batch.start
     if rows != query.shape[0]:
         query = query[batch.start : batch.stop]
     key, value = _batch_views(store, batch)
-    out, lse = attend_partial(query.unsqueeze(2), key, value, call.scale, softcap=call.softcap)
+    out, lse = attend(query.unsqueeze(2), key, value, call.scale, softcap=call.softcap)
     return out.squeeze(2), lse.squeeze(2)
 
 
@@ -80,11 +96,13 @@ def _batch_views(store: LayerStore, batch: Batch) -> tuple[torch.Tensor, torch.T
     return store.read(lambda memory: span_view(memory, span))
 
 
-def _attend_part(query: torch.Tensor, store: LayerStore, part: Part, call: AttentionCall) -> Result:
+def _attend_part(
+    query: torch.Tensor, store: LayerStore, part: Part, call: AttentionCall, attend: Callable[..., Result]
+) -> Result:
     """Queries over the same tokens."""
     if part.run is not None:
         key, value = store.read(lambda memory: strided_view(memory, part.run))
     else:
         slots = part.slots.to(store.keys.device)
         key, value = store.read(lambda memory: memory.index_select(1, slots))
-    return attend_tokens(query[part.start : part.stop], key, value, call, part.causal, part.mask)
+    return attend_tokens(query[part.start : part.stop], key, value, call, part.causal, part.mask, attend)

@@ -14,6 +14,7 @@ class ReferenceBackend(AttentionBackend):
     """Every segment on its own, all in float32."""
 
     name = "reference"
+    takes_latents = True
 
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
         key = ("segments", query.device)

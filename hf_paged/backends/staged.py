@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
-from hf_paged.backends.parts import attend_schedule, attend_tokens, merged, with_sinks
+from hf_paged.backends.latent import Expansion, LatentAttention
+from hf_paged.backends.parts import Result, attend_schedule, attend_tokens, merged, with_sinks
 from hf_paged.backends.schedule import schedule_for
 from hf_paged.core.chain import Run
 from hf_paged.core.overflow import HOST_BLOCKS
@@ -17,6 +18,7 @@ from hf_paged.core.plan import StepPlan
 from hf_paged.staging import Staging, reads_by_part
 from hf_paged.step import UnsupportedAttentionError
 from hf_paged.store import LayerStore, run_slots
+from hf_paged_kernels import attend_partial
 
 # Tokens that are attended to at once: bounds the scores that torch operations hold (256 queries of a prompt with 32
 # heads: 128 MiB), and the K and V that they make float32 of.
@@ -56,6 +58,7 @@ class StagedBackend(AttentionBackend):
     ):
         self.name = inner.name
         self.obstacle_to_graphs = "blocks on the host" if inner.has_fixed_steps else None
+        self.reads_latents = inner.reads_latents
         self._inner, self._plan, self._stores, self._staging, self._reads = inner, plan, stores, staging, reads
         self._local = _on_device(plan)
 
@@ -69,18 +72,38 @@ class StagedBackend(AttentionBackend):
         attend = super().attend if plan is self._plan else self._inner.attend
         return attend(query, store, plan, call)
 
+    def attend_expanded(
+        self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall, expansion: Expansion
+    ) -> torch.Tensor:
+        if plan is not self._plan:
+            return self._inner.attend_expanded(query, store, plan, call, expansion)
+        return LatentAttention(self.attend_parts, expansion).attend(query, store, plan, call)
+
     def attend_flat(self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall) -> torch.Tensor:
+        out, lse = self.attend_parts(query, store, plan, call)
+        return with_sinks(out, lse, call).to(query.dtype).contiguous()
+
+    def attend_parts(
+        self,
+        query: torch.Tensor,
+        store: LayerStore,
+        plan: StepPlan,
+        call: AttentionCall,
+        attend: Callable[..., Result] = attend_partial,
+    ) -> Result:
+        """As `AttentionBackend.attend_parts`, in the group that has blocks on the host."""
         if plan.still_hiding(call.window) is not None:
             raise UnsupportedAttentionError("a sliding window over blocks on the host")
-        out, lse = attend_schedule(query, store, schedule_for(self._local, call.window), call)
+        out, lse = attend_schedule(query, store, schedule_for(self._local, call.window), call, attend)
         out = out.float()
         layer = next(i for i, each in enumerate(self._stores) if each is store)
         for reads, (keys, values) in zip(self._reads, self._staging.read(layer), strict=True):
             for start, stop, slots in reads:
                 key, value = (memory.index_select(1, slots) for memory in (keys, values))
-                other = attend_tokens(query[start:stop], store.keys_of(key), store.values_of(value), call)
+                key, value = store.keys_of(key), store.values_of(value)
+                other = attend_tokens(query[start:stop], key, value, call, attend=attend)
                 out, lse = merged(out, lse, other, start, stop)
-        return with_sinks(out, lse, call).to(query.dtype).contiguous()
+        return out, lse
 
 
 def blocks_read_on_host(plan: StepPlan, block_size: int) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_paged_kernels import NativeKernel
-from hf_paged_kernels.native import variants
+from hf_paged_kernels.native import kernel_for, native_kernels, variants
 
 
 @pytest.fixture(params=list(variants()))
@@ -19,3 +19,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The backend of a test's parameter, the native kernel switched accordingly."""
+    name, _, variant = request.param.partition(" ")
+    if variant and variant not in variants():
+        pytest.skip("this CPU or build does not have the variant")
+    monkeypatch.setenv("HF_PAGED_NATIVE", variant or "off")
+    for cached in (native_kernels, kernel_for):
+        cached.cache_clear()
+    yield name
+    for cached in (native_kernels, kernel_for):
+        cached.cache_clear()

@@ -2,6 +2,7 @@
 
 from .entries import ModuleEntries
 from .formats import FORMATS, KVFormat, KVRecords, TokenFormat
+from .latent import attend_latents
 from .native import Availability, NativeKernel, Part, Parts, kernel_for, native_kernels, place_at
 from .native_library import NativeError
 from .native_linear import NativeLinear
@@ -27,6 +28,7 @@ __all__ = [
     "TokenFormat",
     "Writes",
     "attend_all",
+    "attend_latents",
     "attend_partial",
     "can_sample",
     "flash_takes",

@@ -1,0 +1,276 @@
+"""Models that keep latents in the place of K and V: packed, and never expanded in a decode step."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from compare import copy_of
+from families import FAMILIES, randomize
+from pair import Pair
+from prompts import batch, tokens
+from tolerances import TIE
+from torch import nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from versions import skip_if_older
+
+from hf_paged import latent, patch_model, unpatch_model
+from hf_paged.backends import Expansion
+from hf_paged.backends.gathered import Gathered
+
+ROWS = [tokens(40, seed=1), tokens(23, seed=2), tokens(31, seed=3)]
+SYSTEM = tokens(150, seed=4)
+NOT_PLAIN = "K and V are read outside the attention function"
+
+pytestmark = pytest.mark.usefixtures("expands_after_its_cache")
+
+
+@pytest.fixture
+def expands_after_its_cache():
+    if not latent.may_keep(DeepseekV3Attention):
+        skip_if_older("its models hand K and V to their cache")
+        pytest.fail("there is nothing to test in this version")
+
+
+@pytest.fixture
+def expanded(monkeypatch):
+    """Whether each plan's latents were expanded, by the number of its queries."""
+    found = []
+    reads_of = Expansion.reads_of
+
+    def noted(self, plan):
+        gathered = reads_of(self, plan)
+        found.append((plan.num_queries, gathered is not None))
+        return gathered
+
+    monkeypatch.setattr(Expansion, "reads_of", noted)
+    return found
+
+
+@pytest.fixture(params=["deepseek_v3", "deepseek_v2"])
+def pair(request):
+    return Pair(request.param)
+
+
+def test_nothing_falls_back_and_prompts_are_shared(pair):
+    pair.ask([[*SYSTEM, 5, 6, 7], [*SYSTEM, 8, 9]])
+    stats = pair.paged.stats()
+    assert stats.fallbacks == {}
+    assert stats.shared_tokens == len(SYSTEM)
+    pair.ask([[*SYSTEM, 5, 6, 7, 20, 21]])
+    assert pair.paged.stats().reused_tokens == len(SYSTEM) + 3
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_a_prompt_expands_latents_and_a_step_does_not(pair, expanded):
+    pair.ask([SYSTEM * 2], max_new_tokens=3)
+    assert {queries: is_expanded for queries, is_expanded in expanded if queries in (1, 300)} == {1: False, 300: True}
+
+
+@pytest.mark.parametrize("ways", [True, False])
+def test_either_way_gives_stocks_logits(pair, ways, monkeypatch):
+    """Of a prompt in chunks, with a past, on a pool in pieces, beside rows that share some of it."""
+    monkeypatch.setattr(Expansion, "reads_of", lambda self, plan: Gathered.of(plan) if ways else None)
+    monkeypatch.setattr("hf_paged.packed.PACKED_CHUNK_TOKENS", 64)
+    pair.ask([tokens(9, seed=9)])
+    pair.ask([[*SYSTEM, 5, 6, 7], [*SYSTEM[:60], 8, 9], tokens(70, seed=5)])
+    given = {**batch([[*SYSTEM, 5, 6, 7, 20], tokens(77, seed=6)]), "max_new_tokens": 9, "do_sample": False}
+    outputs = [
+        model.generate(**given, output_logits=True, return_dict_in_generate=True) for model in (pair.stock, pair.model)
+    ]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    for expected, actual in zip(*(each.logits for each in outputs), strict=True):
+        assert (actual - expected).abs().max() <= TIE * max(1.0, float(expected.abs().max()))
+    assert pair.paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_errors_of_lower_precision_are_those_of_stock(dtype):
+    """Against float32 on the same, rounded, weights, whose tokens both are given, one after the other.
+
+    Without experts: of two that are tied but for rounding, either may be chosen.
+    """
+    usual = copy_of(FAMILIES["deepseek_v3"])
+    usual.config.first_k_dense_replace = usual.config.num_hidden_layers
+    stock = type(usual)(usual.config).eval()
+    randomize(stock, 3, FAMILIES["deepseek_v3"].scale)
+    stock.generation_config = usual.generation_config
+    stock = stock.to(dtype)
+    exact = copy.deepcopy(stock).float()
+    patched = patch_model(copy.deepcopy(stock), block_size=8)
+    given = {**batch([SYSTEM, tokens(90, seed=7)]), "max_new_tokens": 12, "do_sample": False}
+    sequences = exact.generate(**given)
+    forced = {**given, "logits_processor": [_Forced(sequences)], "output_logits": True, "return_dict_in_generate": True}
+    logits = [torch.stack(model.generate(**forced).logits).float() for model in (exact, stock, patched)]
+    expected, *actual = logits
+    theirs, ours = ((each - expected).abs().mean() for each in actual)
+    assert patched.paged.stats().fallbacks == {}
+    assert ours <= 1.2 * theirs
+
+
+class _Forced:
+    """Every step's tokens are those of `sequences`."""
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def __call__(self, input_ids, scores):
+        only = torch.full_like(scores, -torch.inf)
+        return only.scatter_(1, self.sequences[:, input_ids.shape[1], None], 0.0)
+
+
+def hook(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.kv_b_proj.register_forward_hook(_doubled)
+
+
+def _doubled(module, args, output):
+    return 2 * output
+
+
+_doubled.__module__ = "accelerate.hooks"  # of those that tell no rows apart
+
+
+def bias(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.kv_b_proj.bias = nn.Parameter(torch.randn(each.kv_b_proj.out_features), requires_grad=False)
+
+
+def own_forward(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.kv_b_proj.forward = lambda input, layer=each.kv_b_proj: 2 * nn.functional.linear(input, layer.weight)
+
+
+def own_expansion(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.expand_kv = lambda *args, kind=DeepseekV3Attention, layer=each: tuple(
+                2 * made for made in kind.expand_kv(layer, *args)
+            )
+
+
+def other_layout(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            weight = each.kv_b_proj.weight
+            each.kv_b_proj.weight = nn.Parameter(weight.detach().T.contiguous().T, requires_grad=False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [hook, bias, own_forward, own_expansion, other_layout])
+def test_what_a_layer_does_otherwise_it_does_itself(change, when):
+    """Whatever comes between latents and K and V, or hides the weights, before the first call or between two."""
+    pair = Pair("deepseek_v3")
+    if when == "after":
+        pair.ask(ROWS)
+    pair.both(change)
+    pair.paged.clear()  # not every one of these changes is of those that are seen
+    pair.ask(ROWS)
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+    pair.ask(ROWS, num_beams=2)
+
+
+def test_a_replaced_method_is_asked(monkeypatch):
+    pair = Pair("deepseek_v3")
+    expand = DeepseekV3Attention.expand_kv
+    monkeypatch.setattr(DeepseekV3Attention, "expand_kv", lambda *args: tuple(2 * each for each in expand(*args)))
+    pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks != {}
+
+
+def test_who_replaces_torchs_function_is_asked(monkeypatch):
+    pair = Pair("deepseek_v3")
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda input, *args: linear(input, *args) * 1.1)
+    pair.ask(ROWS)
+
+
+def test_autocast_has_its_own_products():
+    pair = Pair("deepseek_v3")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks != {}
+    pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_adapters_of_the_weights():
+    peft = pytest.importorskip("peft")
+
+    def wrap(model):
+        torch.manual_seed(5)
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["kv_b_proj"], init_lora_weights=False))
+
+    pair = Pair("deepseek_v3", wrap=wrap)
+    pair.ask(ROWS)
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+
+
+def test_weights_that_change_are_looked_at_anew(pair):
+    pair.ask(ROWS)
+
+    def change(model):
+        for each in model.modules():
+            if latent.keeps_latents(each):
+                each.kv_b_proj.weight.data.mul_(1.3)
+
+    pair.both(change)
+    pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_classes_are_given_back(pair):
+    before = {name: type(each) for name, each in pair.stock.named_modules()}
+    assert type(pair.model.model.layers[0].self_attn) not in before.values()
+    assert str(pair.model) == str(pair.stock)
+    unpatch_model(pair.model)
+    assert {name: type(each) for name, each in pair.model.named_modules()} == before
+    patch_model(pair.model, block_size=8)
+    pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_have_the_original_class(how, pair):
+    one = pair.model.model.layers[0].self_attn
+    twin = copy.deepcopy(one) if how == "deepcopy" else pickle.loads(pickle.dumps(one))
+    assert type(twin) is type(pair.stock.model.layers[0].self_attn)
+    assert torch.equal(twin.kv_b_proj.weight, one.kv_b_proj.weight)
+
+
+def test_losses_and_gradients_are_those_of_stock(pair):
+    ids = torch.tensor([ROWS[0]])
+    pair.ask(ROWS)
+    losses = []
+    for model in (pair.stock, pair.model):
+        model.train().requires_grad_(True)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append((loss, model.model.layers[0].self_attn.kv_b_proj.weight.grad))
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_compiled_models():
+    pair = Pair("deepseek_v3")
+    torch.compiler.reset()
+    pair.both(lambda model: model.compile(backend="eager"))
+    pair.ask(ROWS)
+    torch.compiler.reset()
+
+
+def test_reference_attention():
+    pair = Pair("deepseek_v3", attention_backend="reference")
+    pair.ask([[*SYSTEM, 5], [*SYSTEM, 6, 7], tokens(30, seed=8)])
+    assert pair.paged.stats().fallbacks == {}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantized_latents_are_packed(kind):
+    """What comes out is test_quantized's; here, that it is not in stock's shapes."""
+    model = patch_model(copy_of(FAMILIES["deepseek_v3"]), kv_cache_dtype=kind, verify=False)
+    model.generate(**batch(ROWS), max_new_tokens=4)
+    assert model.paged.stats().fallbacks == {}
