@@ -89,6 +89,8 @@ SPECIAL = {
     },
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "gemma3n_text": {"layer_types": SLIDING},
+    "bailing_hybrid": {"layer_types": LINEAR["layer_types"], "num_key_value_heads": 4},
+    "kimi_linear": {**LINEAR, "num_key_value_heads": 4, "linear_head_dim": 16, "linear_num_heads": 4},
     "longcat_flash": {**LATENT, "moe_topk": 2, "zero_expert_num": 2, "num_layers": 2},
     "cohere_compass_text": {
         "layer_types": SLIDING,
