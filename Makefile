@@ -4,13 +4,14 @@
 #   make test       the whole suite, and on the two older transformers what depends on transformers
 #   make bench      the benchmark table; BENCH="--only samples-8 --runs 1" passes options on
 #   make bench-dialogues  calls that follow one another on a prefix: a chat, questions under one prompt
-#   make bench-stock-shapes  prompts that cannot be packed: a chat about an image, latent attention, samples
+#   make bench-stock-shapes  prompts that cannot be packed: a chat about an image, samples
 #   make bench-identity  what a call takes to see that the model is as it was
 #   make bench-first-call  what the first call of a patched model takes, and that after a new forward
 #   make bench-disk  more prompts in rotation than memory has room for, fetched from disk and computed anew
 #   make bench-memory  the process's memory over time on a ragged batch, stock and patched
 #   make bench-attention  attention alone: the native kernel, torch's own and a plain read of the same bytes
 #   make bench-linear  linear layers, first tokens and decode steps, by torch and by what patched models take
+#   make bench-latents  models that keep latents in the place of K and V: decode steps, first tokens, a second turn
 #   make bench-prompts attention of prompts alone, native and torch's own, and time to the first token
 #   make bench-own  what hf_paged itself takes of a decode step
 #   make bench-grpo  a GRPO step of TRL: the generation, and the whole step
@@ -64,7 +65,7 @@ VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo bench bench-dialogues bench-disk bench-memory bench-attention bench-grpo bench-lm-eval bench-quality
-.PHONY: bench-stock-shapes bench-linear bench-prompts
+.PHONY: bench-stock-shapes bench-linear bench-latents bench-prompts
 .PHONY: bench-identity bench-first-call bench-gpu bench-own bench-quantized compile-gpu test-torchao
 .PHONY: sanitize test-arm soak fuzz capabilities wheel test test-newest $(OLDER:%=test-%) lint format wheel-check clean
 
@@ -137,6 +138,9 @@ bench-attention: $(VENV)/.demo
 
 bench-linear: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.linear $(BENCH)
+
+bench-latents: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.latents $(BENCH)
 
 bench-prompts: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.prompts $(BENCH)

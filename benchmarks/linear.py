@@ -13,20 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from statistics import median
 
 import psutil
 import torch
 from rich.table import Table
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from hf_paged import paged
 from hf_paged.matmul import is_natively_won, is_won, native_linear
@@ -34,7 +27,7 @@ from hf_paged.onednn import product
 from hf_paged_kernels import NativeLinear, native_kernels
 
 from . import environment, report, smollm2
-from .measure import StepClock, compare_first_tokens, first_token, median_seconds, taking_turns
+from .measure import Stamped, compare_first_tokens, first_token, median_seconds, stamped, taking_turns
 
 SMALL = ((576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152))
 LARGE = ((4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
@@ -156,14 +149,16 @@ def steps(name: str, model: PreTrainedModel, rows: int) -> Step:
         0, model.config.vocab_size, (rows, PROMPT_TOKENS), generator=torch.Generator().manual_seed(rows)
     )
 
-    def patched() -> tuple[list[float], torch.Tensor]:
+    def patched() -> Stamped:
         with paged(model, prefix_caching=False):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)  # finds out what is fast
-            return _timed_steps(model, ids)
+            return stamped(model, ids, STEPS + 1)
 
-    given = taking_turns({"stock": partial(_timed_steps, model, ids), "patched": patched}, CALLS)
-    times = {side: median(chain.from_iterable(taken for taken, _ in calls)) for side, calls in given.items()}
-    answers = [answer for calls in given.values() for _, answer in calls]
+    given = taking_turns({"stock": partial(stamped, model, ids, STEPS + 1), "patched": patched}, CALLS)
+    times = {
+        side: median(chain.from_iterable(call.step_milliseconds for call in calls)) for side, calls in given.items()
+    }
+    answers = [call.sequences for calls in given.values() for call in calls]
     return Step(name, str(model.dtype)[6:], rows, **times, equal=all(torch.equal(answers[0], each) for each in answers))
 
 
@@ -172,16 +167,6 @@ def steps_of_all(models: dict[str, PreTrainedModel], dtype: torch.dtype) -> Iter
     for name, model in models.items():
         if dtype is not torch.float16 or model.num_parameters() < MOST_IN_FLOAT16:
             yield from (steps(name, model.to(dtype), rows) for rows in BATCHES)
-
-
-def _timed_steps(model: PreTrainedModel, ids: torch.Tensor) -> tuple[list[float], torch.Tensor]:
-    """Milliseconds of each decode step of a call, and its answer."""
-    clock = StepClock()
-    answer = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )  # fmt: skip
-    return [(end - begin) * 1e3 for begin, end in pairwise(clock.stamps)], answer
 
 
 def first_tokens(name: str, model: PreTrainedModel, count: int) -> FirstToken:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
 
@@ -67,6 +68,26 @@ class StepClock(Watch):
         """Note the time, then call `on_token`."""
         self.stamps.append(time.perf_counter())
         return super().__call__(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """One greedy call: seconds to its first token, milliseconds of each step after that, and all tokens."""
+
+    first_seconds: float
+    step_milliseconds: list[float]
+    sequences: torch.Tensor
+
+
+def stamped(model: PreTrainedModel, ids: torch.Tensor, new: int) -> Stamped:
+    """Ask for `new` tokens after ``[rows, tokens]`` without padding."""
+    clock, begin = StepClock(), time.perf_counter()
+    sequences = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        stopping_criteria=[clock],
+    )  # fmt: skip
+    steps = [(end - before) * 1e3 for before, end in pairwise(clock.stamps)]
+    return Stamped(clock.stamps[0] - begin, steps, sequences)
 
 
 class RowsEnd(StoppingCriteria):

@@ -1,9 +1,9 @@
 """``python -m benchmarks.stock_shapes``: prompts that are not packed, in calls that follow one another and as samples.
 
-Three models that nobody has to download: SmolLM2's own weights below an image encoder of SmolVLM-256M's shape with
-random weights, random weights with the latent attention and the experts of deepseek_v3, and random weights of
-LFM2-350M's shape, ten layers of short convolutions and six of attention. What a model is, its answers are compared with
-stock's on the same weights. Calls take turns: each is made of the one model, then of the other.
+Two models that nobody has to download: SmolLM2's own weights below an image encoder of SmolVLM-256M's shape with
+random weights, and random weights of LFM2-350M's shape, ten layers of short convolutions and six of attention. What a
+model is, its answers are compared with stock's on the same weights. Calls take turns: each is made of the one model,
+then of the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Lfm2Config, PreTrainedModel, SmolVLMConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedModel, SmolVLMConfig
 from transformers import SmolVLMForConditionalGeneration as SmolVLM
 
 from hf_paged import patch_model
@@ -59,18 +59,6 @@ def vision_language_model() -> PreTrainedModel:
     return model
 
 
-def latent_attention_model() -> PreTrainedModel:
-    """Random weights, eight layers of deepseek_v3's latent attention and experts."""
-    config = DeepseekV3Config(
-        vocab_size=49_152, hidden_size=576, intermediate_size=1536, moe_intermediate_size=384, num_hidden_layers=8,
-        num_attention_heads=9, num_key_value_heads=9, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=48,
-        qk_rope_head_dim=16, v_head_dim=64, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
-        first_k_dense_replace=1, max_position_embeddings=8192, initializer_range=0.05,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 def hybrid_model() -> PreTrainedModel:
     """Random weights of LFM2-350M's shape, with SmolLM2's vocabulary."""
     kinds = {"c": "conv", "a": "full_attention"}
@@ -98,7 +86,6 @@ def text_inputs(tokens: list[int]) -> Inputs:
 MODELS: dict[str, tuple[str, Callable[[], PreTrainedModel], Callable[[list[int]], Inputs]]] = {
     "image": ("an image of 5 tiles, 320 tokens", vision_language_model, image_inputs),
     "hybrid": ("1,000 tokens, convolutions and attention", hybrid_model, text_inputs),
-    "latent": ("1,000 tokens, latent attention", latent_attention_model, text_inputs),
 }
 
 

@@ -27,19 +27,22 @@ _classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDicti
 
 def keeps_latents(layer: nn.Module) -> bool:
     """Whether a layer expands what comes back from the cache, as transformers' own do; also while its class is ours."""
-    return may_keep(vars(type(layer)).get(STANDS_FOR, type(layer))) and _PRODUCT in layer._modules
+    return may_keep(type(layer)) and _PRODUCT in layer._modules
 
 
 def may_keep(kind: type[nn.Module]) -> bool:
     """Whether layers of a class do."""
-    expand = getattr(kind, _EXPAND, None)
+    expand = getattr(vars(kind).get(STANDS_FOR, kind), _EXPAND, None)
     return str(getattr(expand, "__module__", "")).startswith("transformers.models.")
 
 
 def reads_latents(modules: Iterable[nn.Module]) -> bool:
     """Whether some layers of a model keep latents, and nobody but attention needs to expand these."""
-    keepers = [each for each in modules if keeps_latents(each)]
-    return bool(keepers) and not matmul.is_replaced() and all(map(_is_known, keepers))
+    modules = list(modules)
+    kinds = set(filter(may_keep, set(map(type, modules))))
+    if not kinds or matmul.is_replaced():
+        return False
+    return all(_is_known(each) for each in modules if type(each) in kinds)
 
 
 def taken_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -68,13 +71,14 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
 def _is_known(layer: nn.Module) -> bool:
     """Whether a layer has a class of ours, and K and V are plainly products of latents and of its weights."""
     kind = type(layer)
-    own, product = vars(kind).get("_hf_paged_expand"), layer._modules[_PRODUCT]
+    own, product = vars(kind).get("_hf_paged_expand"), layer._modules.get(_PRODUCT)
     if own is None or _EXPAND in vars(layer) or getattr(vars(kind).get(STANDS_FOR), _EXPAND, None) is not own:
+        return False
+    if type(product) not in (nn.Linear, linear.TAKEN[nn.Linear]):
         return False
     weight = product._parameters.get("weight")
     return (
-        type(product) in (nn.Linear, linear.TAKEN[nn.Linear])
-        and type(weight) is nn.Parameter
+        type(weight) is nn.Parameter
         and weight.layout is torch.strided
         and weight.is_contiguous()
         and weight.dim() == 2

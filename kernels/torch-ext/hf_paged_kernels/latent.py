@@ -31,7 +31,7 @@ def attend_latents(
     Returns:
         Sums of latents `[batch, heads, q, latent_dim]` in the query's dtype, and log-sum-exps in float32.
     """
-    if query.dtype != torch.float32:  # sums of products in lower precision are rounded, but for those within attention
+    if query.dtype.itemsize < 4:  # sums of products in lower precision are rounded, but for those within attention
         both = torch.cat((latents, rotated), dim=-1)
         out, lse = attend_partial(query, both, both, scale, causal, softcap, mask)
         return out[..., : latents.shape[-1]], lse
