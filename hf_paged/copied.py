@@ -1,4 +1,4 @@
-"""How layers whose class is ours for a while are copied and saved."""
+"""Classes of ours that stand for others for a while: for which they may, and how what has them is copied and saved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from torch import nn
 STANDS_FOR = "_hf_paged_stands_for"
 
 
+def can_stand_for(kind: type[nn.Module]) -> bool:
+    """Whether a class can have a subclass without anybody of its own being asked."""
+    return type(kind) is type and not hasattr(kind.__init_subclass__, "__func__")
+
+
 def copied_as_original(layer: nn.Module, protocol: Any) -> str | tuple[Any, ...]:
     """`__reduce_ex__` of a class of ours: copies and files have the original class, and need no hf_paged."""
     original = vars(type(layer)).get(STANDS_FOR)
     if original is None:  # a class on top of ours
         return nn.Module.__reduce_ex__(layer, protocol)
-    return object.__new__, (original,), vars(layer)
+    return object.__new__, (original,), layer.__getstate__()

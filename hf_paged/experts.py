@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.integrations import moe
 
 from hf_paged import matmul
-from hf_paged.copied import copied_as_original
+from hf_paged.copied import can_stand_for, copied_as_original
 from hf_paged.matmul import Product, is_plain
 from hf_paged.watched import is_unwatched
 
@@ -34,7 +34,7 @@ def are_experts(layer: nn.Module) -> bool:
     """Whether transformers chooses how these are computed, from its own list of ways."""
     forward = vars(type(layer)).get("forward")
     variables = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    if "experts_interface" not in variables:
+    if "experts_interface" not in variables or not can_stand_for(type(layer)):
         return False
     return forward.__closure__[variables.index("experts_interface")].cell_contents is moe.ALL_EXPERTS_FUNCTIONS
 

@@ -71,6 +71,6 @@ def give_layers_back(model: nn.Module) -> None:
 def describe(model: nn.Module) -> str:
     """Who multiplies in a patched model's passes, for people."""
     ways = {way for each in model.modules() if is_taken(each) for way in _ways(each)}
-    if torch_compat.OBSTACLE is not None or matmul.is_replaced() or not ways:
+    if torch_compat.OBSTACLE is not None or matmul.is_switched_off() or not ways:
         return "torch's choice"
     return ", ".join(sorted(ways))

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ def foreign_attention(config: PreTrainedConfig, kinds: Iterable[Any]) -> str | N
     return None
 
 
+def is_of_transformers(code: CodeType) -> bool:
+    """Whether a function was written there, whatever name somebody has given it."""
+    return code.co_filename.startswith(_TRANSFORMERS)
+
+
 def is_foreign(function: Callable[..., Any], module: torch.nn.Module) -> bool:
     """Whether the function that `module` attends with is neither transformers' nor of the module's own file."""
     return _is_foreign(function, [sys.modules.get(type(module).__module__)])
@@ -45,6 +50,6 @@ def _is_foreign(function: Callable[..., Any], files: list[ModuleType | None]) ->
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    if code is None or code.co_filename.startswith(_TRANSFORMERS):  # there is none where it is made in C
+    if code is None or is_of_transformers(code):  # there is none where it is made in C
         return False
     return all(code.co_filename != getattr(file, "__file__", None) for file in files)

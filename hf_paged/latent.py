@@ -16,8 +16,10 @@ from torch import nn
 
 from hf_paged import linear, matmul
 from hf_paged.backends import Expansion
-from hf_paged.copied import STANDS_FOR, copied_as_original
+from hf_paged.copied import STANDS_FOR, can_stand_for, copied_as_original
+from hf_paged.foreign import is_of_transformers
 from hf_paged.lazy import ExpandedKV, PagedKV
+from hf_paged.watched import modes_look_on
 
 _EXPAND = "expand_kv"
 _PRODUCT = "kv_b_proj"
@@ -32,15 +34,17 @@ def keeps_latents(layer: nn.Module) -> bool:
 
 def may_keep(kind: type[nn.Module]) -> bool:
     """Whether layers of a class do."""
-    expand = getattr(vars(kind).get(STANDS_FOR, kind), _EXPAND, None)
-    return str(getattr(expand, "__module__", "")).startswith("transformers.models.")
+    kind = vars(kind).get(STANDS_FOR, kind)
+    expand = getattr(kind, _EXPAND, None)
+    code = getattr(expand, "__code__", None)
+    return code is not None and is_of_transformers(code) and not hasattr(expand, "__wrapped__") and can_stand_for(kind)
 
 
 def reads_latents(modules: Iterable[nn.Module]) -> bool:
     """Whether some layers of a model keep latents, and nobody but attention needs to expand these."""
     modules = list(modules)
     kinds = set(filter(may_keep, set(map(type, modules))))
-    if not kinds or matmul.is_replaced():
+    if not kinds or matmul.is_replaced() or modes_look_on():
         return False
     return all(_is_known(each) for each in modules if type(each) in kinds)
 
@@ -58,11 +62,11 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         _hf_paged_expand = getattr(original, _EXPAND)
 
         def expand_kv(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            if len(args) == 2 and not kwargs and not torch.compiler.is_compiling():
-                expansion = _expansion(self, *args)
-                if expansion is not None:
-                    keys, values = (ExpandedKV(*args, expansion, is_value) for is_value in (False, True))
-                    return keys, values
+            if len(args) == 2 and not kwargs and isinstance(args[0], PagedKV):
+                is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+                expanded = (_lazily_uncompiled if is_compiled else _lazily)(self, *args)
+                if expanded is not None:
+                    return expanded
             return getattr(original, _EXPAND)(self, *args, **kwargs)
 
     return TakenLatents
@@ -90,10 +94,20 @@ def _is_known(layer: nn.Module) -> bool:
     )
 
 
-def _expansion(layer: nn.Module, latents: torch.Tensor, rotated: torch.Tensor) -> Expansion | None:
-    """How a layer expands what its cache has given it; `None` where it is to do so itself, as in most passes."""
-    is_read = isinstance(latents, PagedKV) and isinstance(rotated, PagedKV) and latents.step.backend.reads_latents
-    if not is_read or not _is_known(layer):
+def _lazily(layer: nn.Module, latents: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """K and V that are not made yet; `None` where the layer is to make them itself."""
+    expansion = _expansion(layer, latents, rotated)
+    if expansion is None:
+        return None
+    return ExpandedKV(latents, rotated, expansion, False), ExpandedKV(latents, rotated, expansion, True)
+
+
+_lazily_uncompiled = torch.compiler.disable(_lazily)
+
+
+def _expansion(layer: nn.Module, latents: PagedKV, rotated: torch.Tensor) -> Expansion | None:
+    """How a layer expands what its cache has given it, where that is known and can wait."""
+    if not isinstance(rotated, PagedKV) or not latents.step.backend.reads_latents or not _is_known(layer):
         return None
     weight, dim = layer.kv_b_proj.weight, layer.qk_nope_head_dim
     fits = (

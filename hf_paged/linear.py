@@ -29,7 +29,7 @@ class _TakenLinear(nn.Linear):
         """Copies and files have the original class, and need no hf_paged."""
         if type(self) is not _TakenLinear:
             return super().__reduce_ex__(protocol)
-        return nn.Linear, (1, 1, False, "meta"), vars(self)  # which draws no numbers
+        return nn.Linear, (1, 1, False, "meta"), self.__getstate__()  # which draws no numbers
 
 
 class _TakenConv1D(Conv1D):
@@ -45,7 +45,7 @@ class _TakenConv1D(Conv1D):
         """As above."""
         if type(self) is not _TakenConv1D:
             return super().__reduce_ex__(protocol)
-        return object.__new__, (Conv1D,), vars(self)
+        return object.__new__, (Conv1D,), self.__getstate__()
 
 
 # The classes that layers of a patched model have; outside of `multiplied_faster` they do what the originals do.

@@ -56,7 +56,7 @@ _scope = _Scope()
 def multiplied_faster() -> Iterator[None]:
     """Within `one_pass`: layers are multiplied by who is fastest, where nobody has replaced what they call."""
     before = _scope.is_open
-    _scope.is_open = is_faster() and not is_replaced()
+    _scope.is_open = is_faster() and not is_switched_off()
     try:
         yield
     finally:
@@ -69,8 +69,13 @@ def may_choose() -> bool:
 
 
 def is_replaced() -> bool:
-    """Whether torch's functions are not what they are from the start, or not to be called."""
+    """Whether torch's functions are not what they are from the start."""
     return not torch_compat.calls_own_linear() or (nn.Linear.forward, Conv1D.forward) != _FORWARDS
+
+
+def is_switched_off() -> bool:
+    """Whether nobody but torch is to multiply: its functions are replaced, or may not take oneDNN."""
+    return is_replaced() or not torch_compat.may_take_onednn()
 
 
 def fastest(rows: int, weight: torch.Tensor, is_transposed: bool = False) -> Product | None:

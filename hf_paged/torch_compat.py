@@ -49,9 +49,13 @@ plain_reads = getattr(torch._C, "DisableTorchFunctionSubclass", nullcontext)
 
 
 def calls_own_linear() -> bool:
-    """Whether linear layers call torch's own functions, and these may take oneDNN."""
-    is_own = functional.linear is _linear and torch.addmm is _addmm
-    return is_own and torch.backends.mkldnn.enabled and not torch.jit.is_tracing()
+    """Whether linear layers call torch's own functions."""
+    return functional.linear is _linear and torch.addmm is _addmm
+
+
+def may_take_onednn() -> bool:
+    """Whether these functions may, and nobody is writing down which are called."""
+    return torch.backends.mkldnn.enabled and not torch.jit.is_tracing()
 
 
 def calls_own_attention() -> bool:

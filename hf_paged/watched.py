@@ -7,7 +7,7 @@ called, as something else computes the same, they would miss it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,12 +31,24 @@ def one_pass() -> Iterator[None]:
     before = _pass.is_open, _pass.modes
     if torch_compat.OBSTACLE is None:
         modes = torch_compat.function_mode_stack()
-        _pass.is_open = all(type(each) is torch_compat.DeviceMode for each in modes)
-        _pass.modes = len(modes)
+        _pass.is_open, _pass.modes = _only_set_devices(modes), len(modes)
     try:
         yield
     finally:
         _pass.is_open, _pass.modes = before
+
+
+def modes_look_on() -> bool:
+    """Whether a mode or a transform of torch's sees functions of this thread; also where that cannot be told."""
+    return torch_compat.OBSTACLE is not None or not (
+        torch_compat.transform() is None
+        and torch_compat.dispatch_modes() == 0
+        and _only_set_devices(torch_compat.function_mode_stack())
+    )
+
+
+def _only_set_devices(modes: Iterable[object]) -> bool:
+    return all(type(each) is torch_compat.DeviceMode for each in modes)
 
 
 def is_unwatched() -> bool:

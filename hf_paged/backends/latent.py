@@ -54,7 +54,8 @@ class Expansion(NamedTuple):
 
     def values_of(self, latents: torch.Tensor) -> torch.Tensor:
         """Sums of latents `[queries, heads, latent_dim]` as sums of V, `[queries, heads, value_dim]`."""
-        return torch.bmm(_wide(latents).transpose(0, 1), _wide(self.value_weights).transpose(1, 2)).transpose(0, 1)
+        weights = _wide(self.value_weights)
+        return torch.bmm(latents.to(weights.dtype).transpose(0, 1), weights.transpose(1, 2)).transpose(0, 1)
 
     def reads_of(self, plan: StepPlan) -> Gathered | None:
         """The latents that a plan reads, where it is cheaper to expand them than to have queries meet them."""

@@ -12,7 +12,7 @@ from compare import copy_of
 from families import FAMILIES
 from pair import Pair
 from prompts import tokens
-from taken import TOLERANCE, WATCHERS, Recording, faster_pass
+from taken import TOLERANCE, WATCHERS, Recording, conv1d, faster_pass, layer
 from tolerances import assert_close
 from torch import nn
 from torch.nn import functional
@@ -319,6 +319,16 @@ def test_copies_have_the_original_class(how, multiplied):
     assert type(twin) is MixtralExperts
     assert torch.equal(twin.down_proj, one.down_proj)
     assert type(one).__name__ == "MixtralExperts"
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [lambda: copy_of(FAMILIES["mixtral"]).model.layers[0].mlp.experts, layer, conv1d])
+def test_copies_of_compiled_layers_have_weights_of_their_own(make, how, multiplied):
+    one = make()
+    faster_layers.take_layers(nn.Sequential(one))
+    one.compile(backend="eager")
+    twin = copy.deepcopy(one) if how == "deepcopy" else pickle.loads(pickle.dumps(one))
+    assert twin._compiled_call_impl is None
 
 
 def test_what_is_said(native_products):

@@ -1,7 +1,9 @@
 """Models that keep latents in the place of K and V: packed, and never expanded in a decode step."""
 
 import copy
+import functools
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from pair import Pair
 from prompts import batch, tokens
 from tolerances import TIE
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from versions import skip_if_older
 
@@ -84,18 +88,23 @@ def test_either_way_gives_stocks_logits(pair, ways, monkeypatch):
     assert pair.paged.stats().fallbacks == {}
 
 
+def without_experts():
+    """A model whose layers all have MLPs."""
+    usual = copy_of(FAMILIES["deepseek_v3"])
+    usual.config.first_k_dense_replace = usual.config.num_hidden_layers
+    made = type(usual)(usual.config).eval()
+    randomize(made, 3, FAMILIES["deepseek_v3"].scale)
+    made.generation_config = usual.generation_config
+    return made
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_errors_of_lower_precision_are_those_of_stock(dtype):
     """Against float32 on the same, rounded, weights, whose tokens both are given, one after the other.
 
     Without experts: of two that are tied but for rounding, either may be chosen.
     """
-    usual = copy_of(FAMILIES["deepseek_v3"])
-    usual.config.first_k_dense_replace = usual.config.num_hidden_layers
-    stock = type(usual)(usual.config).eval()
-    randomize(stock, 3, FAMILIES["deepseek_v3"].scale)
-    stock.generation_config = usual.generation_config
-    stock = stock.to(dtype)
+    stock = without_experts().to(dtype)
     exact = copy.deepcopy(stock).float()
     patched = patch_model(copy.deepcopy(stock), block_size=8)
     given = {**batch([SYSTEM, tokens(90, seed=7)]), "max_new_tokens": 12, "do_sample": False}
@@ -241,6 +250,126 @@ def test_copies_have_the_original_class(how, pair):
     assert torch.equal(twin.kv_b_proj.weight, one.kv_b_proj.weight)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_compiled_layers_have_weights_of_their_own(how, pair):
+    one = pair.model.model.layers[0].self_attn
+    one.compile(backend="eager")
+    twin = copy.deepcopy(one) if how == "deepcopy" else pickle.loads(pickle.dumps(one))
+    assert twin._compiled_call_impl is None
+
+
+class Locked(DeepseekV3Attention):
+    """Says itself what of it is copied."""
+
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "lock"}
+
+
+def of_class(kind, **attributes):
+    """A model with attention of another class."""
+    model = copy_of(FAMILIES["deepseek_v3"])
+    for each in model.modules():
+        if isinstance(each, DeepseekV3Attention):
+            each.__class__ = kind
+            vars(each).update(attributes)
+    return model
+
+
+def test_who_says_what_of_it_is_copied_is_asked():
+    model = patch_model(of_class(Locked, lock=threading.Lock()))
+    twin = copy.deepcopy(model.model.layers[0].self_attn)
+    assert type(twin) is Locked
+    assert "lock" not in vars(twin)
+
+
+class Registered(DeepseekV3Attention):
+    """Wants to be told of its subclasses."""
+
+    def __init_subclass__(cls, *, name, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+class Meta(type):
+    """Who makes a class may do anything."""
+
+
+class Made(DeepseekV3Attention, metaclass=Meta):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Registered, Made])
+def test_classes_that_are_told_of_subclasses_get_none(kind):
+    pair = Pair.of(of_class(kind))
+    pair.ask(ROWS)
+    assert type(pair.model.model.layers[0].self_attn) is kind
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+
+
+class Wrapped(DeepseekV3Attention):
+    """Does something else with many tokens, under the name of transformers' method."""
+
+    @functools.wraps(DeepseekV3Attention.expand_kv)
+    def expand_kv(self, *args):
+        keys, values = super().expand_kv(*args)
+        return keys, values * 3 if values.shape[2] > 32 else values
+
+
+def test_a_method_of_transformers_name_is_not_its_own():
+    pair = Pair.of(of_class(Wrapped))
+    pair.ask([tokens(60, seed=1)], max_new_tokens=12)
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+
+
+class Functions(TorchFunctionMode):
+    """Changes products of latents."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        return made * 1.2 if function is nn.functional.linear and args[0].shape[-1] == 16 else made
+
+
+class Dispatched(TorchDispatchMode):
+    """The same, of what torch dispatches."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        return made * 1.2 if function is torch.ops.aten.mm.default and args[0].shape[-1] == 16 else made
+
+
+@pytest.mark.parametrize("mode", [Functions, Dispatched])
+def test_modes_see_products(mode):
+    pair = Pair("deepseek_v3")
+    pair.ask(ROWS)
+    usual = pair.ask(ROWS)
+    pair.paged.clear()
+    with mode():
+        assert not torch.equal(pair.ask(ROWS), usual)
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+    pair.paged.clear()
+    pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_a_default_device_sees_nothing():
+    pair = Pair("deepseek_v3")
+    with torch.device("cpu"):
+        pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_without_onednn():
+    pair = Pair("deepseek_v3")
+    with torch.backends.mkldnn.flags(enabled=False):
+        pair.ask(ROWS)
+    assert pair.paged.stats().fallbacks == {}
+
+
+def test_double_precision():
+    pair = Pair.of(without_experts().double())
+    pair.ask([[*SYSTEM, 5, 6], [*SYSTEM, 7], tokens(30, seed=8)])
+    assert pair.paged.stats().fallbacks == {}
+
+
 def test_losses_and_gradients_are_those_of_stock(pair):
     ids = torch.tensor([ROWS[0]])
     pair.ask(ROWS)
@@ -254,12 +383,14 @@ def test_losses_and_gradients_are_those_of_stock(pair):
     assert torch.equal(losses[0][1], losses[1][1])
 
 
-def test_compiled_models():
+@pytest.mark.parametrize("part", [[], ["model"], ["model", "layers", "0", "self_attn"]], ids=".".join)
+def test_compiled_models(part):
     pair = Pair("deepseek_v3")
     torch.compiler.reset()
-    pair.both(lambda model: model.compile(backend="eager"))
+    pair.both(lambda model: model.get_submodule(".".join(part)).compile(backend="eager"))
     pair.ask(ROWS)
     torch.compiler.reset()
+    assert pair.paged.stats().fallbacks == {}
 
 
 def test_reference_attention():

@@ -5,6 +5,7 @@ import copy
 import gc
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from graphed import Both
 from host import as_gpu, hosted, side
 from pair import Pair, distinct_pieces, evict, piece
 from prompts import batch
-from spilled import CALLS, Notes, check, continued, generated, on_host, watch
+from spilled import CALLS, Notes, check, continued, generated, narrow, num_rows, on_host, watch
 from test_quantized import RoundingCache
 from test_sharing import BLOCK_BYTES, TOKEN_BYTES
 from windows import window_pair
@@ -39,6 +40,15 @@ def test_a_call_of_three_times_the_device_answers_as_stock(call, monkeypatch):
     assert on_host(pair) == 0
     pair.ask(rows, **how)
     check(pair)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_latents_on_the_host_are_met_there(call):
+    rows, how, blocks = CALLS[call]
+    pair = narrow(partial(Pair, "deepseek_v3"), num_rows(call) + 1, blocks)
+    pair.ask(rows, **how)
+    check(pair)
+    assert pair.paged.stats().fetched_bytes > 0
 
 
 @pytest.mark.parametrize("share", [1 / 8, 1])

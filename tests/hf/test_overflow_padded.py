@@ -33,6 +33,7 @@ REASONS = ["K and V are read", "position ids", "keep a state", "not told of", "t
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch):
     as_gpu(monkeypatch)
+    monkeypatch.setattr("hf_paged.latent.may_keep", lambda kind: False)  # nobody reads latents on GPUs
 
 
 def tiny(model_type: str, **overrides) -> Pair:

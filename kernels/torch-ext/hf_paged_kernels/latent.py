@@ -54,7 +54,7 @@ def attend_latents(
             scores.view(batch, heads, *hidden.shape).masked_fill_(hidden, -torch.inf)
         lse = torch.logsumexp(scores, dim=-1, keepdim=True)
         outs.append(torch.bmm(scores.sub_(lse).exp_(), latents).view(batch, heads, -1, latent_dim))
-        lses.append(lse.view(batch, heads, -1))
+        lses.append(lse.view(batch, heads, -1).float())
     if len(outs) == 1:
         return outs[0], lses[0]
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
