@@ -50,7 +50,7 @@ class Sizes:
     longest: float = 5.0  # seconds after which a decoding ends, however far it is
 
 
-TINY = Sizes(gpu_generate.TINY, prefix=64, rows=1, context=9, new=8, copy_bytes=2**12, pause=0.001)
+TINY = Sizes(gpu_generate.TINY, prefix=64, rows=1, context=9, new=24, copy_bytes=2**12, pause=0.001)
 
 
 class AlwaysFetch(FetchPolicy):
