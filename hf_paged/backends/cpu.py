@@ -14,9 +14,8 @@ import torch
 from hf_paged import torch_compat
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.native import attend_dense, kernel_of, kernel_of_store, multiplies, parts_for
-from hf_paged.backends.parts import attend_schedule, with_sinks
+from hf_paged.backends.parts import attend_plan, with_sinks
 from hf_paged.backends.prepared import PreparedDecode
-from hf_paged.backends.schedule import schedule_for
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
 from hf_paged_kernels import attend_all, attend_partial, native_kernels
@@ -71,5 +70,5 @@ class CPUBackend(AttentionBackend):
             return kernel.attend(
                 query, store.keys, store.values, parts, call.scale, call.softcap, call.sinks, store.records
             )
-        out, lse = attend_schedule(query, store, schedule_for(plan, call.window), call)
+        out, lse = attend_plan(query, store, plan, call)
         return with_sinks(out, lse, call).to(query.dtype).contiguous()

@@ -97,7 +97,7 @@ def _gathered(plan: StepPlan) -> Gathered:
     for segment in plan.segments:
         ends[id(segment.chain)] = max(ends[id(segment.chain)], segment.kv_len)
     runs = [run for piece in (*plan.own, *plan.shared) for run in piece.runs]
-    for key, chain in chains.items():
+    for key, chain in chains.items():  # which may reach further than pieces that leave out what no window shows
         runs += chain.runs(chain.first_token, ends[key])
     moves = _Moves(runs)
     moved = {key: _MovedChain(chain, moves) for key, chain in chains.items()}

@@ -20,8 +20,7 @@ import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.gathered import Gathered
-from hf_paged.backends.parts import Result, attend_schedule, with_sinks
-from hf_paged.backends.schedule import schedule_for
+from hf_paged.backends.parts import Result, attend_plan, with_sinks
 from hf_paged.core.plan import StepPlan
 from hf_paged.store import LayerStore
 from hf_paged_kernels import attend_latents
@@ -104,25 +103,14 @@ class LatentBackend(AttentionBackend):
         self, query: torch.Tensor, store: LayerStore, plan: StepPlan, call: AttentionCall, expansion: Expansion
     ) -> torch.Tensor:
         """As `attend`, over K and V that `expansion` makes of what the store holds."""
-        return LatentAttention(self.attend_parts, expansion, self._inner).attend(query, store, plan, call)
-
-    def attend_parts(
-        self,
-        query: torch.Tensor,
-        store: LayerStore,
-        plan: StepPlan,
-        call: AttentionCall,
-        attend: Callable[..., Result],
-    ) -> Result:
-        """`query [queries, heads, dim]` over all that it sees, sinks left out, each part by `attend`."""
-        return attend_schedule(query, store, schedule_for(plan, call.window), call, attend)
+        return LatentAttention(attend_plan, expansion, self._inner).attend(query, store, plan, call)
 
 
 class LatentAttention(AttentionBackend):
     """Attention in one layer that keeps latents.
 
     Args:
-        attend_parts: has queries meet the latents that a plan reads, as `LatentBackend.attend_parts`.
+        attend_parts: has queries meet the latents that a plan reads, as `parts.attend_plan`.
         expansion: expands them.
         dense: attends to K and V where these are expanded; `None`: they are not.
     """

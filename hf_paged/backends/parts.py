@@ -1,4 +1,4 @@
-"""Attention over the parts of a schedule, in torch operations: each part on its own, merged by log-sum-exp."""
+"""Attention over the parts of a plan's schedule, in torch operations: each part on its own, merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from collections.abc import Callable
 import torch
 
 from hf_paged.backends.base import AttentionCall
-from hf_paged.backends.schedule import Batch, Part, Schedule
-from hf_paged.core.plan import RowSpan
+from hf_paged.backends.schedule import Batch, Part, Schedule, schedule_for
+from hf_paged.core.plan import RowSpan, StepPlan
 from hf_paged.store import LayerStore, span_view, strided_view
 from hf_paged_kernels import attend_partial, merge_partial
 
 Result = tuple[torch.Tensor, torch.Tensor]  # [queries, heads, dim], log-sum-exp [queries, heads]
 
 
-def attend_schedule(
+def attend_plan(
     query: torch.Tensor,
     store: LayerStore,
-    schedule: Schedule,
+    plan: StepPlan,
     call: AttentionCall,
     attend: Callable[..., Result] = attend_partial,
 ) -> Result:
-    """`query [queries, heads, dim]` over all parts, sinks left out; the result in float32 where there are several.
+    """`query [queries, heads, dim]` over all that a plan reads, sinks left out; in float32 where that is several parts.
 
     `attend`: `attend_partial`, or what does as much with other K and V.
     """
+    schedule = schedule_for(plan, call.window)
     out, lse = _attend_own(query, store, schedule, call, attend)
     if schedule.shared:
         out = out.float()

@@ -10,8 +10,7 @@ import torch
 
 from hf_paged.backends.base import AttentionBackend, AttentionCall
 from hf_paged.backends.latent import Expansion, LatentAttention
-from hf_paged.backends.parts import Result, attend_schedule, attend_tokens, merged, with_sinks
-from hf_paged.backends.schedule import schedule_for
+from hf_paged.backends.parts import Result, attend_plan, attend_tokens, merged, with_sinks
 from hf_paged.core.chain import Run
 from hf_paged.core.overflow import HOST_BLOCKS
 from hf_paged.core.plan import StepPlan
@@ -91,10 +90,10 @@ class StagedBackend(AttentionBackend):
         call: AttentionCall,
         attend: Callable[..., Result] = attend_partial,
     ) -> Result:
-        """As `AttentionBackend.attend_parts`, in the group that has blocks on the host."""
+        """As `parts.attend_plan`, in the group that has blocks on the host."""
         if plan.still_hiding(call.window) is not None:
             raise UnsupportedAttentionError("a sliding window over blocks on the host")
-        out, lse = attend_schedule(query, store, schedule_for(self._local, call.window), call, attend)
+        out, lse = attend_plan(query, store, self._local, call, attend)
         out = out.float()
         layer = next(i for i, each in enumerate(self._stores) if each is store)
         for reads, (keys, values) in zip(self._reads, self._staging.read(layer), strict=True):
