@@ -46,7 +46,7 @@ BOOKKEEPING := capacity free_memory memory memory_limits memory_meanwhile plan p
 	reuse_stale_inputs reuse_traps reuse_walk unpatched_meanwhile virtual windows_memory windows_walk
 ONCE := $(BOOKKEEPING) quality quantized fuzz smollm2 examples demo trl lm_eval
 BETWEEN := cache cache_given cache_names called differential encoder_decoder experts families graphs hooks hybrid \
-	kept_states media media_rows patch resume serve windows_cache zoo
+	kept_states latents media media_rows patch resume serve windows_cache zoo
 OLDER_TESTS ?= $(CHOSEN) --pairs $(PAIRS)
 test-5.8.1: CHOSEN := tests/hf $(ONCE:%=--ignore=tests/hf/test_%.py)
 test-5.8.1: PAIRS := 1/4

@@ -15,6 +15,7 @@ from tolerances import TIE
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StoppingCriteria
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from versions import skip_if_older
 
@@ -182,6 +183,25 @@ def test_what_a_layer_does_otherwise_it_does_itself(change, when):
     pair.ask(ROWS, num_beams=2)
 
 
+@pytest.mark.parametrize("change", [hook, own_expansion])
+def test_what_changes_in_the_middle_of_a_call_is_asked_from_then_on(change):
+    """Rows are of unequal length: what is dense has gaps then."""
+
+    class Changing(StoppingCriteria):
+        def __init__(self, model):
+            self.model, self.steps = model, 0
+
+        def __call__(self, ids, scores, **kwargs):
+            self.steps += 1
+            if self.steps == 3:
+                change(self.model)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    pair = Pair("deepseek_v3")
+    pair.ask(ROWS, max_new_tokens=8, stopping_criteria=lambda model: [Changing(model)])
+    assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
+
+
 def test_a_replaced_method_is_asked(monkeypatch):
     pair = Pair("deepseek_v3")
     expand = DeepseekV3Attention.expand_kv
@@ -305,16 +325,15 @@ def test_classes_that_are_told_of_subclasses_get_none(kind):
     assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
 
 
-class Wrapped(DeepseekV3Attention):
-    """Does something else with many tokens, under the name of transformers' method."""
-
-    @functools.wraps(DeepseekV3Attention.expand_kv)
-    def expand_kv(self, *args):
-        keys, values = super().expand_kv(*args)
-        return keys, values * 3 if values.shape[2] > 32 else values
-
-
 def test_a_method_of_transformers_name_is_not_its_own():
+    class Wrapped(DeepseekV3Attention):
+        """Does something else with many tokens, which a trial of some does not show."""
+
+        @functools.wraps(DeepseekV3Attention.expand_kv)
+        def expand_kv(self, *args):
+            keys, values = super().expand_kv(*args)
+            return keys, values * 3 if values.shape[2] > 32 else values
+
     pair = Pair.of(of_class(Wrapped))
     pair.ask([tokens(60, seed=1)], max_new_tokens=12)
     assert NOT_PLAIN in str(pair.paged.stats().fallbacks)
