@@ -139,7 +139,17 @@ def _doubled(module, args, output):
     return 2 * output
 
 
-_doubled.__module__ = "accelerate.hooks"  # of those that tell no rows apart
+def pre_hook(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.kv_b_proj.register_forward_pre_hook(_doubled_input)
+
+
+def _doubled_input(module, args):
+    return tuple(2 * each for each in args)
+
+
+_doubled.__module__ = _doubled_input.__module__ = "accelerate.hooks"  # of those that tell no rows apart
 
 
 def bias(model):
@@ -170,7 +180,7 @@ def other_layout(model):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("change", [hook, bias, own_forward, own_expansion, other_layout])
+@pytest.mark.parametrize("change", [hook, pre_hook, bias, own_forward, own_expansion, other_layout])
 def test_what_a_layer_does_otherwise_it_does_itself(change, when):
     """Whatever comes between latents and K and V, or hides the weights, before the first call or between two."""
     pair = Pair("deepseek_v3")
