@@ -158,6 +158,17 @@ def bias(model):
             each.kv_b_proj.bias = nn.Parameter(torch.randn(each.kv_b_proj.out_features), requires_grad=False)
 
 
+class Twice(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def other_class(model):
+    for each in model.modules():
+        if latent.keeps_latents(each):
+            each.kv_b_proj.__class__ = Twice
+
+
 def own_forward(model):
     for each in model.modules():
         if latent.keeps_latents(each):
@@ -180,7 +191,7 @@ def other_layout(model):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("change", [hook, pre_hook, bias, own_forward, own_expansion, other_layout])
+@pytest.mark.parametrize("change", [hook, pre_hook, bias, other_class, own_forward, own_expansion, other_layout])
 def test_what_a_layer_does_otherwise_it_does_itself(change, when):
     """Whatever comes between latents and K and V, or hides the weights, before the first call or between two."""
     pair = Pair("deepseek_v3")
@@ -222,6 +233,8 @@ def test_a_replaced_method_is_asked(monkeypatch):
 
 def test_who_replaces_torchs_function_is_asked(monkeypatch):
     pair = Pair("deepseek_v3")
+    pair.ask(ROWS)
+    pair.paged.clear()
     linear = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda input, *args: linear(input, *args) * 1.1)
     pair.ask(ROWS)
