@@ -37,7 +37,7 @@ def may_keep(kind: type[nn.Module]) -> bool:
     kind = vars(kind).get(STANDS_FOR, kind)
     expand = getattr(kind, _EXPAND, None)
     code = getattr(expand, "__code__", None)
-    return code is not None and is_of_transformers(code) and not hasattr(expand, "__wrapped__") and can_stand_for(kind)
+    return code is not None and is_of_transformers(code) and can_stand_for(kind)
 
 
 def reads_latents(modules: Iterable[nn.Module]) -> bool:
