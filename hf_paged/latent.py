@@ -50,7 +50,7 @@ def reads_latents(modules: Iterable[nn.Module]) -> bool:
 
 
 def taken_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class that such layers of a patched model have instead; it does what the original does, but for `_expand`."""
+    """The class that such layers of a patched model have; but for `expand_kv` it does what the original does."""
     if (made := _classes.get(original)) is None:
         made = _classes[original] = _make_class(original)
     return made

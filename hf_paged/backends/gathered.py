@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from hf_paged.core.chain import BlockChain, Run
-from hf_paged.core.plan import Piece, Segment, StepPlan
+from hf_paged.core.plan import Piece, StepPlan
+from hf_paged.store import run_slots, strided_view
 
 # Past this many runs one indexed copy is quicker than one of each.
 _MAX_SLICES = 8
@@ -44,13 +45,12 @@ class Gathered:
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """What is read of `memory [heads, slots, dim]`, `[heads, tokens, dim]`; a copy where it is several runs."""
         if len(self.runs) == 1:
-            return memory[:, self.runs[0].slot : self.runs[0].slot + self.runs[0].tokens]
+            return strided_view(memory, self.runs[0])
         if len(self.runs) <= _MAX_SLICES:
-            return torch.cat([memory[:, run.slot : run.slot + run.tokens] for run in self.runs], dim=1)
+            return torch.cat([strided_view(memory, run) for run in self.runs], dim=1)
         key = ("gathered", memory.device)
         if key not in self.plan.prepared:
-            slots = [slot for run in self.runs for slot in range(run.slot, run.slot + run.tokens)]
-            self.plan.prepared[key] = torch.tensor(slots, device=memory.device)
+            self.plan.prepared[key] = run_slots(self.runs, memory.device)
         return memory.index_select(1, self.plan.prepared[key])
 
 
@@ -107,7 +107,7 @@ def _gathered(plan: StepPlan) -> Gathered:
         copies=[],
         own=[_moved_piece(piece, moves) for piece in plan.own],
         shared=[_moved_piece(piece, moves) for piece in plan.shared],
-        segments=[_moved_segment(segment, moved[id(segment.chain)]) for segment in plan.segments],
+        segments=[segment._replace(chain=moved[id(segment.chain)]) for segment in plan.segments],
         span=None,
         prepared={},
     )
@@ -116,10 +116,6 @@ def _gathered(plan: StepPlan) -> Gathered:
 
 def _moved_piece(piece: Piece, moves: _Moves) -> Piece:
     return piece._replace(runs=tuple(map(moves.moved, piece.runs)))
-
-
-def _moved_segment(segment: Segment, chain: _MovedChain) -> Segment:
-    return segment._replace(chain=chain)
 
 
 def _pairs(piece: Piece) -> int:

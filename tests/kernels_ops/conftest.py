@@ -26,6 +26,7 @@ def backend(request, monkeypatch):
     """The backend of a test's parameter, the native kernel switched accordingly."""
     name, _, variant = request.param.partition(" ")
     if variant and variant not in variants():
+        # An instruction that a CPU lacks cannot be run: its machine tests the others, and torch's own attention.
         pytest.skip("this CPU or build does not have the variant")
     monkeypatch.setenv("HF_PAGED_NATIVE", variant or "off")
     for cached in (native_kernels, kernel_for):
